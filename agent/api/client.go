@@ -1,0 +1,201 @@
+package api
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"time"
+
+	"belay/agent/maint"
+)
+
+// Client speaks to one belayd. A refusal of the agent comes back as a
+// *maint.Refusal or *maint.Problem; when the agent cannot be reached, as a
+// *maint.Problem with CodePeerDown.
+type Client struct {
+	http *http.Client
+	base string
+	name string // for messages
+	help string // remedy when it cannot be reached
+}
+
+// NewUnix returns a client of the belayd behind a unix socket.
+func NewUnix(socket string) *Client {
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}
+	return &Client{base: "http://belayd", name: "belayd at " + socket,
+		help: "see that it runs: systemctl status belayd",
+		http: &http.Client{Transport: &http.Transport{DialContext: dial}}}
+}
+
+// NewTLS returns a client of the belayd at address (host:port), which it
+// calls name. config has our certificate, the CA, and the peer's certificate
+// name as ServerName.
+func NewTLS(name, address string, config *tls.Config) *Client {
+	return &Client{base: "https://" + address, name: "peer " + name,
+		help: "see that belayd runs there, that " + address + " can be reached from here and that both trust the same CA",
+		http: &http.Client{Transport: &http.Transport{
+			TLSClientConfig: config, IdleConnTimeout: 90 * time.Second, TLSHandshakeTimeout: 5 * time.Second,
+			DialContext: (&net.Dialer{Timeout: 5 * time.Second}).DialContext}}}
+}
+
+// Close lets go of idle connections.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
+
+// Status asks for the host's status.
+func (c *Client) Status(ctx context.Context) (s maint.Status, err error) {
+	return s, c.call(ctx, "GET", "/v1/status", nil, &s)
+}
+
+// Inventory asks for the host's guests.
+func (c *Client) Inventory(ctx context.Context) (i maint.Inventory, err error) {
+	return i, c.call(ctx, "GET", "/v1/guests", nil, &i)
+}
+
+// Doctor asks what is missing for each rung.
+func (c *Client) Doctor(ctx context.Context) (checks []maint.Check, err error) {
+	return checks, c.call(ctx, "GET", "/v1/doctor", nil, &checks)
+}
+
+// Ops asks for all operations, oldest first.
+func (c *Client) Ops(ctx context.Context) (ops []maint.Op, err error) {
+	return ops, c.call(ctx, "GET", "/v1/ops", nil, &ops)
+}
+
+// Op asks for one operation.
+func (c *Client) Op(ctx context.Context, id maint.OpID) (op maint.Op, err error) {
+	return op, c.call(ctx, "GET", "/v1/ops/"+url.PathEscape(string(id)), nil, &op)
+}
+
+// Records asks for the journal of one operation.
+func (c *Client) Records(ctx context.Context, id maint.OpID) (recs []maint.Record, err error) {
+	return recs, c.call(ctx, "GET", "/v1/ops/"+url.PathEscape(string(id))+"/records", nil, &recs)
+}
+
+// Migrate asks for a migration and returns the admitted operation.
+func (c *Client) Migrate(ctx context.Context, r maint.MigrateRequest) (op maint.Op, err error) {
+	return op, c.call(ctx, "POST", "/v1/migrations", r, &op)
+}
+
+// Abort asks for an operation to be aborted; it ends some time later.
+func (c *Client) Abort(ctx context.Context, id maint.OpID) (op maint.Op, err error) {
+	return op, c.call(ctx, "POST", "/v1/ops/"+url.PathEscape(string(id))+"/abort", nil, &op)
+}
+
+// Watch calls f with the operation now and after every change until it has
+// ended, then returns it as it ended.
+func (c *Client) Watch(ctx context.Context, id maint.OpID, f func(maint.Op)) (maint.Op, error) {
+	var op maint.Op
+	resp, err := c.do(ctx, "GET", "/v1/ops/"+url.PathEscape(string(id))+"/watch", nil)
+	if err != nil {
+		return op, err
+	}
+	defer resp.Body.Close()
+	d := json.NewDecoder(bufio.NewReader(resp.Body))
+	for op.State != maint.OpEnded {
+		op = maint.Op{}
+		if err := d.Decode(&op); err != nil {
+			if ctx.Err() != nil {
+				return op, ctx.Err()
+			}
+			return op, c.unreachable(err)
+		}
+		f(op)
+	}
+	return op, nil
+}
+
+// Check asks a peer whether a guest may come.
+func (c *Client) Check(ctx context.Context, a maint.Arrival) (ps []maint.Problem, err error) {
+	return ps, c.call(ctx, "POST", "/v1/peer/checks", a, &ps)
+}
+
+// Reserve asks a peer to keep room for a guest, or to keep it longer.
+func (c *Client) Reserve(ctx context.Context, a maint.Arrival) error {
+	return c.call(ctx, "PUT", "/v1/peer/reservations/"+url.PathEscape(string(a.Op)), a, nil)
+}
+
+// Release gives that room up.
+func (c *Client) Release(ctx context.Context, op maint.OpID) error {
+	return c.call(ctx, "DELETE", "/v1/peer/reservations/"+url.PathEscape(string(op)), nil, nil)
+}
+
+// View asks what a peer has of a guest.
+func (c *Client) View(ctx context.Context, uuid string) (v maint.View, err error) {
+	return v, c.call(ctx, "GET", "/v1/peer/guests/"+url.PathEscape(uuid), nil, &v)
+}
+
+// Settle asks a peer to keep an arrived guest as the source did.
+func (c *Client) Settle(ctx context.Context, s maint.Settlement) error {
+	return c.call(ctx, "POST", "/v1/peer/settlements", s, nil)
+}
+
+// CompletedJob asks a peer for the statistics of a guest's arrival.
+func (c *Client) CompletedJob(ctx context.Context, uuid string) (j maint.Job, err error) {
+	return j, c.call(ctx, "GET", "/v1/peer/guests/"+url.PathEscape(uuid)+"/job", nil, &j)
+}
+
+// Greeting asks a peer to introduce itself.
+func (c *Client) Greeting(ctx context.Context) (g Greeting, err error) {
+	return g, c.call(ctx, "GET", "/v1/peer/greeting", nil, &g)
+}
+
+func (c *Client) call(ctx context.Context, method, path string, body, answer any) error {
+	resp, err := c.do(ctx, method, path, body)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if answer == nil {
+		_, err := io.Copy(io.Discard, resp.Body)
+		return err
+	}
+	if err := json.NewDecoder(resp.Body).Decode(answer); err != nil {
+		return c.unreachable(fmt.Errorf("its answer to %s %s cannot be read: %w", method, path, err))
+	}
+	return nil
+}
+
+// do sends the request and turns a refusal into an error.
+func (c *Client) do(ctx context.Context, method, path string, body any) (*http.Response, error) {
+	var r io.Reader
+	if body != nil {
+		b, err := json.Marshal(body)
+		if err != nil {
+			return nil, err
+		}
+		r = bytes.NewReader(b)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, c.base+path, r)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, c.unreachable(err)
+	}
+	if resp.StatusCode == http.StatusOK {
+		return resp, nil
+	}
+	defer resp.Body.Close()
+	var f failure
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxBody)).Decode(&f); err != nil || f.Error == nil || len(f.Error.Problems) == 0 {
+		return nil, c.unreachable(fmt.Errorf("it answered %s", resp.Status))
+	}
+	if f.Error.What == "" && len(f.Error.Problems) == 1 {
+		return nil, &f.Error.Problems[0]
+	}
+	return nil, f.Error
+}
+
+func (c *Client) unreachable(err error) error {
+	return maint.Problemf(maint.CodePeerDown, c.name, c.help, "cannot be reached: %v", err)
+}

@@ -1,0 +1,269 @@
+package api
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"log/slog"
+	"net/http"
+	"slices"
+	"time"
+
+	"belay/agent/maint"
+)
+
+// maxBody bounds a request's body, bytes; a guest's definition fits well.
+const maxBody = 1 << 20
+
+// Viewing is what a viewer may ask of an agent.
+type Viewing interface {
+	Status(ctx context.Context) (maint.Status, error)
+	Inventory(ctx context.Context) (maint.Inventory, error)
+	Doctor(ctx context.Context) ([]maint.Check, error)
+}
+
+// Operations are the operations of an agent.
+type Operations interface {
+	Ops(ctx context.Context) ([]maint.Op, error)
+	Op(ctx context.Context, id maint.OpID) (maint.Op, error)
+	Records(ctx context.Context, id maint.OpID) ([]maint.Record, error)
+	// Watch calls f with the operation now and after every change, until it
+	// has ended (nil), f fails or ctx ends.
+	Watch(ctx context.Context, id maint.OpID, f func(maint.Op) error) error
+	Migrate(ctx context.Context, by string, r maint.MigrateRequest) (maint.Op, error)
+	Abort(ctx context.Context, by string, id maint.OpID) (maint.Op, error)
+}
+
+// PeerSide is what one host asks of another. from is the asking host's
+// certificate name.
+type PeerSide interface {
+	Check(ctx context.Context, from string, a maint.Arrival) ([]maint.Problem, error)
+	Reserve(ctx context.Context, from string, a maint.Arrival) error
+	Release(ctx context.Context, from string, id maint.OpID) error
+	View(ctx context.Context, uuid string) (maint.View, error)
+	Settle(ctx context.Context, from string, s maint.Settlement) error
+	CompletedJob(ctx context.Context, uuid string) (maint.Job, error)
+	Greeting(ctx context.Context) (Greeting, error)
+}
+
+// Greeting is how one host introduces itself to another.
+type Greeting struct {
+	Host    maint.Host `json:"host"`
+	Version string     `json:"version"`
+	Now     time.Time  `json:"now"`
+}
+
+// Agent is everything that the API serves.
+type Agent interface {
+	Viewing
+	Operations
+	PeerSide
+}
+
+// Caller is who is asking, as the connection proves it.
+type Caller struct {
+	Name string // "root", "uid:1000", "cert:ops-laptop"; a peer's certificate name
+	Role maint.Role
+}
+
+// Identify names the caller of a request; see Unix and TLS.
+type Identify func(*http.Request) Caller
+
+var (
+	viewers   = []maint.Role{maint.RoleViewer, maint.RoleOperator}
+	operators = []maint.Role{maint.RoleOperator}
+	peers     = []maint.Role{maint.RolePeer}
+)
+
+// handler answers one call. What it returns is the JSON of the answer.
+type handler func(*http.Request, Caller) (any, error)
+
+type route struct {
+	method, path string
+	may          []maint.Role
+	do           handler
+}
+
+func routes(a Agent) []route {
+	return []route{
+		{"GET", "/v1/status", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Status(r.Context()) }},
+		{"GET", "/v1/guests", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Inventory(r.Context()) }},
+		{"GET", "/v1/doctor", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Doctor(r.Context()) }},
+		{"GET", "/v1/ops", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Ops(r.Context()) }},
+		{"GET", "/v1/ops/{id}", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Op(r.Context(), opID(r)) }},
+		{"GET", "/v1/ops/{id}/records", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Records(r.Context(), opID(r)) }},
+		{"GET", "/v1/ops/{id}/watch", viewers, nil}, // streams, see Handler
+		{"POST", "/v1/migrations", operators, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q maint.MigrateRequest) (any, error) { return a.Migrate(r.Context(), c.Name, q) })
+		}},
+		{"POST", "/v1/ops/{id}/abort", operators, func(r *http.Request, c Caller) (any, error) { return a.Abort(r.Context(), c.Name, opID(r)) }},
+
+		{"GET", "/v1/peer/greeting", peers, func(r *http.Request, _ Caller) (any, error) { return a.Greeting(r.Context()) }},
+		{"POST", "/v1/peer/checks", peers, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q maint.Arrival) (any, error) { return a.Check(r.Context(), c.Name, q) })
+		}},
+		{"PUT", "/v1/peer/reservations/{id}", peers, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q maint.Arrival) (any, error) {
+				if q.Op != opID(r) {
+					return nil, maint.Problemf(maint.CodeBadRequest, "reservation "+string(opID(r)), "send the operation's own ID", "the body is of operation %q", q.Op)
+				}
+				return nil, a.Reserve(r.Context(), c.Name, q)
+			})
+		}},
+		{"DELETE", "/v1/peer/reservations/{id}", peers, func(r *http.Request, c Caller) (any, error) { return nil, a.Release(r.Context(), c.Name, opID(r)) }},
+		{"GET", "/v1/peer/guests/{uuid}", peers, func(r *http.Request, _ Caller) (any, error) { return a.View(r.Context(), r.PathValue("uuid")) }},
+		{"GET", "/v1/peer/guests/{uuid}/job", peers, func(r *http.Request, _ Caller) (any, error) { return a.CompletedJob(r.Context(), r.PathValue("uuid")) }},
+		{"POST", "/v1/peer/settlements", peers, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q maint.Settlement) (any, error) { return nil, a.Settle(r.Context(), c.Name, q) })
+		}},
+	}
+}
+
+func opID(r *http.Request) maint.OpID { return maint.OpID(r.PathValue("id")) }
+
+// Handler serves a to callers that id names.
+func Handler(a Agent, id Identify, log *slog.Logger) http.Handler {
+	mux := http.NewServeMux()
+	paths := make(map[string][]string)
+	for _, rt := range routes(a) {
+		paths[rt.path] = append(paths[rt.path], rt.method)
+		mux.HandleFunc(rt.method+" "+rt.path, func(w http.ResponseWriter, r *http.Request) {
+			c := id(r)
+			if !slices.Contains(rt.may, c.Role) {
+				fail(w, r, log, maint.Problemf(maint.CodeForbidden, "caller "+c.Name,
+					"have yourself added to the operators or viewers in belayd's configuration, section [access]",
+					"with role %q may not %s %s", c.Role, r.Method, r.URL.Path))
+				return
+			}
+			if rt.do == nil {
+				watch(w, r, a, log)
+				return
+			}
+			answer, err := rt.do(r, c)
+			if err != nil {
+				fail(w, r, log, err)
+				return
+			}
+			reply(w, http.StatusOK, answer)
+		})
+	}
+	for path, methods := range paths {
+		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+			for _, m := range methods {
+				w.Header().Add("Allow", m)
+			}
+			fail(w, r, log, maint.Problemf(maint.CodeMethodNotAllowed, r.URL.Path, "", "does not answer to %s", r.Method))
+		})
+	}
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		fail(w, r, log, maint.Problemf(maint.CodeNotFound, r.URL.Path, "see that client and belayd are of the same version", "is not part of this API"))
+	})
+	return mux
+}
+
+// with decodes the body strictly into a T.
+func with[T any](r *http.Request, f func(T) (any, error)) (any, error) {
+	var v T
+	body, err := io.ReadAll(io.LimitReader(r.Body, maxBody+1))
+	bad := func(format string, args ...any) error {
+		return maint.Problemf(maint.CodeBadRequest, "request body", "send one JSON object as the API reference has it", format, args...)
+	}
+	switch {
+	case err != nil:
+		return nil, bad("cannot be read: %v", err)
+	case len(body) > maxBody:
+		return nil, bad("is larger than %d bytes", maxBody)
+	}
+	if err := decodeStrict(body, &v); err != nil {
+		return nil, bad("is not valid: %v", err)
+	}
+	return f(v)
+}
+
+// watch streams the operation as one JSON object a line.
+func watch(w http.ResponseWriter, r *http.Request, a Agent, log *slog.Logger) {
+	out := http.NewResponseController(w)
+	begun := false
+	err := a.Watch(r.Context(), opID(r), func(op maint.Op) error {
+		if !begun {
+			w.Header().Set("Content-Type", "application/x-ndjson")
+			begun = true
+		}
+		if err := out.SetWriteDeadline(time.Now().Add(30 * time.Second)); err != nil && !errors.Is(err, http.ErrNotSupported) {
+			return err
+		}
+		if err := json.NewEncoder(w).Encode(op); err != nil {
+			return err
+		}
+		return out.Flush()
+	})
+	if err != nil && !begun {
+		fail(w, r, log, err)
+	}
+}
+
+// failure is the JSON of an error.
+type failure struct {
+	Error *maint.Refusal `json:"error"`
+}
+
+func fail(w http.ResponseWriter, r *http.Request, log *slog.Logger, err error) {
+	var refusal *maint.Refusal
+	status := http.StatusConflict
+	if !errors.As(err, &refusal) {
+		p := problem(err)
+		status = statusOf(p.Code)
+		refusal = &maint.Refusal{Problems: []maint.Problem{*p}}
+	}
+	if status == http.StatusInternalServerError {
+		log.Error("request failed", "method", r.Method, "path", r.URL.Path, "err", err)
+	}
+	reply(w, status, failure{refusal})
+}
+
+// problem gives err a code where it has none.
+func problem(err error) *maint.Problem {
+	code := maint.CodeInternal
+	switch {
+	case errors.Is(err, maint.ErrNoGuest):
+		code = maint.CodeUnknownGuest
+	case errors.Is(err, maint.ErrHypervisorDown):
+		code = maint.CodeHypervisorDown
+	case errors.Is(err, maint.ErrPeerDown):
+		code = maint.CodePeerDown
+	case errors.Is(err, maint.ErrNoJob):
+		code = maint.CodeNoJob
+	}
+	return maint.AsProblem(err, code, "")
+}
+
+func statusOf(c maint.Code) int {
+	switch c {
+	case maint.CodeBadRequest:
+		return http.StatusBadRequest
+	case maint.CodeForbidden:
+		return http.StatusForbidden
+	case maint.CodeUnknownGuest, maint.CodeUnknownPeer, maint.CodeUnknownOp, maint.CodeNotFound, maint.CodeNoJob:
+		return http.StatusNotFound
+	case maint.CodeMethodNotAllowed:
+		return http.StatusMethodNotAllowed
+	case maint.CodeHypervisorDown, maint.CodePeerDown, maint.CodeShuttingDown:
+		return http.StatusServiceUnavailable
+	case maint.CodeJournal:
+		return http.StatusInsufficientStorage
+	case maint.CodeInternal:
+		return http.StatusInternalServerError
+	}
+	return http.StatusConflict
+}
+
+func reply(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	if v == nil {
+		v = struct{}{}
+	}
+	// A write error means that the caller has gone: nobody is left to tell.
+	_ = json.NewEncoder(w).Encode(v)
+}

@@ -1,0 +1,325 @@
+package journal
+
+import (
+	"cmp"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+
+	"belay/agent/maint"
+)
+
+// fileName is the journal's file inside the state folder.
+const fileName = "journal.db"
+
+var bucket = []byte("records")
+
+// Journal is an open journal. Its methods may be called concurrently.
+type Journal struct {
+	db   *bbolt.DB
+	path string
+
+	mu       sync.Mutex
+	ops      map[maint.OpID]*maint.Op
+	reserved map[maint.OpID]maint.Reservation
+	last     uint64
+	changed  chan struct{} // closed and replaced at every append
+	failed   error         // the last append's error, nil when it worked
+}
+
+// Open opens or creates the journal in the state folder dir and folds its
+// records. The file is locked: a second belayd on the same folder is refused
+// after a second.
+func Open(dir string) (*Journal, error) {
+	path := filepath.Join(dir, fileName)
+	refuse := func(err error, remedy string) error {
+		return fmt.Errorf("cannot open the journal %s: %w (%s)", path, err, remedy)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, refuse(err, "make the state folder writable for belayd, or set state_dir to one that is")
+	}
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: time.Second, NoFreelistSync: true})
+	switch {
+	case errors.Is(err, bolterrors.ErrTimeout):
+		return nil, refuse(errors.New("it is locked"), "another belayd uses this state folder; stop it, or set another state_dir")
+	case errors.Is(err, bolterrors.ErrInvalid), errors.Is(err, bolterrors.ErrChecksum), errors.Is(err, bolterrors.ErrVersionMismatch):
+		return nil, refuse(err, "the file is damaged; move it away to start with an empty history, after checking that no migration is running (virsh list; virsh domjobinfo)")
+	case err != nil:
+		return nil, refuse(err, "make the state folder writable and give it room")
+	}
+	j := &Journal{db: db, path: path,
+		ops:      make(map[maint.OpID]*maint.Op),
+		reserved: make(map[maint.OpID]maint.Reservation),
+		changed:  make(chan struct{})}
+	if err := j.load(); err != nil {
+		db.Close()
+		return nil, refuse(err, "the file is damaged or was written by a newer belayd; move it away to start with an empty history")
+	}
+	return j, nil
+}
+
+func (j *Journal) load() error {
+	err := j.db.Update(func(tx *bbolt.Tx) error {
+		_, err := tx.CreateBucketIfNotExists(bucket)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	return j.db.View(func(tx *bbolt.Tx) error {
+		b := tx.Bucket(bucket)
+		j.last = b.Sequence()
+		return b.ForEach(func(k, v []byte) error {
+			var r maint.Record
+			if err := json.Unmarshal(v, &r); err != nil {
+				return fmt.Errorf("record %x: %w", k, err)
+			}
+			return j.apply(r)
+		})
+	})
+}
+
+// Close releases the file.
+func (j *Journal) Close() error { return j.db.Close() }
+
+// Append makes records durable, in order and all or none: when it returns nil
+// they are on disk. Seq and Time are set here. A record that Fold refuses is
+// an error and nothing is written.
+func (j *Journal) Append(recs ...maint.Record) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	now := time.Now().Round(0)
+	// Fold on copies first: what is on disk must always fold.
+	trial := make(map[maint.OpID]*maint.Op)
+	for i := range recs {
+		recs[i].Seq, recs[i].Time = j.last+uint64(i)+1, now
+		if isReservation(recs[i].Kind) {
+			continue
+		}
+		op := trial[recs[i].Op]
+		if op == nil {
+			op = new(maint.Op)
+			if have := j.ops[recs[i].Op]; have != nil {
+				*op = clone(have)
+			}
+			trial[recs[i].Op] = op
+		}
+		if err := Fold(op, recs[i]); err != nil {
+			return err
+		}
+	}
+	err := j.db.Update(func(tx *bbolt.Tx) error {
+		b := tx.Bucket(bucket)
+		for _, r := range recs {
+			v, err := json.Marshal(r)
+			if err != nil {
+				return err
+			}
+			if err := b.Put(key(r.Seq), v); err != nil {
+				return err
+			}
+		}
+		return b.SetSequence(j.last + uint64(len(recs)))
+	})
+	if err != nil {
+		j.failed = fmt.Errorf("cannot write the journal %s: %w", j.path, err)
+		return j.failed
+	}
+	j.failed = nil
+	j.last += uint64(len(recs))
+	for _, r := range recs {
+		if err := j.apply(r); err != nil {
+			return err // cannot happen for an operation: it was folded above
+		}
+	}
+	close(j.changed)
+	j.changed = make(chan struct{})
+	return nil
+}
+
+func isReservation(k maint.RecordKind) bool {
+	return k == maint.RecReserved || k == maint.RecReleased
+}
+
+// apply folds one durable record into the state. j.mu is held, or j is not
+// shared yet.
+func (j *Journal) apply(r maint.Record) error {
+	switch r.Kind {
+	case maint.RecReserved:
+		var res maint.Reservation
+		if err := json.Unmarshal(r.Data, &res); err != nil {
+			return fmt.Errorf("reservation %s: %w", r.Op, err)
+		}
+		j.reserved[r.Op] = res
+		return nil
+	case maint.RecReleased:
+		delete(j.reserved, r.Op)
+		return nil
+	}
+	op := j.ops[r.Op]
+	if op == nil {
+		op = new(maint.Op)
+	}
+	if err := Fold(op, r); err != nil {
+		return err
+	}
+	j.ops[r.Op] = op
+	return nil
+}
+
+// Op returns the present state of an operation.
+func (j *Journal) Op(id maint.OpID) (maint.Op, bool) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	op := j.ops[id]
+	if op == nil {
+		return maint.Op{}, false
+	}
+	return clone(op), true
+}
+
+// Ops returns all operations, oldest first.
+func (j *Journal) Ops() []maint.Op {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	ops := make([]maint.Op, 0, len(j.ops))
+	for _, op := range j.ops {
+		ops = append(ops, clone(op))
+	}
+	slices.SortFunc(ops, func(a, b maint.Op) int {
+		if c := a.Started.Compare(b.Started); c != 0 {
+			return c
+		}
+		return cmp.Compare(a.ID, b.ID)
+	})
+	return ops
+}
+
+// Reservations returns the room kept for arriving guests, lapsed ones left out.
+func (j *Journal) Reservations(now time.Time) []maint.Reservation {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	var all []maint.Reservation
+	for _, r := range j.reserved {
+		if r.Expires.After(now) {
+			all = append(all, r)
+		}
+	}
+	slices.SortFunc(all, func(a, b maint.Reservation) int { return cmp.Compare(a.Op, b.Op) })
+	return all
+}
+
+// Records returns the records of an operation, oldest first; of all when id
+// is "".
+func (j *Journal) Records(id maint.OpID) ([]maint.Record, error) {
+	var recs []maint.Record
+	err := j.db.View(func(tx *bbolt.Tx) error {
+		return tx.Bucket(bucket).ForEach(func(_, v []byte) error {
+			var r maint.Record
+			if err := json.Unmarshal(v, &r); err != nil {
+				return err
+			}
+			if id == "" || r.Op == id {
+				recs = append(recs, r)
+			}
+			return nil
+		})
+	})
+	return recs, err
+}
+
+// Changed returns a channel that is closed at the next append. Take it before
+// reading the state that is to be watched.
+func (j *Journal) Changed() <-chan struct{} {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.changed
+}
+
+// Health returns the error of the last append, nil when it worked.
+func (j *Journal) Health() error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.failed
+}
+
+// Prune deletes the records of operations that ended before t and of
+// reservations that lapsed before t. It returns how many records went.
+func (j *Journal) Prune(t time.Time) (int, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	gone := make(map[maint.OpID]bool)
+	for id, op := range j.ops {
+		if op.State == maint.OpEnded && op.Ended.Before(t) {
+			gone[id] = true
+		}
+	}
+	// The destination has no other record of a move than its reservation:
+	// the live ones stay, of the others the records older than t go.
+	stale := func(r maint.Record) bool {
+		if isReservation(r.Kind) {
+			res, held := j.reserved[r.Op]
+			return r.Time.Before(t) && (!held || res.Expires.Before(t))
+		}
+		return gone[r.Op]
+	}
+	n := 0
+	err := j.db.Update(func(tx *bbolt.Tx) error {
+		b := tx.Bucket(bucket)
+		var keys [][]byte // deleting under a cursor makes it skip
+		err := b.ForEach(func(k, v []byte) error {
+			var r maint.Record
+			if err := json.Unmarshal(v, &r); err != nil {
+				return err
+			}
+			if stale(r) {
+				keys = append(keys, slices.Clone(k))
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		for _, k := range keys {
+			if err := b.Delete(k); err != nil {
+				return err
+			}
+		}
+		n = len(keys)
+		return nil
+	})
+	if err != nil {
+		return 0, fmt.Errorf("cannot prune the journal %s: %w", j.path, err)
+	}
+	for id := range gone {
+		delete(j.ops, id)
+	}
+	for id, res := range j.reserved {
+		if res.Expires.Before(t) {
+			delete(j.reserved, id)
+		}
+	}
+	return n, nil
+}
+
+func key(seq uint64) []byte { return binary.BigEndian.AppendUint64(nil, seq) }
+
+// clone copies what callers could change or a later Fold would.
+func clone(op *maint.Op) maint.Op {
+	c := *op
+	c.Steps = slices.Clone(op.Steps)
+	for i := range c.Steps {
+		c.Steps[i].Notes = slices.Clone(c.Steps[i].Notes)
+	}
+	c.Problems = slices.Clone(op.Problems)
+	return c
+}

@@ -1,0 +1,157 @@
+package maint
+
+import (
+	"encoding/json"
+	"time"
+)
+
+// OpID names an operation, for example "mig-20261122-0231-k3f9".
+type OpID string
+
+// OpKind is what an operation does.
+type OpKind string
+
+// The kinds of operation.
+const (
+	OpMigrate OpKind = "migrate" // rung D: one guest to one peer
+)
+
+// OpState is where an operation is in its life.
+//
+//	running ──► undoing ──► ended
+//	   └───────────────────► ended
+type OpState string
+
+// The states of an operation.
+const (
+	OpRunning OpState = "running"
+	OpUndoing OpState = "undoing"
+	OpEnded   OpState = "ended"
+)
+
+// Outcome is how an operation ended.
+type Outcome string
+
+// The outcomes of an ended operation.
+const (
+	OutcomeDone    Outcome = "done"
+	OutcomeBlocked Outcome = "blocked" // refused before any effect
+	OutcomeFailed  Outcome = "failed"  // undone: the guest runs where it ran before
+	OutcomeAborted Outcome = "aborted" // undone because somebody asked
+	OutcomePartly  Outcome = "partly"  // the main effect holds, something after it does not
+	OutcomeStuck   Outcome = "stuck"   // neither forward nor back; needs an operator
+)
+
+// MigrateRequest asks for a live migration.
+type MigrateRequest struct {
+	Guest string `json:"guest"` // name or UUID
+	To    string `json:"to"`    // peer name
+	// Timeout bounds the operation; when it passes the copy is cancelled
+	// and the guest stays where it is. 0 is the host's default.
+	Timeout time.Duration `json:"timeout_ns,omitempty"`
+	// BandwidthMiBs limits the memory stream, in MiB/s; 0 is no limit.
+	BandwidthMiBs uint64 `json:"bandwidth_mib_s,omitempty"`
+	Reason        string `json:"reason,omitempty"`
+}
+
+// Op is an operation: the fold of its records.
+type Op struct {
+	ID        OpID      `json:"id"`
+	Kind      OpKind    `json:"kind"`
+	Guest     string    `json:"guest"`      // name
+	GuestUUID string    `json:"guest_uuid"` //
+	Peer      string    `json:"peer,omitempty"`
+	By        string    `json:"by"` // who asked: "root", "cert:ops-laptop"
+	Reason    string    `json:"reason,omitempty"`
+	Started   time.Time `json:"started"`
+	Deadline  time.Time `json:"deadline"`
+
+	State    OpState         `json:"state"`
+	Step     string          `json:"step,omitempty"` // the step in progress
+	Outcome  Outcome         `json:"outcome,omitempty"`
+	Ended    time.Time       `json:"ended,omitzero"`
+	Problems []Problem       `json:"problems,omitempty"` // why it ended as it did
+	AbortBy  string          `json:"abort_by,omitempty"`
+	Resumed  int             `json:"resumed,omitempty"` // times it was taken up again after a restart
+	Steps    []Step          `json:"steps"`
+	Migrate  *MigrateRequest `json:"migrate,omitempty"`
+	Move     *MoveResult     `json:"move,omitempty"`
+
+	// Progress is the last statistics of a running copy; not journaled.
+	Progress *Job `json:"progress,omitempty"`
+}
+
+// Step is one step of an operation as its records tell it.
+type Step struct {
+	Name    string    `json:"name"`
+	Started time.Time `json:"started"`
+	Ended   time.Time `json:"ended,omitzero"`
+	Status  string    `json:"status"` // doing, done, failed, undoing, undone, undo failed
+	Error   string    `json:"error,omitempty"`
+	Notes   []string  `json:"notes,omitempty"`
+	// Data is what the step wrote down for itself, to survive a crash.
+	Data json.RawMessage `json:"data,omitempty"`
+}
+
+// MoveResult is what a finished migration measured.
+type MoveResult struct {
+	From       string        `json:"from"`
+	To         string        `json:"to"`
+	Downtime   time.Duration `json:"downtime_ns"` // QEMU's measure, from the destination's completed job
+	Copy       time.Duration `json:"copy_ns"`     // the libvirt job
+	Total      time.Duration `json:"total_ns"`    // the whole operation
+	MemorySent uint64        `json:"memory_sent_bytes"`
+	Iterations uint64        `json:"iterations"`
+}
+
+// RecordKind is what a Record says.
+type RecordKind string
+
+// The kinds of record. See journal.Fold for the transition table.
+const (
+	RecAccepted   RecordKind = "accepted"    // an operation was admitted; Data is the Op
+	RecResumed    RecordKind = "resumed"     // taken up again after a restart
+	RecStepStart  RecordKind = "step-start"  // intent: written before the effect
+	RecStepNote   RecordKind = "step-note"   // Text for people, Data for the step itself
+	RecStepDone   RecordKind = "step-done"   //
+	RecStepFailed RecordKind = "step-failed" // Text is the error, Data the Ending it leads to
+	RecUndoStart  RecordKind = "undo-start"  //
+	RecUndoDone   RecordKind = "undo-done"   //
+	RecUndoFailed RecordKind = "undo-failed" //
+	RecAbort      RecordKind = "abort"       // By asked for an abort
+	RecMoved      RecordKind = "moved"       // Data is the MoveResult
+	RecEnded      RecordKind = "ended"       // Data is an Ending
+	RecReserved   RecordKind = "reserved"    // room kept for an arriving guest; Data is the Reservation
+	RecReleased   RecordKind = "released"    // that room was given up
+)
+
+// Record is one line of the journal: a fact or an intent, on disk before
+// what follows from it.
+type Record struct {
+	Seq  uint64          `json:"seq"`
+	Time time.Time       `json:"time"`
+	Op   OpID            `json:"op"`
+	Kind RecordKind      `json:"kind"`
+	Step string          `json:"step,omitempty"`
+	By   string          `json:"by,omitempty"`
+	Text string          `json:"text,omitempty"`
+	Data json.RawMessage `json:"data,omitempty"`
+}
+
+// Ending is the data of a RecEnded record.
+type Ending struct {
+	Outcome  Outcome   `json:"outcome"`
+	Problems []Problem `json:"problems,omitempty"`
+}
+
+// Reservation is room kept on a destination for a guest that is on its way.
+// It lapses by itself at Expires unless renewed, so a source that died for
+// good does not hold it for ever.
+type Reservation struct {
+	Op          OpID      `json:"op"`
+	From        string    `json:"from"` // the source host's certificate name
+	GuestUUID   string    `json:"guest_uuid"`
+	Guest       string    `json:"guest"`
+	MemoryBytes uint64    `json:"memory_bytes"`
+	Expires     time.Time `json:"expires"`
+}

@@ -1,0 +1,52 @@
+package maint
+
+// Role is what a caller of the API may do. Roles are ordered for people:
+// an operator may do what a viewer may. A peer may only ask what one host
+// asks of another.
+type Role string
+
+// The roles.
+const (
+	RoleNone     Role = ""
+	RoleViewer   Role = "viewer"
+	RoleOperator Role = "operator"
+	RolePeer     Role = "peer"
+)
+
+// Arrival describes a guest that wants to come, for the destination's own
+// checks.
+type Arrival struct {
+	Op          OpID   `json:"op"`
+	Guest       string `json:"guest"`
+	GuestUUID   string `json:"guest_uuid"`
+	MemoryBytes uint64 `json:"memory_bytes"`
+	VCPUs       int    `json:"vcpus"`
+	Arch        string `json:"arch"`
+	DomainType  string `json:"domain_type"`
+	MachineType string `json:"machine_type"`
+	// CPUXML is the <cpu> element of the guest's migratable XML.
+	CPUXML string `json:"cpu_xml,omitempty"`
+	// HostUUID is the source's host UUID; libvirt refuses its own.
+	HostUUID string `json:"host_uuid"`
+}
+
+// View is what one host knows of one guest at this moment.
+type View struct {
+	Host  string `json:"host"`
+	Guest *Guest `json:"guest"` // nil: the host has no such domain
+}
+
+// Running reports whether the guest's vCPUs run on this host.
+func (v View) Running() bool {
+	return v.Guest != nil && (v.Guest.State == GuestRunning || v.Guest.State == GuestBlocked)
+}
+
+// Settlement is how the destination is to keep a guest that has arrived.
+type Settlement struct {
+	GuestUUID string `json:"guest_uuid"`
+	Autostart bool   `json:"autostart"`
+	// Persistent asks for a definition; XML is the one the guest had on the
+	// source, used only when libvirt did not bring it along.
+	Persistent bool   `json:"persistent"`
+	XML        string `json:"xml,omitempty"`
+}

@@ -1,0 +1,16 @@
+// Package migrate is rung D: it moves one running guest to one peer host.
+//
+// A migration is read down one column. The contract of every phase: on
+// failure the guest runs where it ran before.
+//
+//	preflight  ask both hosts; list every problem at once; change nothing
+//	reserve    the peer keeps room                      undo: give it up
+//	perform    copy, switch over, look at both hosts    undo: cancel the copy
+//	─────────  point of no return: the guest runs on the peer
+//	verify     exactly one running copy; definition and autostart settled
+//	finish     give up the reservation, write down what was measured
+//
+// What happened is never concluded from an error code: Classify looks at both
+// hosts. Nothing here can destroy, stop or restart a guest; the interfaces it
+// is given have no such call.
+package migrate

@@ -1,0 +1,285 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"belay/agent/maint"
+)
+
+// Looker sees one host's guests.
+type Looker interface {
+	Guest(ctx context.Context, nameOrUUID string) (maint.Guest, error)
+}
+
+// Engine moves a guest (see package hypervisor for the libvirt calls).
+type Engine interface {
+	DryRun(ctx context.Context, uuid string, p maint.MoveParams) error
+	// Migrate blocks until libvirt is done. When ctx ends it returns, and
+	// the migration goes on.
+	Migrate(ctx context.Context, uuid string, p maint.MoveParams) error
+	AbortJob(ctx context.Context, uuid string) error
+}
+
+// Describer tells what a guest is made of and how its copy gets on.
+type Describer interface {
+	Job(ctx context.Context, uuid string) (maint.Job, error)
+	Info(ctx context.Context) (maint.Host, error)
+	Describe(ctx context.Context, uuid string) (Description, error)
+}
+
+// Description is a guest's XML in the forms that a migration needs.
+type Description struct {
+	CPUXML   string // <cpu> of the migratable XML
+	Inactive string // the definition, "" for a transient guest
+}
+
+// Keeper removes a definition that was left behind. It refuses while the
+// guest is active.
+type Keeper interface {
+	UndefineInactive(ctx context.Context, uuid string) error
+}
+
+// Source is the host the guest leaves.
+type Source interface {
+	Looker
+	Engine
+	Describer
+	Keeper
+}
+
+// Admission is the destination's say before a guest comes.
+type Admission interface {
+	Check(ctx context.Context, a maint.Arrival) ([]maint.Problem, error)
+	// Reserve keeps room, or renews it; a *maint.Refusal says why not.
+	Reserve(ctx context.Context, a maint.Arrival) error
+	Release(ctx context.Context, op maint.OpID) error
+}
+
+// Arrived is the destination's part once the guest may be there.
+type Arrived interface {
+	View(ctx context.Context, uuid string) (maint.View, error)
+	Settle(ctx context.Context, s maint.Settlement) error
+	CompletedJob(ctx context.Context, uuid string) (maint.Job, error)
+}
+
+// Destination is the host the guest goes to, as its belayd speaks for it.
+type Destination interface {
+	Admission
+	Arrived
+}
+
+// Scratch is where a phase writes down what people should read (Note) and
+// what it must know after a crash (Save, Load).
+type Scratch interface {
+	Note(format string, args ...any) error
+	Save(v any) error
+	Load(phase string, v any) (bool, error)
+}
+
+// Migration is one guest on its way to one peer. The phases are its methods.
+type Migration struct {
+	Op          maint.OpID
+	Guest       string // name, for messages
+	UUID        string
+	From, To    string // host names
+	Source      Source
+	Destination Destination
+	Params      maint.MoveParams // Persist is set from the guest itself
+	Log         *slog.Logger
+	// Progress is told the statistics of the running copy.
+	Progress func(maint.Job)
+}
+
+// The names of the phases.
+const (
+	PhasePreflight = "preflight"
+	PhaseReserve   = "reserve"
+	PhasePerform   = "perform"
+	PhaseVerify    = "verify"
+	PhaseFinish    = "finish"
+)
+
+// before is what preflight writes down: how the guest was kept on the source,
+// which is gone from there after the move.
+type before struct {
+	Arrival    maint.Arrival `json:"arrival"`
+	Persistent bool          `json:"persistent"`
+	Autostart  bool          `json:"autostart"`
+	XML        string        `json:"xml,omitempty"`
+}
+
+// Preflight asks both hosts whether the guest can move, and returns a
+// *maint.Refusal with every reason why not.
+func (m *Migration) Preflight(ctx context.Context, s Scratch) error {
+	var problems []maint.Problem
+	add := func(p *maint.Problem) { problems = append(problems, *p) }
+	subject := "guest " + m.Guest
+
+	g, err := m.Source.Guest(ctx, m.UUID)
+	if err != nil {
+		return fmt.Errorf("cannot look at guest %s: %w", m.Guest, err)
+	}
+	switch {
+	case !g.State.Active():
+		add(maint.Problemf(maint.CodeGuestOff, subject, "start it first, or move its definition with virsh", "is %s", g.State))
+	case g.State == maint.GuestPaused:
+		add(maint.Problemf(maint.CodeGuestPaused, subject, "resume it first (virsh resume), if whoever paused it agrees",
+			"is paused (%s), and Belay did not pause it", g.Reason))
+	case g.State != maint.GuestRunning && g.State != maint.GuestBlocked:
+		add(maint.Problemf(maint.CodeGuestState, subject, "wait until it runs normally", "is %s (%s)", g.State, g.Reason))
+	}
+	if g.Job != "" {
+		add(maint.Problemf(maint.CodeBusy, subject, "wait for the job to end, or abort it (virsh domjobabort)", "has a %s job in progress", g.Job))
+	}
+	if len(problems) == 0 { // libvirt's own checks need a running guest
+		if err := m.Source.DryRun(ctx, m.UUID, m.params(g.Persistent)); err != nil {
+			if errors.Is(err, maint.ErrHypervisorDown) {
+				return err
+			}
+			add(maint.Problemf(maint.CodeSourceRefuses, subject, "change what libvirt names, or use another rung", "libvirt refuses to migrate it: %v", err))
+		}
+	}
+
+	b, err := m.describe(ctx, g)
+	if err != nil {
+		return err
+	}
+	there, err := m.Destination.Check(ctx, b.Arrival)
+	if err != nil {
+		add(maint.AsProblem(err, maint.CodePeerDown, "peer "+m.To))
+	}
+	problems = append(problems, there...)
+	if len(problems) > 0 {
+		return m.refuse(problems)
+	}
+	return s.Save(b)
+}
+
+func (m *Migration) describe(ctx context.Context, g maint.Guest) (before, error) {
+	host, err := m.Source.Info(ctx)
+	if err != nil {
+		return before{}, fmt.Errorf("cannot describe this host: %w", err)
+	}
+	b := before{Persistent: g.Persistent, Autostart: g.Autostart, Arrival: maint.Arrival{
+		Op: m.Op, Guest: g.Name, GuestUUID: g.UUID, MemoryBytes: g.MemoryBytes, VCPUs: g.VCPUs,
+		Arch: host.Arch, DomainType: g.DomainType, MachineType: g.MachineType, HostUUID: host.UUID}}
+	d, err := m.Source.Describe(ctx, m.UUID)
+	if err != nil {
+		return before{}, fmt.Errorf("cannot describe guest %s: %w", m.Guest, err)
+	}
+	b.Arrival.CPUXML, b.XML = d.CPUXML, d.Inactive
+	return b, nil
+}
+
+func (m *Migration) params(persist bool) maint.MoveParams {
+	p := m.Params
+	p.Persist = persist
+	return p
+}
+
+func (m *Migration) refuse(ps []maint.Problem) error {
+	return maint.Refuse(fmt.Sprintf("cannot migrate guest %s to %s", m.Guest, m.To), ps)
+}
+
+// Reserve has the peer keep room, so that two guests cannot be promised the
+// same memory.
+func (m *Migration) Reserve(ctx context.Context, s Scratch) error {
+	var b before
+	if _, err := s.Load(PhasePreflight, &b); err != nil {
+		return err
+	}
+	return m.Destination.Reserve(ctx, b.Arrival)
+}
+
+// Release gives the room up. An unreachable peer is no failure: the
+// reservation lapses by itself.
+func (m *Migration) Release(ctx context.Context, s Scratch) error {
+	if err := m.Destination.Release(ctx, m.Op); err != nil {
+		return s.Note("peer %s could not be told to give up the reservation, it will lapse: %v", m.To, err)
+	}
+	return nil
+}
+
+// Verify makes sure that exactly one copy runs and that the destination keeps
+// the guest as the source did. The guest has moved when it is called.
+func (m *Migration) Verify(ctx context.Context, s Scratch) error {
+	var b before
+	if _, err := s.Load(PhasePreflight, &b); err != nil {
+		return err
+	}
+	settle := maint.Settlement{GuestUUID: m.UUID, Persistent: b.Persistent, Autostart: b.Autostart, XML: b.XML}
+	if err := m.retry(ctx, func() error { return m.Destination.Settle(ctx, settle) }); err != nil {
+		return maint.Problemf(maint.CodeUnverified, "guest "+m.Guest,
+			fmt.Sprintf("on %s: virsh dominfo %s; then set persistence and autostart as wanted (were: persistent %t, autostart %t)", m.To, m.Guest, b.Persistent, b.Autostart),
+			"runs on %s, but its definition there could not be settled: %v", m.To, err)
+	}
+	here, there := m.look(ctx)
+	switch now := Classify(here, there); now {
+	case Moved:
+	case MovedLeftover:
+		return maint.Problemf(maint.CodeLeftover, "guest "+m.Guest,
+			fmt.Sprintf("make sure that it runs on %s, then on %s: virsh destroy %s", m.To, m.From, m.Guest),
+			"runs on %s, and %s still holds its stopped process", m.To, m.From)
+	default:
+		return maint.Problemf(maint.CodeUnverified, "guest "+m.Guest,
+			fmt.Sprintf("look at both hosts: virsh domstate --reason %s", m.Guest), "was on %s after the copy, now it is %s", m.To, now)
+	}
+	if here.Guest != nil { // libvirt was interrupted before it undefined it
+		if err := m.Source.UndefineInactive(ctx, m.UUID); err != nil {
+			return maint.Problemf(maint.CodeLeftover, "guest "+m.Guest, fmt.Sprintf("on %s: virsh undefine %s", m.From, m.Guest),
+				"runs on %s, but its old definition on %s could not be removed: %v", m.To, m.From, err)
+		}
+		return s.Note("removed the definition that was left on %s", m.From)
+	}
+	return nil
+}
+
+// Measure returns what libvirt measured of the finished copy, from the
+// destination: the source keeps nothing of a guest that has left.
+func (m *Migration) Measure(ctx context.Context) (maint.MoveResult, error) {
+	r := maint.MoveResult{From: m.From, To: m.To}
+	job, err := m.Destination.CompletedJob(ctx, m.UUID)
+	if err != nil {
+		return r, err
+	}
+	r.Downtime, r.Copy, r.MemorySent, r.Iterations = job.Downtime, job.Elapsed, job.MemorySent, job.Iteration
+	return r, nil
+}
+
+// retry calls f until it works, ctx ends or settleGrace has passed.
+func (m *Migration) retry(ctx context.Context, f func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, settleGrace)
+	defer cancel()
+	pause := 100 * time.Millisecond
+	for {
+		err := f()
+		if err == nil || !transient(err) {
+			return err
+		}
+		if !wait(ctx, pause) {
+			return err
+		}
+		pause = min(2*pause, 2*time.Second)
+	}
+}
+
+// transient reports whether asking again may help.
+func transient(err error) bool {
+	return errors.Is(err, maint.ErrPeerDown) || errors.Is(err, maint.ErrHypervisorDown)
+}
+
+// wait waits for d and reports whether ctx is still alive.
+func wait(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
