@@ -211,7 +211,7 @@ func (m *Migration) Verify(ctx context.Context, s Scratch) error {
 	if _, err := s.Load(PhasePreflight, &b); err != nil {
 		return err
 	}
-	settle := maint.Settlement{GuestUUID: m.UUID, Persistent: b.Persistent, Autostart: b.Autostart, XML: b.XML}
+	settle := maint.Settlement{Op: m.Op, GuestUUID: m.UUID, Persistent: b.Persistent, Autostart: b.Autostart, XML: b.XML}
 	if err := m.retry(ctx, func() error { return m.Destination.Settle(ctx, settle) }); err != nil {
 		return maint.Problemf(maint.CodeUnverified, "guest "+m.Guest,
 			fmt.Sprintf("on %s: virsh dominfo %s; then set persistence and autostart as wanted (were: persistent %t, autostart %t)", m.To, m.Guest, b.Persistent, b.Autostart),

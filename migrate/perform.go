@@ -45,11 +45,11 @@ var ErrUnsettled = errors.New("the guest's place is not settled")
 // When ctx ends the copy is cancelled, unless the agent itself is going down
 // (see Detach); then it is left running for the next Perform.
 func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
-	stopRenewing, err := m.renew(detach, s)
-	if err != nil {
+	var b before
+	if _, err := s.Load(PhasePreflight, &b); err != nil {
 		return err
 	}
-	defer stopRenewing()
+	defer m.renew(detach, b.Arrival)()
 	begun := false
 	for {
 		now, err := m.settle(detach)
@@ -91,6 +91,10 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 			return maint.Problemf(maint.CodeFailed, "guest "+m.Guest, "see the libvirt and QEMU logs of both hosts, then try again",
 				"%d copies to %s were begun and none succeeded; the guest runs on %s as before", a.Number, m.To, m.From)
 		}
+		// Once more before the effect: the peer answers, and still has room.
+		if err := m.Destination.Reserve(ctx, b.Arrival); err != nil {
+			return err
+		}
 		a.Number++
 		if err := s.Save(a); err != nil {
 			return err
@@ -113,20 +117,16 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 // renew keeps the peer's reservation alive until the function it returns is
 // called. A failure is the destination's affair: at worst the room goes to
 // somebody else, and libvirt there refuses the guest.
-func (m *Migration) renew(ctx context.Context, s Scratch) (stop func(), err error) {
-	var b before
-	if _, err := s.Load(PhasePreflight, &b); err != nil {
-		return nil, err
-	}
+func (m *Migration) renew(ctx context.Context, a maint.Arrival) (stop func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	go func() {
 		for wait(ctx, renewEvery) {
-			if err := m.Destination.Reserve(ctx, b.Arrival); err != nil && ctx.Err() == nil {
+			if err := m.Destination.Reserve(ctx, a); err != nil && ctx.Err() == nil {
 				m.Log.Warn("cannot renew the reservation", "peer", m.To, "err", err)
 			}
 		}
 	}()
-	return cancel, nil
+	return cancel
 }
 
 // Cancel makes sure that no copy is running and that the guest is where it

@@ -218,6 +218,15 @@ func (j *Journal) Reservations(now time.Time) []maint.Reservation {
 	return all
 }
 
+// Reservation returns the room kept for operation id, also when it has lapsed
+// but was not given up.
+func (j *Journal) Reservation(id maint.OpID) (maint.Reservation, bool) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	r, ok := j.reserved[id]
+	return r, ok
+}
+
 // Records returns the records of an operation, oldest first; of all when id
 // is "".
 func (j *Journal) Records(id maint.OpID) ([]maint.Record, error) {

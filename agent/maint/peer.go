@@ -30,6 +30,29 @@ type Arrival struct {
 	HostUUID string `json:"host_uuid"`
 }
 
+// maxGuestMemory is more than any guest has, bytes; it keeps sums in range.
+const maxGuestMemory = 1 << 50
+
+// Validate refuses an Arrival that cannot be meant.
+func (a Arrival) Validate() error {
+	bad := func(field, format string, args ...any) error {
+		return Problemf(CodeBadRequest, "arrival: "+field, "", format, args...)
+	}
+	switch {
+	case a.Op == "" || len(a.Op) > 128:
+		return bad("op", "%q is not an operation ID", a.Op)
+	case len(a.GuestUUID) != 36:
+		return bad("guest_uuid", "%q is not a UUID", a.GuestUUID)
+	case a.Guest == "":
+		return bad("guest", "is empty")
+	case a.MemoryBytes == 0 || a.MemoryBytes > maxGuestMemory:
+		return bad("memory_bytes", "%d is out of range", a.MemoryBytes)
+	case a.DomainType == "":
+		return bad("domain_type", "is empty")
+	}
+	return nil
+}
+
 // View is what one host knows of one guest at this moment.
 type View struct {
 	Host  string `json:"host"`
@@ -43,6 +66,7 @@ func (v View) Running() bool {
 
 // Settlement is how the destination is to keep a guest that has arrived.
 type Settlement struct {
+	Op        OpID   `json:"op"` // the operation that reserved room here
 	GuestUUID string `json:"guest_uuid"`
 	Autostart bool   `json:"autostart"`
 	// Persistent asks for a definition; XML is the one the guest had on the

@@ -1,0 +1,259 @@
+package agent
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"log/slog"
+	"sync"
+	"time"
+
+	"belay/agent/api"
+	"belay/agent/config"
+	"belay/agent/journal"
+	"belay/agent/maint"
+	"belay/agent/run"
+	"belay/hypervisor"
+	"belay/migrate"
+)
+
+// Hypervisor is this host's libvirt. The fake in hypervisortest has the same
+// methods.
+type Hypervisor interface {
+	migrate.Looker
+	migrate.Engine
+	migrate.CPUComparer
+	Inspector
+	Definer
+	Follower
+}
+
+// Inspector reads the host and what its guests are made of.
+type Inspector interface {
+	Info(ctx context.Context) (maint.Host, error)
+	Guests(ctx context.Context) ([]maint.Guest, error)
+	GuestXML(ctx context.Context, uuid string) (hypervisor.GuestXML, error)
+}
+
+// Definer keeps definitions. None of its calls touches a running guest.
+type Definer interface {
+	Define(ctx context.Context, xml string) error
+	UndefineInactive(ctx context.Context, uuid string) error
+	SetAutostart(ctx context.Context, uuid string, on bool) error
+}
+
+// Follower follows jobs and events.
+type Follower interface {
+	Job(ctx context.Context, uuid string) (maint.Job, error)
+	CompletedJob(ctx context.Context, uuid string) (maint.Job, error)
+	Subscribe() (events <-chan maint.Event, cancel func())
+}
+
+// Journal is what the agent needs of its journal; see package journal.
+type Journal interface {
+	run.Log
+	Ops() []maint.Op
+	Reservations(now time.Time) []maint.Reservation
+	Reservation(id maint.OpID) (maint.Reservation, bool)
+	Records(id maint.OpID) ([]maint.Record, error)
+	Changed() <-chan struct{}
+	Health() error
+	Prune(before time.Time) (int, error)
+}
+
+var _ Journal = (*journal.Journal)(nil)
+
+// Agent is one host's agent.
+type Agent struct {
+	cfg     config.Config
+	version string
+	log     *slog.Logger
+	hyp     Hypervisor
+	journal Journal
+	peers   map[string]*peer
+	since   time.Time
+	metrics *metrics
+	view    *inventory
+
+	requests chan func()
+	life     context.Context
+	endLife  context.CancelFunc
+	workers  sync.WaitGroup // the operations' goroutines
+
+	// arrivals serialises admission of arriving guests, so that two cannot
+	// be promised the same room.
+	arrivals sync.Mutex
+
+	// live is owned by the loop.
+	live map[maint.OpID]*liveOp
+	// progress has the statistics of running copies, for readers.
+	progress sync.Map // maint.OpID -> maint.Job
+}
+
+// liveOp is an operation that a goroutine is running.
+type liveOp struct {
+	guest string // UUID
+	abort context.CancelCauseFunc
+}
+
+// New puts an agent together; Run makes it live. tlsConfig is for speaking
+// to peers, nil when there are none.
+func New(cfg config.Config, version string, hyp Hypervisor, j Journal, tlsConfig *tls.Config, log *slog.Logger) *Agent {
+	a := &Agent{cfg: cfg, version: version, log: log, hyp: hyp, journal: j,
+		since: time.Now(), requests: make(chan func()),
+		peers: make(map[string]*peer), live: make(map[maint.OpID]*liveOp)}
+	a.life, a.endLife = context.WithCancel(context.Background())
+	a.view = newInventory(hyp, log)
+	a.metrics = newMetrics(a)
+	for name, p := range cfg.Peers {
+		c := tlsConfig.Clone()
+		c.ServerName = p.CertName
+		a.peers[name] = newPeer(name, p, api.NewTLS(name, p.Address, c))
+	}
+	return a
+}
+
+// Run makes the agent live until ctx ends. Operations that run then are left
+// in the journal, to be taken up again by the next Run; their copies go on.
+func (a *Agent) Run(ctx context.Context) error {
+	var helpers sync.WaitGroup
+	helpers.Go(func() { a.view.follow(a.life) })
+	for _, p := range a.peers {
+		helpers.Go(func() { p.greet(a.life, a.log) })
+	}
+	helpers.Go(func() { a.pruneDaily(a.life) })
+
+	a.resume()
+	for ctx.Err() == nil {
+		select {
+		case f := <-a.requests:
+			f()
+		case <-ctx.Done():
+		}
+	}
+	a.endLife()
+	a.drainRequests(func() { a.workers.Wait() })
+	helpers.Wait()
+	return nil
+}
+
+// drainRequests goes on answering the loop's requests while f waits for those
+// who make them.
+func (a *Agent) drainRequests(f func()) {
+	done := make(chan struct{})
+	go func() { f(); close(done) }()
+	for {
+		select {
+		case r := <-a.requests:
+			r()
+		case <-done:
+			return
+		}
+	}
+}
+
+// inLoop runs f in the loop, which owns the operations, and waits for it.
+func (a *Agent) inLoop(ctx context.Context, f func()) error {
+	done := make(chan struct{})
+	select {
+	case a.requests <- func() { f(); close(done) }:
+		<-done
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-a.life.Done():
+		return maint.Problemf(maint.CodeShuttingDown, "belayd on "+a.cfg.Host, "try again in a moment", "is shutting down")
+	}
+}
+
+// Alive returns nil when the loop answers within ctx: what the systemd
+// watchdog is fed on.
+func (a *Agent) Alive(ctx context.Context) error { return a.inLoop(ctx, func() {}) }
+
+// resume takes up every operation that the journal has open.
+func (a *Agent) resume() {
+	for _, op := range a.journal.Ops() {
+		if op.State == maint.OpEnded {
+			continue
+		}
+		a.log.Info("taking up an operation again", "op", op.ID, "guest", op.Guest, "step", op.Step)
+		if err := a.journal.Append(maint.Record{Op: op.ID, Kind: maint.RecResumed}); err != nil {
+			a.log.Error("cannot journal that an operation is resumed", "op", op.ID, "err", err)
+		}
+		a.start(op)
+	}
+}
+
+// resumeGrace is the least time a resumed operation gets, however long the
+// agent was away.
+const resumeGrace = 2 * time.Minute
+
+// start runs an admitted operation in a goroutine of its own. It is called in
+// the loop.
+func (a *Agent) start(op maint.Op) {
+	aborted, abort := context.WithCancelCause(a.life)
+	deadline := op.Deadline
+	if least := time.Now().Add(resumeGrace); op.Resumed > 0 && deadline.Before(least) {
+		deadline = least
+	}
+	ctx, cancel := context.WithDeadline(aborted, deadline)
+	a.live[op.ID] = &liveOp{guest: op.GuestUUID, abort: abort}
+	if op.AbortBy != "" {
+		abort(run.ErrAborted)
+	}
+	a.workers.Go(func() {
+		defer cancel()
+		defer abort(nil)
+		a.runToEnd(ctx, op)
+		a.progress.Delete(op.ID)
+		// The loop answers as long as workers run.
+		done := make(chan struct{})
+		a.requests <- func() { delete(a.live, op.ID); close(done) }
+		<-done
+	})
+}
+
+// journalRetry is how long an operation waits when the journal cannot be
+// written.
+const journalRetry = 2 * time.Second
+
+// runToEnd runs op until it has ended or the agent's life has.
+func (a *Agent) runToEnd(ctx context.Context, op maint.Op) {
+	for {
+		outcome, err := run.Run(a.life, ctx, a.journal, op.ID, a.migrateSteps(op), a.log)
+		switch {
+		case err == nil:
+			a.metrics.ended(op, outcome)
+			return
+		case a.life.Err() != nil:
+			a.log.Info("operation left open for the next start", "op", op.ID)
+			return
+		case !errors.Is(err, run.ErrLeftOpen):
+			a.log.Error("operation cannot go on", "op", op.ID, "err", err)
+			return
+		}
+		a.log.Error("the journal cannot be written, the operation waits", "op", op.ID, "err", err)
+		select {
+		case <-time.After(journalRetry):
+		case <-a.life.Done():
+		}
+	}
+}
+
+func (a *Agent) pruneDaily(ctx context.Context) {
+	t := time.NewTicker(24 * time.Hour)
+	defer t.Stop()
+	for {
+		n, err := a.journal.Prune(time.Now().Add(-time.Duration(a.cfg.Journal.Keep)))
+		if err != nil {
+			a.log.Warn("cannot prune the journal", "err", err)
+		} else if n > 0 {
+			a.log.Info("journal pruned", "records", n)
+		}
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}

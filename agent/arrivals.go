@@ -1,0 +1,172 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"time"
+
+	"belay/agent/api"
+	"belay/agent/maint"
+	"belay/migrate"
+)
+
+// reservationLife is how long room is kept for a guest whose source is not
+// heard of any more. The source renews it every twenty seconds.
+const reservationLife = 90 * time.Second
+
+// Greeting introduces this host to a peer.
+func (a *Agent) Greeting(context.Context) (api.Greeting, error) {
+	return api.Greeting{Host: a.view.last.Load().host, Version: a.version, Now: time.Now()}, nil
+}
+
+// Check lists why a guest cannot come here.
+func (a *Agent) Check(ctx context.Context, from string, r maint.Arrival) ([]maint.Problem, error) {
+	if err := r.Validate(); err != nil {
+		return nil, err
+	}
+	host, err := a.hyp.Info(ctx)
+	if err != nil {
+		return nil, a.downProblem(err)
+	}
+	guests, err := a.hyp.Guests(ctx)
+	if err != nil {
+		return nil, a.downProblem(err)
+	}
+	host.Name = a.cfg.Host
+	room := migrate.Room{Host: host, Guests: guests,
+		Reservations: a.journal.Reservations(time.Now()),
+		MemoryLimit:  uint64(a.cfg.Limits.GuestMemory), MemoryReserve: uint64(a.cfg.Limits.MemoryReserve)}
+	ps := migrate.CheckArrival(ctx, r, room, a.hyp)
+	for _, op := range a.journal.Ops() {
+		if op.State != maint.OpEnded && op.GuestUUID == r.GuestUUID {
+			ps = append(ps, *maint.Problemf(maint.CodeBusy, "host "+a.cfg.Host, "wait for it to end",
+				"operation %s is still at work on guest %s here", op.ID, op.Guest))
+		}
+	}
+	return ps, nil
+}
+
+func (a *Agent) downProblem(err error) error {
+	if errors.Is(err, maint.ErrHypervisorDown) {
+		return maint.Problemf(maint.CodeHypervisorDown, "host "+a.cfg.Host,
+			"see that libvirtd or virtqemud runs there (systemctl status libvirtd virtqemud)", "%v", err)
+	}
+	return err
+}
+
+// Reserve keeps room for a guest on its way here, or keeps it longer.
+func (a *Agent) Reserve(ctx context.Context, from string, r maint.Arrival) error {
+	if err := r.Validate(); err != nil {
+		return err
+	}
+	a.arrivals.Lock()
+	defer a.arrivals.Unlock()
+	now := time.Now()
+	held, others := false, 0
+	for _, res := range a.journal.Reservations(now) {
+		if res.Op == r.Op {
+			held = true
+			if res.From != from || res.GuestUUID != r.GuestUUID {
+				return maint.Problemf(maint.CodeForbidden, "reservation "+string(r.Op), "", "is for guest %s from %s", res.Guest, res.From)
+			}
+		} else {
+			others++
+		}
+	}
+	if !held {
+		what := fmt.Sprintf("cannot take guest %s from %s", r.Guest, from)
+		if others >= a.cfg.Limits.MigrationsIn {
+			return refuse(what, maint.Problemf(maint.CodeHostBusy, "host "+a.cfg.Host, "wait for one to end, or raise limits.migrations_in there",
+				"already takes %d guests in, as many as limits.migrations_in allows", others))
+		}
+		problems, err := a.Check(ctx, from, r)
+		if err != nil {
+			return err
+		}
+		if err := maint.Refuse(what, problems); err != nil {
+			return err
+		}
+	}
+	data, err := json.Marshal(maint.Reservation{Op: r.Op, From: from, GuestUUID: r.GuestUUID, Guest: r.Guest,
+		MemoryBytes: r.MemoryBytes, Expires: now.Add(reservationLife)})
+	if err != nil {
+		return err
+	}
+	return a.appendReservation(maint.Record{Op: r.Op, Kind: maint.RecReserved, By: from, Data: data})
+}
+
+// Release gives up a reservation. One that is not held is no failure.
+func (a *Agent) Release(_ context.Context, from string, id maint.OpID) error {
+	a.arrivals.Lock()
+	defer a.arrivals.Unlock()
+	for _, res := range a.journal.Reservations(time.Now()) {
+		if res.Op != id {
+			continue
+		}
+		if res.From != from {
+			return maint.Problemf(maint.CodeForbidden, "reservation "+string(id), "", "is of %s", res.From)
+		}
+		return a.appendReservation(maint.Record{Op: id, Kind: maint.RecReleased, By: from})
+	}
+	return nil
+}
+
+func (a *Agent) appendReservation(r maint.Record) error {
+	if err := a.journal.Append(r); err != nil {
+		return maint.Problemf(maint.CodeJournal, "host "+a.cfg.Host,
+			fmt.Sprintf("make room in, and writable, the state folder %s there", a.cfg.StateDir), "%v", err)
+	}
+	return nil
+}
+
+// View tells what this host has of a guest now.
+func (a *Agent) View(ctx context.Context, uuid string) (maint.View, error) {
+	v := maint.View{Host: a.cfg.Host}
+	g, err := a.hyp.Guest(ctx, uuid)
+	switch {
+	case errors.Is(err, maint.ErrNoGuest):
+		return v, nil
+	case err != nil:
+		return v, a.downProblem(err)
+	}
+	v.Guest = &g
+	return v, nil
+}
+
+// Settle keeps an arrived guest as its source kept it. It is for the peer that
+// reserved room for this guest, and for nothing but that guest.
+func (a *Agent) Settle(ctx context.Context, from string, s maint.Settlement) error {
+	if res, ok := a.journal.Reservation(s.Op); !ok || res.From != from || res.GuestUUID != s.GuestUUID {
+		return maint.Problemf(maint.CodeForbidden, "guest "+s.GuestUUID, "", "%s holds no reservation %s for it here", from, s.Op)
+	}
+	g, err := a.hyp.Guest(ctx, s.GuestUUID)
+	if err != nil {
+		return a.downProblem(err)
+	}
+	if s.Persistent && !g.Persistent && s.XML != "" {
+		var definition struct {
+			UUID string `xml:"uuid"`
+		}
+		if err := xml.Unmarshal([]byte(s.XML), &definition); err != nil || definition.UUID != s.GuestUUID {
+			return maint.Problemf(maint.CodeBadRequest, "guest "+g.Name, "", "the definition sent along is not its own")
+		}
+		a.log.Warn("an arrived guest has no definition, defining it", "guest", g.Name, "from", from)
+		if err := a.hyp.Define(ctx, s.XML); err != nil {
+			return err
+		}
+		g.Persistent = true
+	}
+	if g.Persistent && g.Autostart != s.Autostart {
+		return a.hyp.SetAutostart(ctx, s.GuestUUID, s.Autostart)
+	}
+	return nil
+}
+
+// CompletedJob returns the statistics of a guest's arrival.
+func (a *Agent) CompletedJob(ctx context.Context, uuid string) (maint.Job, error) {
+	j, err := a.hyp.CompletedJob(ctx, uuid)
+	return j, a.downProblem(err)
+}

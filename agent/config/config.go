@@ -1,0 +1,232 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// DefaultFile is read when no other file is named; it may be absent.
+const DefaultFile = "/etc/belay/belayd.toml"
+
+// Config is belayd's configuration.
+type Config struct {
+	// Host is this host's name among its peers; default: the hostname.
+	Host string `toml:"host"`
+	// StateDir holds the journal.
+	StateDir string `toml:"state_dir"`
+
+	API       API             `toml:"api"`
+	TLS       TLS             `toml:"tls"`
+	Access    Access          `toml:"access"`
+	Libvirt   Libvirt         `toml:"libvirt"`
+	Limits    Limits          `toml:"limits"`
+	Migration Migration       `toml:"migration"`
+	Journal   Journal         `toml:"journal"`
+	Peers     map[string]Peer `toml:"peers"`
+}
+
+// API says where belayd listens.
+type API struct {
+	Socket  string `toml:"socket"`  // unix socket for the operators of this host
+	Listen  string `toml:"listen"`  // host:port for peers, mutual TLS; "" for none
+	Metrics string `toml:"metrics"` // host:port for Prometheus, plain HTTP; "" for none
+}
+
+// TLS names PEM files.
+type TLS struct {
+	CA   string `toml:"ca"`
+	Cert string `toml:"cert"`
+	Key  string `toml:"key"`
+}
+
+// Access says who may do what. See api.Access.
+type Access struct {
+	Operators     []string `toml:"operators"`
+	Viewers       []string `toml:"viewers"`
+	OperatorCerts []string `toml:"operator_certs"`
+	ViewerCerts   []string `toml:"viewer_certs"`
+}
+
+// Libvirt says how to reach this host's libvirt.
+type Libvirt struct {
+	Socket string `toml:"socket"` // "" finds virtqemud's or libvirtd's
+	URI    string `toml:"uri"`
+}
+
+// Limits bound what this host takes on.
+type Limits struct {
+	GuestMemory   Size `toml:"guest_memory"`   // for all guests together; 0 for no limit
+	MemoryReserve Size `toml:"memory_reserve"` // kept free for the host itself
+	MigrationsOut int  `toml:"migrations_out"` // at once
+	MigrationsIn  int  `toml:"migrations_in"`  // at once
+}
+
+// Migration has the defaults for migrations.
+type Migration struct {
+	Timeout       Duration `toml:"timeout"`
+	BandwidthMiBs uint64   `toml:"bandwidth_mib_s"` // MiB/s; 0 for no limit
+	TLS           bool     `toml:"tls"`             // encrypt guest memory on the wire
+}
+
+// Journal says how long history is kept.
+type Journal struct {
+	Keep Duration `toml:"keep"`
+}
+
+// Peer is another host that guests may go to.
+type Peer struct {
+	Address    string `toml:"address"`     // host:port of its belayd
+	CertName   string `toml:"cert_name"`   // in its certificate; default: the peer's name
+	LibvirtURI string `toml:"libvirt_uri"` // as this host's libvirtd reaches it
+	MigrateURI string `toml:"migrate_uri"` // where memory goes; "" lets libvirt choose
+}
+
+func defaults() Config {
+	host, err := os.Hostname()
+	if err != nil {
+		host = "localhost"
+	}
+	return Config{
+		Host: host, StateDir: "/var/lib/belay",
+		API:       API{Socket: "/run/belay/belayd.sock"},
+		Access:    Access{Operators: []string{"@libvirt"}, Viewers: []string{"*"}},
+		Libvirt:   Libvirt{URI: "qemu:///system"},
+		Limits:    Limits{MemoryReserve: 512 << 20, MigrationsOut: 4, MigrationsIn: 4},
+		Migration: Migration{Timeout: Duration(30 * time.Minute)},
+		Journal:   Journal{Keep: Duration(90 * 24 * time.Hour)},
+	}
+}
+
+// Load reads file and its drop-ins: *.toml in the folder beside it that has
+// its name with ".d" for ".toml", in order of name, later ones winning. The
+// default file also has drop-ins in /usr/lib/belay/belayd.d (before it) and
+// /run/belay/belayd.d (after it), and may itself be absent.
+func Load(file string) (Config, error) {
+	c := defaults()
+	files := []string{file}
+	dropIns := func(dir string) ([]string, error) {
+		names, err := filepath.Glob(filepath.Join(dir, "*.toml"))
+		slices.Sort(names)
+		return names, err
+	}
+	own, err := dropIns(strings.TrimSuffix(file, ".toml") + ".d")
+	if err != nil {
+		return c, fmt.Errorf("cannot list the drop-ins of %s: %w", file, err)
+	}
+	files = append(files, own...)
+	if file == DefaultFile {
+		vendor, _ := dropIns("/usr/lib/belay/belayd.d") // a constant pattern cannot be bad
+		volatile, _ := dropIns("/run/belay/belayd.d")
+		files = slices.Concat(vendor, files, volatile)
+	}
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		if f == DefaultFile && errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return c, fmt.Errorf("cannot read the configuration: %w", err)
+		}
+		if err := decode(f, b, &c); err != nil {
+			return c, err
+		}
+	}
+	return c, c.check()
+}
+
+// decode reads one file over what c has.
+func decode(file string, b []byte, c *Config) error {
+	d := toml.NewDecoder(strings.NewReader(string(b))).DisallowUnknownFields()
+	err := d.Decode(c)
+	var missing *toml.StrictMissingError
+	var bad *toml.DecodeError
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &missing) && len(missing.Errors) > 0:
+		var errs []error
+		for _, e := range missing.Errors {
+			row, _ := e.Position()
+			errs = append(errs, fmt.Errorf("%s:%d: there is no setting %q%s", file, row, strings.Join(e.Key(), "."), suggest(e.Key())))
+		}
+		return errors.Join(errs...)
+	case errors.As(err, &bad):
+		row, col := bad.Position()
+		key := ""
+		if k := strings.Join(bad.Key(), "."); k != "" {
+			key = " in setting " + strconv.Quote(k)
+		}
+		return fmt.Errorf("%s:%d:%d: %s%s", file, row, col, strings.TrimPrefix(bad.Error(), "toml: "), key)
+	}
+	return fmt.Errorf("%s: %w", file, err)
+}
+
+// check refuses values that cannot work, all at once, and fills in what
+// follows from others.
+func (c *Config) check() error {
+	var errs []error
+	bad := func(key, format string, args ...any) {
+		errs = append(errs, fmt.Errorf("configuration: %s: %s", key, fmt.Sprintf(format, args...)))
+	}
+	if c.Host == "" {
+		bad("host", "is empty; leave it out to use the hostname")
+	}
+	for key, path := range map[string]string{"state_dir": c.StateDir, "api.socket": c.API.Socket} {
+		if !filepath.IsAbs(path) {
+			bad(key, "%q is not an absolute path", path)
+		}
+	}
+	for key, addr := range map[string]string{"api.listen": c.API.Listen, "api.metrics": c.API.Metrics} {
+		if addr == "" {
+			continue
+		}
+		if _, _, err := net.SplitHostPort(addr); err != nil {
+			bad(key, "%q is not host:port", addr)
+		}
+	}
+	if c.API.Listen != "" || len(c.Peers) > 0 {
+		for key, path := range map[string]string{"tls.ca": c.TLS.CA, "tls.cert": c.TLS.Cert, "tls.key": c.TLS.Key} {
+			if path == "" {
+				bad(key, "is needed as soon as api.listen or a peer is set")
+			}
+		}
+	}
+	if c.Limits.MigrationsOut < 1 || c.Limits.MigrationsOut > 8 {
+		bad("limits.migrations_out", "%d is not between 1 and 8", c.Limits.MigrationsOut)
+	}
+	if c.Limits.MigrationsIn < 1 || c.Limits.MigrationsIn > 8 {
+		bad("limits.migrations_in", "%d is not between 1 and 8", c.Limits.MigrationsIn)
+	}
+	if c.Migration.Timeout <= 0 {
+		bad("migration.timeout", "must be longer than 0")
+	}
+	for name, p := range c.Peers {
+		key := "peers." + name
+		if name == c.Host {
+			bad(key, "is this host's own name; take it out, or set host")
+		}
+		if _, _, err := net.SplitHostPort(p.Address); err != nil {
+			bad(key+".address", "%q is not host:port", p.Address)
+		}
+		if u, err := url.Parse(p.LibvirtURI); err != nil || !strings.HasPrefix(u.Scheme, "qemu+") || u.Host == "" {
+			bad(key+".libvirt_uri", "%q is not a libvirt URI of another host, such as qemu+tls://%s/system", p.LibvirtURI, name)
+		}
+		if p.CertName == "" {
+			p.CertName = name
+			c.Peers[name] = p
+		}
+	}
+	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
+	return errors.Join(errs...)
+}

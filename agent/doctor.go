@@ -1,0 +1,164 @@
+package agent
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"belay/agent/maint"
+)
+
+const (
+	certWarn  = 14 * 24 * time.Hour // warn this long before a certificate ends
+	clockWarn = 500 * time.Millisecond
+	roomWarn  = 64 << 20 // bytes free in the state folder
+	dialWait  = 3 * time.Second
+)
+
+// Doctor says what is missing for each rung on this host.
+func (a *Agent) Doctor(ctx context.Context) ([]maint.Check, error) {
+	var checks []maint.Check
+	add := func(rung, name string, r maint.CheckResult, remedy, format string, args ...any) {
+		checks = append(checks, maint.Check{Rung: rung, Name: name, Result: r, Text: fmt.Sprintf(format, args...), Remedy: remedy})
+	}
+	host, err := a.hyp.Info(ctx)
+	if err != nil {
+		add("host", "libvirt", maint.CheckFail, "systemctl status libvirtd virtqemud", "%v", err)
+	} else {
+		add("host", "libvirt", maint.CheckOK, "", "libvirt %s, QEMU %s, host UUID %s", host.LibvirtVersion, host.QEMUVersion, host.UUID)
+	}
+	checks = append(checks, a.checkState(), a.checkCert())
+	for _, rung := range []struct{ rung, name string }{{"A", "hot patch"}, {"B", "preserve"}, {"C", "self-service"}} {
+		add(rung.rung, rung.name, maint.CheckNA, "", "this belayd has no support for this rung")
+	}
+	if len(a.peers) == 0 {
+		add("D", "peers", maint.CheckFail, "add one to the configuration as [peers.NAME]", "no peer is configured, guests have nowhere to go")
+		return checks, nil
+	}
+	names := a.peerNames()
+	found := make([][]maint.Check, len(names))
+	var wg sync.WaitGroup
+	for i, name := range names {
+		wg.Go(func() { found[i] = a.peers[name].doctor(ctx, host) })
+	}
+	wg.Wait()
+	for _, f := range found {
+		checks = append(checks, f...)
+	}
+	return checks, nil
+}
+
+// checkState looks at the state folder.
+func (a *Agent) checkState() maint.Check {
+	c := maint.Check{Rung: "host", Name: "state folder", Result: maint.CheckOK}
+	var fs unix.Statfs_t
+	switch err := unix.Statfs(a.cfg.StateDir, &fs); {
+	case err != nil:
+		c.Result, c.Text, c.Remedy = maint.CheckFail, fmt.Sprintf("%s: %v", a.cfg.StateDir, err), "make the folder, writable for belayd"
+	case a.journal.Health() != nil:
+		c.Result, c.Text, c.Remedy = maint.CheckFail, a.journal.Health().Error(), "make room in "+a.cfg.StateDir
+	case fs.Bavail*uint64(fs.Bsize) < roomWarn:
+		c.Result, c.Text, c.Remedy = maint.CheckWarn, fmt.Sprintf("%s has %d MiB left", a.cfg.StateDir, fs.Bavail*uint64(fs.Bsize)>>20), "make room; no operation can begin when it is full"
+	default:
+		c.Text = fmt.Sprintf("%s is writable, %d MiB left", a.cfg.StateDir, fs.Bavail*uint64(fs.Bsize)>>20)
+	}
+	return c
+}
+
+// checkCert looks at this host's certificate.
+func (a *Agent) checkCert() maint.Check {
+	c := maint.Check{Rung: "host", Name: "certificate", Result: maint.CheckNA, Text: "none is configured, and none is needed without peers"}
+	if a.cfg.TLS.Cert == "" {
+		return c
+	}
+	c.Result, c.Remedy = maint.CheckFail, "put a certificate for this host, signed by the peers' CA, into "+a.cfg.TLS.Cert
+	b, err := os.ReadFile(a.cfg.TLS.Cert)
+	if err != nil {
+		c.Text = err.Error()
+		return c
+	}
+	block, _ := pem.Decode(b)
+	if block == nil {
+		c.Text = a.cfg.TLS.Cert + " has no PEM block"
+		return c
+	}
+	cert, err := x509.ParseCertificate(block.Bytes)
+	switch {
+	case err != nil:
+		c.Text = err.Error()
+	case time.Now().After(cert.NotAfter):
+		c.Text = fmt.Sprintf("expired on %s", cert.NotAfter.Format(time.DateOnly))
+	case time.Until(cert.NotAfter) < certWarn:
+		c.Result, c.Text = maint.CheckWarn, fmt.Sprintf("expires on %s", cert.NotAfter.Format(time.DateOnly))
+	default:
+		c.Result, c.Remedy, c.Text = maint.CheckOK, "", fmt.Sprintf("%s, valid until %s", cert.Subject.CommonName, cert.NotAfter.Format(time.DateOnly))
+	}
+	return c
+}
+
+// doctor checks the way to one peer.
+func (p *peer) doctor(ctx context.Context, here maint.Host) []maint.Check {
+	s := p.ask(ctx)
+	greeting := maint.Check{Rung: "D", Name: "peer " + p.name, Result: maint.CheckOK,
+		Text: fmt.Sprintf("belayd %s answers in %s", s.Version, s.Latency.Round(100*time.Microsecond))}
+	switch {
+	case !s.OK:
+		greeting.Result, greeting.Text = maint.CheckFail, s.Error
+		greeting.Remedy = "see that belayd runs there and that both hosts' certificates are of the same CA"
+	case here.UUID != "" && s.HostUUID == here.UUID:
+		greeting.Result, greeting.Text = maint.CheckFail, "it has the same libvirt host UUID as this host, libvirt refuses to migrate"
+		greeting.Remedy = "set host_uuid in /etc/libvirt/libvirtd.conf on one of the two"
+	case s.ClockOffset.Abs() > clockWarn+s.Latency/2:
+		greeting.Result, greeting.Text = maint.CheckWarn, fmt.Sprintf("its clock is off by %s", s.ClockOffset.Round(time.Millisecond))
+		greeting.Remedy = "run a time service (chrony) on both hosts"
+	}
+	return []maint.Check{greeting, p.checkLibvirt(ctx)}
+}
+
+// defaultPort is libvirtd's for a transport, "" where a dial says nothing; see
+// libvirt's documentation of remote URIs.
+func defaultPort(scheme string) string {
+	switch scheme {
+	case "qemu+tls":
+		return "16514"
+	case "qemu+tcp":
+		return "16509"
+	case "qemu+ssh":
+		return "22"
+	}
+	return ""
+}
+
+// checkLibvirt sees whether the peer's libvirt listens where this host's
+// libvirtd will look for it.
+func (p *peer) checkLibvirt(ctx context.Context) maint.Check {
+	c := maint.Check{Rung: "D", Name: "peer " + p.name + " libvirt", Result: maint.CheckOK}
+	u, err := url.Parse(p.cfg.LibvirtURI)
+	if err != nil || defaultPort(u.Scheme) == "" {
+		c.Result, c.Text = maint.CheckNA, "cannot be checked for "+p.cfg.LibvirtURI
+		return c
+	}
+	port := u.Port()
+	if port == "" {
+		port = defaultPort(u.Scheme)
+	}
+	ctx, cancel := context.WithTimeout(ctx, dialWait)
+	defer cancel()
+	conn, err := new(net.Dialer).DialContext(ctx, "tcp", net.JoinHostPort(u.Hostname(), port))
+	if err != nil {
+		c.Result, c.Text = maint.CheckFail, fmt.Sprintf("%s: %v", p.cfg.LibvirtURI, err)
+		c.Remedy = "enable libvirt's remote socket there (systemctl enable --now libvirtd-tls.socket) and open the port"
+		return c
+	}
+	conn.Close()
+	c.Text = p.cfg.LibvirtURI + " accepts connections"
+	return c
+}

@@ -1,0 +1,105 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"belay/agent/api"
+	"belay/agent/config"
+	"belay/agent/maint"
+	"belay/migrate"
+)
+
+const (
+	greetEvery   = 30 * time.Second
+	greetTimeout = 5 * time.Second
+)
+
+// peer is another host.
+type peer struct {
+	name   string
+	cfg    config.Peer
+	to     migrate.Destination
+	client *api.Client
+	last   atomic.Pointer[maint.PeerStatus]
+}
+
+func newPeer(name string, cfg config.Peer, c *api.Client) *peer {
+	p := &peer{name: name, cfg: cfg, to: c, client: c}
+	p.last.Store(&maint.PeerStatus{Name: name, Address: cfg.Address, Error: "not asked yet"})
+	return p
+}
+
+// greet keeps the peer's status fresh until ctx ends.
+func (p *peer) greet(ctx context.Context, log *slog.Logger) {
+	t := time.NewTicker(greetEvery)
+	defer t.Stop()
+	defer p.client.Close()
+	for {
+		was := p.last.Load()
+		if now := p.ask(ctx); ctx.Err() == nil && (now.OK != was.OK || was.Checked.IsZero()) {
+			if now.OK {
+				log.Info("peer answers", "peer", p.name, "version", now.Version)
+			} else {
+				log.Warn("peer does not answer", "peer", p.name, "err", now.Error)
+			}
+		}
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// ask greets the peer once and keeps what it says.
+func (p *peer) ask(ctx context.Context) maint.PeerStatus {
+	ctx, cancel := context.WithTimeout(ctx, greetTimeout)
+	defer cancel()
+	s := maint.PeerStatus{Name: p.name, Address: p.cfg.Address}
+	begun := time.Now()
+	g, err := p.client.Greeting(ctx)
+	s.Checked, s.Latency = time.Now(), time.Since(begun)
+	if err != nil {
+		s.Error = err.Error()
+	} else {
+		s.OK, s.HostUUID, s.Version = true, g.Host.UUID, g.Version
+		// The peer read its clock half a round trip ago, give or take that.
+		s.ClockOffset = g.Now.Sub(begun.Add(s.Latency / 2))
+	}
+	p.last.Store(&s)
+	return s
+}
+
+func (a *Agent) peerNames() []string { return slices.Sorted(maps.Keys(a.peers)) }
+
+// source gives package migrate this host's hypervisor in its own terms.
+type source struct{ Hypervisor }
+
+// Describe implements migrate.Describer.
+func (s source) Describe(ctx context.Context, uuid string) (migrate.Description, error) {
+	x, err := s.GuestXML(ctx, uuid)
+	return migrate.Description{CPUXML: x.CPU, Inactive: x.Inactive}, err
+}
+
+// lostPeer stands for a peer that was taken out of the configuration while an
+// operation with it was open: it can be asked nothing.
+type lostPeer struct{ why *maint.Problem }
+
+func (l lostPeer) err() error { return fmt.Errorf("%w: %w", maint.ErrPeerDown, l.why) }
+
+func (l lostPeer) Check(context.Context, maint.Arrival) ([]maint.Problem, error) {
+	return nil, l.err()
+}
+func (l lostPeer) Reserve(context.Context, maint.Arrival) error     { return l.err() }
+func (l lostPeer) Release(context.Context, maint.OpID) error        { return l.err() }
+func (l lostPeer) View(context.Context, string) (maint.View, error) { return maint.View{}, l.err() }
+func (l lostPeer) Settle(context.Context, maint.Settlement) error   { return l.err() }
+func (l lostPeer) CompletedJob(context.Context, string) (maint.Job, error) {
+	return maint.Job{}, l.err()
+}

@@ -1,0 +1,156 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/cobra/doc"
+
+	"belay/agent/maint"
+)
+
+func (a *app) statusCmd() *cobra.Command {
+	return &cobra.Command{
+		Use: "status", Short: "Show this host, what is going on and what is wrong", Args: noArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			s, err := a.client().Status(c.Context())
+			if err != nil {
+				return err
+			}
+			return a.print(s, func(w io.Writer) { printStatus(w, s) })
+		},
+	}
+}
+
+func printStatus(w io.Writer, s maint.Status) {
+	row(w, "host", fmt.Sprintf("%s (libvirt %s, QEMU %s)", s.Host.Name, dash(s.Host.LibvirtVersion), dash(s.Host.QEMUVersion)))
+	row(w, "memory", fmt.Sprintf("%s, %s free", bytes(s.Host.MemoryBytes), bytes(s.Host.FreeMemoryBytes)))
+	row(w, "belayd", fmt.Sprintf("%s, up %s", s.Version, span(s.Now.Sub(s.Since))))
+	var guests []string
+	for _, state := range slices.Sorted(maps.Keys(s.Guests)) {
+		guests = append(guests, fmt.Sprintf("%d %s", s.Guests[state], state))
+	}
+	row(w, "guests", dash(strings.Join(guests, ", ")))
+	for _, p := range s.Peers {
+		state := "answers in " + span(p.Latency)
+		if !p.OK {
+			state = p.Error
+		}
+		row(w, "peer", fmt.Sprintf("%s (%s): %s", p.Name, p.Address, state))
+	}
+	for _, op := range s.Operations {
+		row(w, "operation", fmt.Sprintf("%s: %s", op.ID, describe(op)))
+	}
+	for _, r := range s.Reservations {
+		row(w, "expected", fmt.Sprintf("%s from %s, %s", r.Guest, r.From, bytes(r.MemoryBytes)))
+	}
+	if len(s.Conditions) == 0 {
+		row(w, "health", "good")
+	}
+	for _, c := range s.Conditions {
+		row(w, "PROBLEM", c.Text)
+		if c.Remedy != "" {
+			row(w, "", "→ "+c.Remedy)
+		}
+	}
+}
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+func (a *app) guestsCmd() *cobra.Command {
+	return &cobra.Command{
+		Use: "guests", Short: "List the guests of this host", Args: noArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			inv, err := a.client().Inventory(c.Context())
+			if err != nil {
+				return err
+			}
+			if inv.Stale != "" {
+				fmt.Fprintf(a.err, "belay: libvirt does not answer (%s); this is as of %s\n", inv.Stale, clock(inv.AsOf))
+			}
+			return a.print(inv, func(w io.Writer) {
+				row(w, "NAME", "STATE", "MEMORY", "VCPUS", "AGENT", "DEFINED", "AUTOSTART", "JOB")
+				for _, g := range inv.Guests {
+					row(w, g.Name, fmt.Sprintf("%s (%s)", g.State, dash(g.Reason)), bytes(g.MemoryBytes), g.VCPUs, g.Agent, yes(g.Persistent), yes(g.Autostart), dash(g.Job))
+				}
+			})
+		},
+	}
+}
+
+func yes(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "no"
+}
+
+func (a *app) doctorCmd() *cobra.Command {
+	return &cobra.Command{
+		Use: "doctor", Short: "Say what is missing for each rung on this host", Args: noArgs,
+		Long: "Say what is missing for each rung on this host. Exits with 1 when a check fails.",
+		RunE: func(c *cobra.Command, _ []string) error {
+			checks, err := a.client().Doctor(c.Context())
+			if err != nil {
+				return err
+			}
+			err = a.print(checks, func(w io.Writer) {
+				row(w, "RUNG", "CHECK", "RESULT", "FOUND")
+				for _, k := range checks {
+					row(w, k.Rung, k.Name, k.Result, k.Text)
+					if k.Remedy != "" {
+						row(w, "", "", "", "→ "+k.Remedy)
+					}
+				}
+			})
+			if err == nil && slices.ContainsFunc(checks, func(k maint.Check) bool { return k.Result == maint.CheckFail }) {
+				return &ended{exitFailed}
+			}
+			return err
+		},
+	}
+}
+
+func (a *app) versionCmd() *cobra.Command {
+	return &cobra.Command{
+		Use: "version", Short: "Print the version of belay and of the belayd it speaks to", Args: noArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			v := struct {
+				Belay  string `json:"belay"`
+				Belayd string `json:"belayd"`
+			}{Belay: version}
+			s, err := a.client().Status(c.Context())
+			v.Belayd = s.Version
+			if err != nil {
+				v.Belayd = "not reachable"
+			}
+			return a.print(v, func(w io.Writer) {
+				row(w, "belay", v.Belay)
+				row(w, "belayd", v.Belayd)
+			})
+		},
+	}
+}
+
+func (a *app) manCmd() *cobra.Command {
+	return &cobra.Command{
+		Use: "man FOLDER", Short: "Write the man pages into a folder", Args: exactly("a FOLDER"), Hidden: true,
+		RunE: func(c *cobra.Command, args []string) error {
+			root := c.Root()
+			root.DisableAutoGenTag = true
+			// A fixed date keeps what is generated reproducible.
+			date := time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC)
+			return doc.GenManTree(root, &doc.GenManHeader{Section: "8", Manual: "Belay", Source: "belay " + version, Date: &date}, args[0])
+		},
+	}
+}

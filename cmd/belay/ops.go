@@ -1,0 +1,271 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"belay/agent/maint"
+)
+
+func (a *app) migrateCmd() *cobra.Command {
+	var r maint.MigrateRequest
+	var detach bool
+	var wait time.Duration
+	c := &cobra.Command{
+		Use: "migrate GUEST --to HOST", Short: "Live-migrate a guest to a peer host", Args: exactly("a GUEST (name or UUID)"),
+		Long: `Live-migrate a guest to a peer host. If anything fails on the way, the guest
+runs where it ran before. Ctrl-C detaches: the migration goes on.`,
+		Example: `  belay migrate web-1 --to host-b
+  belay migrate web-1 --to host-b --timeout 10m --reason "firmware"
+  belay migrate web-1 --to host-b --detach`,
+		ValidArgsFunction: a.completeGuests,
+		RunE: func(c *cobra.Command, args []string) error {
+			r.Guest = args[0]
+			if r.To == "" {
+				return usage("belay migrate needs --to HOST")
+			}
+			op, err := a.client().Migrate(c.Context(), r)
+			if err != nil {
+				return err
+			}
+			if detach {
+				return a.print(op, func(w io.Writer) { row(w, op.ID) })
+			}
+			return a.follow(c.Context(), op.ID, wait)
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&r.To, "to", "", "the peer host, as belayd's configuration names it")
+	f.DurationVar(&r.Timeout, "timeout", 0, "cancel the copy after this time, the guest stays (default: belayd's migration.timeout)")
+	f.Uint64Var(&r.BandwidthMiBs, "bandwidth", 0, "limit for the memory stream in MiB/s (default: belayd's migration.bandwidth_mib_s)")
+	f.StringVar(&r.Reason, "reason", "", "why, for the record")
+	f.BoolVar(&detach, "detach", false, "print the operation's ID and return at once")
+	f.DurationVar(&wait, "wait", 0, "wait no longer than this, then exit with 5 while the operation goes on (default: wait for its end)")
+	_ = c.RegisterFlagCompletionFunc("to", a.completePeers)
+	return c
+}
+
+func (a *app) opsCmd() *cobra.Command {
+	c := &cobra.Command{Use: "ops", Short: "List, show, watch and abort operations", Args: noArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			return usage("belay ops needs one of list, show, watch, abort")
+		}}
+	c.AddCommand(a.opsListCmd(), a.opsShowCmd(), a.opsWatchCmd(), a.opsAbortCmd())
+	return c
+}
+
+func (a *app) opsListCmd() *cobra.Command {
+	var all bool
+	c := &cobra.Command{
+		Use: "list", Short: "List operations, the newest first", Args: noArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			ops, err := a.client().Ops(c.Context())
+			if err != nil {
+				return err
+			}
+			slices.Reverse(ops)
+			const few = 20
+			left := max(0, len(ops)-few)
+			if all || a.format != "table" {
+				left = 0
+			}
+			return a.print(ops, func(w io.Writer) {
+				row(w, "ID", "STARTED", "GUEST", "TO", "BY", "STATE")
+				for _, op := range ops[:len(ops)-left] {
+					row(w, op.ID, clock(op.Started), op.Guest, dash(op.Peer), op.By, describe(op))
+				}
+				if left > 0 {
+					row(w, fmt.Sprintf("… and %d more, see --all", left))
+				}
+			})
+		},
+	}
+	c.Flags().BoolVar(&all, "all", false, "list all of them")
+	return c
+}
+
+func (a *app) opsShowCmd() *cobra.Command {
+	return &cobra.Command{
+		Use: "show ID", Short: "Show an operation with all it wrote down", Args: exactly("an operation ID"), ValidArgsFunction: a.completeOps,
+		RunE: func(c *cobra.Command, args []string) error {
+			id := maint.OpID(args[0])
+			op, err := a.client().Op(c.Context(), id)
+			if err != nil {
+				return err
+			}
+			recs, err := a.client().Records(c.Context(), id)
+			if err != nil {
+				return err
+			}
+			v := struct {
+				maint.Op
+				Records []maint.Record `json:"records"`
+			}{op, recs}
+			return a.print(v, func(w io.Writer) {
+				printOp(w, op)
+				row(w)
+				for _, r := range recs {
+					row(w, r.Time.Local().Format("15:04:05.000"), dash(r.Step), r.Kind, r.Text)
+				}
+			})
+		},
+	}
+}
+
+func (a *app) opsWatchCmd() *cobra.Command {
+	var wait time.Duration
+	c := &cobra.Command{
+		Use: "watch ID", Short: "Follow an operation to its end; exits as the operation does", Args: exactly("an operation ID"), ValidArgsFunction: a.completeOps,
+		RunE: func(c *cobra.Command, args []string) error {
+			return a.follow(c.Context(), maint.OpID(args[0]), wait)
+		},
+	}
+	c.Flags().DurationVar(&wait, "wait", 0, "wait no longer than this, then exit with 5 while the operation goes on")
+	return c
+}
+
+func (a *app) opsAbortCmd() *cobra.Command {
+	return &cobra.Command{
+		Use: "abort ID", Short: "Ask an operation to stop and go back", Args: exactly("an operation ID"), ValidArgsFunction: a.completeOps,
+		Long: "Ask an operation to stop and go back, and wait until it has ended. A guest that has already moved stays moved.",
+		RunE: func(c *cobra.Command, args []string) error {
+			id := maint.OpID(args[0])
+			if _, err := a.client().Abort(c.Context(), id); err != nil {
+				return err
+			}
+			err := a.follow(c.Context(), id, 0)
+			op, opErr := a.client().Op(c.Context(), id)
+			if opErr == nil && op.Outcome == maint.OutcomeAborted {
+				return nil // as asked
+			}
+			return err
+		},
+	}
+}
+
+// reconnectFor is how long follow waits for a belayd that is being restarted.
+const reconnectFor = time.Minute
+
+// follow waits for the end of an operation, showing its progress, and ends as
+// the operation does.
+func (a *app) follow(ctx context.Context, id maint.OpID, wait time.Duration) error {
+	watchCtx, cancel := ctx, context.CancelFunc(func() {})
+	if wait > 0 {
+		watchCtx, cancel = context.WithTimeout(ctx, wait)
+	}
+	defer cancel()
+	show := newProgress(a.err, id)
+	op, err := a.watch(watchCtx, id, show)
+	show.close()
+	switch {
+	case ctx.Err() != nil:
+		fmt.Fprintf(a.err, "\nbelay: detached; operation %s goes on.\n  follow it: belay ops watch %s\n  abort it:  belay ops abort %s\n", id, id, id)
+		return &ended{exitTimeout}
+	case watchCtx.Err() != nil:
+		fmt.Fprintf(a.err, "belay: operation %s is still running after %s.\n  follow it: belay ops watch %s\n  abort it:  belay ops abort %s\n", id, wait, id, id)
+		return &ended{exitTimeout}
+	case err != nil:
+		return err
+	}
+	if err := a.print(op, func(w io.Writer) { printOp(w, op) }); err != nil {
+		return err
+	}
+	if op.Outcome != maint.OutcomeDone {
+		printProblems(a.err, fmt.Sprintf("operation %s: %s", op.ID, op.Outcome), op.Problems)
+		return &ended{outcomeCode(op.Outcome)}
+	}
+	return nil
+}
+
+// watch follows the operation through restarts of belayd.
+func (a *app) watch(ctx context.Context, id maint.OpID, show progress) (maint.Op, error) {
+	lost := time.Time{}
+	for {
+		op, err := a.client().Watch(ctx, id, func(op maint.Op) {
+			lost = time.Time{}
+			show.update(op)
+		})
+		if err == nil || ctx.Err() != nil || !errors.Is(err, maint.ErrPeerDown) {
+			return op, err
+		}
+		if lost.IsZero() {
+			lost = time.Now()
+			fmt.Fprintln(a.err, "belay: belayd does not answer; the operation will be taken up when it is back, waiting")
+		}
+		if time.Since(lost) > reconnectFor {
+			return op, err
+		}
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-ctx.Done():
+			return op, ctx.Err()
+		}
+	}
+}
+
+func outcomeCode(o maint.Outcome) int {
+	switch o {
+	case maint.OutcomeDone:
+		return exitDone
+	case maint.OutcomeBlocked:
+		return exitBlocked
+	case maint.OutcomePartly:
+		return exitPartly
+	}
+	return exitFailed
+}
+
+// describe says in a few words where an operation is.
+func describe(op maint.Op) string {
+	switch {
+	case op.State == maint.OpEnded && op.Outcome == maint.OutcomeDone && op.Move != nil:
+		return fmt.Sprintf("done in %s, downtime %s", span(op.Move.Total), span(op.Move.Downtime))
+	case op.State == maint.OpEnded:
+		return string(op.Outcome)
+	case op.State == maint.OpUndoing:
+		return "going back: " + op.Step
+	case op.Progress != nil && op.Step == "perform":
+		p := op.Progress
+		return fmt.Sprintf("perform: %s of %s left, %s/s, pass %d", bytes(p.MemoryLeft), bytes(p.MemoryTotal), bytes(p.BytesPerSecond), p.Iteration)
+	}
+	return op.Step
+}
+
+// printOp prints an operation as a small table.
+func printOp(w io.Writer, op maint.Op) {
+	row(w, "operation", op.ID)
+	row(w, "guest", op.Guest)
+	if op.Move != nil {
+		row(w, "moved", fmt.Sprintf("%s → %s", op.Move.From, op.Move.To))
+		row(w, "downtime", span(op.Move.Downtime)+" (QEMU)")
+		row(w, "memory sent", fmt.Sprintf("%s in %d passes, %s", bytes(op.Move.MemorySent), op.Move.Iterations, span(op.Move.Copy)))
+	}
+	row(w, "asked by", op.By+", "+clock(op.Started)+suffix(": ", op.Reason))
+	for _, s := range op.Steps {
+		took := "…"
+		if !s.Ended.IsZero() {
+			took = span(s.Ended.Sub(s.Started))
+		}
+		row(w, "  "+s.Name, s.Status+", "+took)
+	}
+	if op.Resumed > 0 {
+		row(w, "resumed", fmt.Sprintf("%d times after a restart of belayd", op.Resumed))
+	}
+	row(w, "outcome", dash(string(op.Outcome)))
+	for _, p := range op.Problems {
+		row(w, "because", p.Error())
+	}
+}
+
+func suffix(sep, s string) string {
+	if s == "" {
+		return ""
+	}
+	return sep + s
+}

@@ -1,0 +1,79 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"sync/atomic"
+
+	"github.com/vbauerster/mpb/v8"
+	"github.com/vbauerster/mpb/v8/decor"
+	"golang.org/x/term"
+
+	"belay/agent/maint"
+)
+
+// progress shows how an operation gets on.
+type progress interface {
+	update(maint.Op)
+	close()
+}
+
+// newProgress draws a bar on a terminal and writes a line for each step
+// elsewhere.
+func newProgress(w io.Writer, id maint.OpID) progress {
+	if f, ok := w.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+		return newBar(w)
+	}
+	return &lines{w: w, id: id}
+}
+
+// lines writes a line whenever a step begins.
+type lines struct {
+	w    io.Writer
+	id   maint.OpID
+	last string
+}
+
+func (l *lines) update(op maint.Op) {
+	if op.State == maint.OpEnded {
+		return
+	}
+	now := op.Step
+	if op.State == maint.OpUndoing {
+		now = "undo " + now
+	}
+	if now != "" && now != l.last {
+		l.last = now
+		fmt.Fprintf(l.w, "%s: %s\n", l.id, now)
+	}
+}
+
+func (l *lines) close() {}
+
+// bar shows memory that has been copied, less what was dirtied again.
+type bar struct {
+	container *mpb.Progress
+	bar       *mpb.Bar
+	text      atomic.Value // string; the bar is drawn by a goroutine of its own
+}
+
+func newBar(w io.Writer) *bar {
+	b := &bar{container: mpb.New(mpb.WithOutput(w), mpb.WithWidth(40))}
+	b.text.Store("…")
+	b.bar = b.container.AddBar(100, mpb.BarRemoveOnComplete(),
+		mpb.AppendDecorators(decor.Any(func(decor.Statistics) string { return b.text.Load().(string) })))
+	return b
+}
+
+func (b *bar) update(op maint.Op) {
+	b.text.Store(describe(op))
+	if p := op.Progress; p != nil && p.MemoryTotal > 0 {
+		b.bar.SetCurrent(int64(100 * (p.MemoryTotal - min(p.MemoryLeft, p.MemoryTotal)) / p.MemoryTotal * 99 / 100))
+	}
+}
+
+func (b *bar) close() {
+	b.bar.Abort(true)
+	b.container.Wait()
+}

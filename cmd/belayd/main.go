@@ -1,0 +1,132 @@
+// Command belayd is the agent on each host. See ARCHITECTURE.md for the way
+// through it.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"belay/agent"
+	"belay/agent/config"
+	"belay/agent/journal"
+	"belay/hypervisor"
+)
+
+// version is set by the build (-X main.version).
+var version = "devel"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	code := serve(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	os.Exit(code)
+}
+
+// serve is belayd from flags to exit code: 0 after a clean stop, 1 when it
+// cannot serve, 2 when flags or configuration are wrong.
+func serve(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	flags := flag.NewFlagSet("belayd", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	file := flags.String("config", config.DefaultFile, "configuration `file`; drop-ins are read from the folder beside it that ends in .d")
+	check := flags.Bool("check", false, "check the configuration and exit")
+	debugLog := flags.Bool("debug", false, "log what is of interest to developers")
+	showVersion := flags.Bool("version", false, "print the version and exit")
+	if err := flags.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return 0
+		}
+		return 2
+	}
+	if flags.NArg() > 0 {
+		fmt.Fprintf(stderr, "belayd: unexpected argument %q (belayd takes flags only, see belayd -help)\n", flags.Arg(0))
+		return 2
+	}
+	if *showVersion {
+		fmt.Fprintln(stdout, "belayd", version)
+		return 0
+	}
+	cfg, err := config.Load(*file)
+	if err != nil {
+		fmt.Fprintf(stderr, "belayd: %v\n", err)
+		return 2
+	}
+	if *check {
+		fmt.Fprintf(stdout, "%s: ok, host %s, %d peers\n", *file, cfg.Host, len(cfg.Peers))
+		return 0
+	}
+	log := newLog(stderr, *debugLog)
+	if err := run(ctx, cfg, log); err != nil {
+		fmt.Fprintf(stderr, "belayd: %v\n", err)
+		return 1
+	}
+	return 0
+}
+
+// run wires one host's agent together and lets it live until ctx ends.
+func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
+	j, err := journal.Open(cfg.StateDir)
+	if err != nil {
+		return err
+	}
+	defer j.Close()
+	id, err := loadIdentity(cfg)
+	if err != nil {
+		return err
+	}
+
+	hyp := hypervisor.New(hypervisor.Config{Socket: cfg.Libvirt.Socket, URI: cfg.Libvirt.URI, Log: log})
+	defer hyp.Close()
+	a := agent.New(cfg, version, hyp, j, id.client, log)
+	servers, err := listen(cfg, a, id, log)
+	if err != nil {
+		return err
+	}
+
+	// The servers stop before the agent does, so nobody is admitted to an
+	// agent that is going down; what the agent leaves open is in its journal.
+	life, end := context.WithCancel(context.Background())
+	defer end()
+	failed := make(chan error, 5)
+	var parts sync.WaitGroup
+	parts.Go(func() { failed <- hyp.Run(life) })
+	parts.Go(func() { failed <- a.Run(life) })
+	parts.Go(func() { notifySystemd(life, a, log) })
+	servers.serve(failed)
+	log.Info("belayd serves", "version", version, "host", cfg.Host, "socket", cfg.API.Socket, "listen", cfg.API.Listen, "peers", len(cfg.Peers))
+
+	select {
+	case <-ctx.Done():
+		log.Info("shutting down")
+	case err = <-failed:
+	}
+	servers.stop()
+	end()
+	parts.Wait()
+	return err
+}
+
+// newLog logs as text, without the time where journald adds its own.
+func newLog(w io.Writer, debug bool) *slog.Logger {
+	o := &slog.HandlerOptions{Level: slog.LevelInfo}
+	if debug {
+		o.Level = slog.LevelDebug
+	}
+	if os.Getenv("JOURNAL_STREAM") != "" {
+		o.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
+			if len(groups) == 0 && a.Key == slog.TimeKey {
+				return slog.Attr{}
+			}
+			return a
+		}
+	}
+	return slog.New(slog.NewTextHandler(w, o))
+}
