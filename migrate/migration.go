@@ -217,25 +217,30 @@ func (m *Migration) Verify(ctx context.Context, s Scratch) error {
 			fmt.Sprintf("on %s: virsh dominfo %s; then set persistence and autostart as wanted (were: persistent %t, autostart %t)", m.To, m.Guest, b.Persistent, b.Autostart),
 			"runs on %s, but its definition there could not be settled: %v", m.To, err)
 	}
-	here, there := m.look(ctx)
-	switch now := Classify(here, there); now {
-	case Moved:
-	case MovedLeftover:
+	now, err := m.settle(ctx)
+	switch {
+	case now == Moved:
+	case now == MovedLeftover:
 		return maint.Problemf(maint.CodeLeftover, "guest "+m.Guest,
 			fmt.Sprintf("make sure that it runs on %s, then on %s: virsh destroy %s", m.To, m.From, m.Guest),
 			"runs on %s, and %s still holds its stopped process", m.To, m.From)
+	case err != nil:
+		return err
 	default:
-		return maint.Problemf(maint.CodeUnverified, "guest "+m.Guest,
-			fmt.Sprintf("look at both hosts: virsh domstate --reason %s", m.Guest), "was on %s after the copy, now it is %s", m.To, now)
+		return m.unsettled(now)
 	}
-	if here.Guest != nil { // libvirt was interrupted before it undefined it
+	left, err := m.Source.Guest(ctx, m.UUID)
+	if errors.Is(err, maint.ErrNoGuest) {
+		return nil
+	}
+	if err == nil && !left.State.Active() { // libvirt was interrupted before it undefined it
 		if err := m.Source.UndefineInactive(ctx, m.UUID); err != nil {
 			return maint.Problemf(maint.CodeLeftover, "guest "+m.Guest, fmt.Sprintf("on %s: virsh undefine %s", m.From, m.Guest),
 				"runs on %s, but its old definition on %s could not be removed: %v", m.To, m.From, err)
 		}
 		return s.Note("removed the definition that was left on %s", m.From)
 	}
-	return nil
+	return err
 }
 
 // Measure returns what libvirt measured of the finished copy, from the

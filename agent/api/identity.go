@@ -31,9 +31,8 @@ type Access struct {
 
 type connKey struct{}
 
-// ConnContext is for http.Server.ConnContext of the unix listener: it keeps
-// the connection, for Unix to read its peer credentials.
-func ConnContext(ctx context.Context, c net.Conn) context.Context {
+// connContext keeps the connection, for Unix to read its peer credentials.
+func connContext(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, connKey{}, c)
 }
 

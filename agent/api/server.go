@@ -92,7 +92,7 @@ func routes(a Agent) []route {
 		{"GET", "/v1/doctor", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Doctor(r.Context()) }},
 		{"GET", "/v1/ops", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Ops(r.Context()) }},
 		{"GET", "/v1/ops/{id}", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Op(r.Context(), opID(r)) }},
-		{"GET", "/v1/ops/{id}/records", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Records(r.Context(), opID(r)) }},
+		{"GET", "/v1/ops/{id}/records", viewers, func(r *http.Request, c Caller) (any, error) { return records(r.Context(), a, opID(r), c) }},
 		{"GET", "/v1/ops/{id}/watch", viewers, nil}, // streams, see Handler
 		{"POST", "/v1/migrations", operators, func(r *http.Request, c Caller) (any, error) {
 			return with(r, func(q maint.MigrateRequest) (any, error) { return a.Migrate(r.Context(), c.Name, q) })
@@ -118,6 +118,18 @@ func routes(a Agent) []route {
 			return with(r, func(q maint.Settlement) (any, error) { return nil, a.Settle(r.Context(), c.Name, q) })
 		}},
 	}
+}
+
+// records hides from mere viewers what steps wrote down for themselves: a
+// guest's definition can hold secrets.
+func records(ctx context.Context, a Agent, id maint.OpID, c Caller) ([]maint.Record, error) {
+	recs, err := a.Records(ctx, id)
+	for i := range recs {
+		if c.Role != maint.RoleOperator && recs[i].Kind == maint.RecStepNote {
+			recs[i].Data = nil
+		}
+	}
+	return recs, err
 }
 
 func opID(r *http.Request) maint.OpID { return maint.OpID(r.PathValue("id")) }

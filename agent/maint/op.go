@@ -89,8 +89,9 @@ type Step struct {
 	Status  string    `json:"status"` // doing, done, failed, undoing, undone, undo failed
 	Error   string    `json:"error,omitempty"`
 	Notes   []string  `json:"notes,omitempty"`
-	// Data is what the step wrote down for itself, to survive a crash.
-	Data json.RawMessage `json:"data,omitempty"`
+	// Data is what the step wrote down for itself, to survive a crash. It can
+	// hold secrets of the guest's definition and stays on the host.
+	Data json.RawMessage `json:"-"`
 }
 
 // MoveResult is what a finished migration measured.

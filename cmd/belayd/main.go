@@ -12,10 +12,12 @@ import (
 	"os"
 	"os/signal"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"belay/agent"
+	"belay/agent/api"
 	"belay/agent/config"
 	"belay/agent/journal"
 	"belay/hypervisor"
@@ -78,16 +80,17 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		return err
 	}
 	defer j.Close()
-	id, err := loadIdentity(cfg)
+	id, err := api.LoadIdentity(cfg.TLS.CA, cfg.TLS.Cert, cfg.TLS.Key)
 	if err != nil {
 		return err
 	}
 
 	hyp := hypervisor.New(hypervisor.Config{Socket: cfg.Libvirt.Socket, URI: cfg.Libvirt.URI, Log: log})
 	defer hyp.Close()
-	a := agent.New(cfg, version, hyp, j, id.client, log)
-	servers, err := listen(cfg, a, id, log)
-	if err != nil {
+	a := agent.New(cfg, version, hyp, j, id.Client, log)
+	servers := api.NewServers(log)
+	defer stopServing(servers)
+	if err := listen(cfg, servers, a, id); err != nil {
 		return err
 	}
 
@@ -100,7 +103,7 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	parts.Go(func() { failed <- hyp.Run(life) })
 	parts.Go(func() { failed <- a.Run(life) })
 	parts.Go(func() { notifySystemd(life, a, log) })
-	servers.serve(failed)
+	servers.Serve(failed)
 	log.Info("belayd serves", "version", version, "host", cfg.Host, "socket", cfg.API.Socket, "listen", cfg.API.Listen, "peers", len(cfg.Peers))
 
 	select {
@@ -108,10 +111,37 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		log.Info("shutting down")
 	case err = <-failed:
 	}
-	servers.stop()
+	stopServing(servers)
 	end()
 	parts.Wait()
 	return err
+}
+
+// listen opens everything that belayd serves on.
+func listen(cfg config.Config, s *api.Servers, a *agent.Agent, id api.Identity) error {
+	who := api.Access{Operators: cfg.Access.Operators, Viewers: cfg.Access.Viewers,
+		OperatorCerts: cfg.Access.OperatorCerts, ViewerCerts: cfg.Access.ViewerCerts}
+	for _, p := range cfg.Peers {
+		who.PeerCerts = append(who.PeerCerts, p.CertName)
+	}
+	if err := s.ListenUnix(cfg.API.Socket, a, who); err != nil {
+		return err
+	}
+	if cfg.API.Listen != "" {
+		if err := s.ListenTLS(cfg.API.Listen, id, a, who); err != nil {
+			return err
+		}
+	}
+	if cfg.API.Metrics != "" {
+		return s.ListenMetrics(cfg.API.Metrics, a.Metrics())
+	}
+	return nil
+}
+
+func stopServing(s *api.Servers) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	s.Close(ctx)
 }
 
 // newLog logs as text, without the time where journald adds its own.

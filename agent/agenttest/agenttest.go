@@ -1,0 +1,205 @@
+// Package agenttest runs whole agents on hosts that exist in memory only: real
+// journal, real API over unix sockets and mutual TLS on loopback, everything
+// but libvirt. An agent can be killed at any call and started again.
+package agenttest
+
+import (
+	"context"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"belay/agent"
+	"belay/agent/api"
+	"belay/agent/config"
+	"belay/agent/journal"
+	"belay/agent/maint"
+	"belay/hypervisor/hypervisortest"
+	"belay/vmtests/pki"
+)
+
+// Node is one host with its agent.
+type Node struct {
+	Host   *hypervisortest.Host
+	Config config.Config
+	Client *api.Client // as root on the unix socket
+	Agent  *agent.Agent
+	CA     pki.CA
+
+	t       testing.TB
+	log     *slog.Logger
+	journal *journal.Journal
+	servers *api.Servers
+	stop    context.CancelFunc
+	stopped chan struct{}
+	life    *life
+}
+
+// life is one life of an agent. When it is over, every goroutine of the agent
+// that calls its host or its journal ends right there, as in a killed process.
+type life struct {
+	over atomic.Bool
+	hook func(what string)
+}
+
+// step is called before and after everything that leaves the agent.
+func (l *life) step(what string) {
+	if l.over.Load() {
+		runtime.Goexit()
+	}
+	if l.hook != nil {
+		l.hook(what)
+	}
+	if l.over.Load() {
+		runtime.Goexit()
+	}
+}
+
+// mortalJournal is a journal whose agent can be killed before and after each
+// append.
+type mortalJournal struct {
+	*journal.Journal
+	life *life
+}
+
+func (m mortalJournal) Append(r ...maint.Record) error {
+	what := "append " + string(r[0].Kind) + " " + r[0].Step
+	m.life.step("before " + what)
+	err := m.Journal.Append(r...)
+	m.life.step("after " + what)
+	return err
+}
+
+// World is hosts in memory with an agent each, every one the others' peer.
+type World struct {
+	*hypervisortest.World
+	Nodes []*Node
+}
+
+// New makes a world of the named hosts, with copies that take tens of
+// milliseconds, and starts their agents. edit may change a node's
+// configuration before its agent starts.
+func New(t testing.TB, log *slog.Logger, edit func(*config.Config), names ...string) *World {
+	t.Helper()
+	w := &World{World: hypervisortest.NewWorld()}
+	t.Cleanup(w.Close)
+	w.SetCopy(hypervisortest.Copy{Passes: 2, Step: 10 * time.Millisecond, Blackout: 5 * time.Millisecond})
+	dir, err := os.MkdirTemp("", "belay") // short: unix sockets are in it
+	check(t, err)
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	ca, err := pki.New(dir, "agents under test")
+	check(t, err)
+	addrs := make(map[string]string)
+	for _, name := range names {
+		check(t, ca.IssueHost(name))
+		// An address of its own keeps the port free between the agent's
+		// lives: ports of outgoing connections are taken on 127.0.0.1.
+		own := netip.AddrFrom4([4]byte{127, byte(1 + rand.IntN(250)), byte(rand.IntN(256)), byte(1 + rand.IntN(250))})
+		l, err := net.Listen("tcp", netip.AddrPortFrom(own, 0).String())
+		check(t, err)
+		addrs[name] = l.Addr().String()
+		check(t, l.Close())
+	}
+	for _, name := range names {
+		n := &Node{t: t, log: log.With("host", name), CA: ca, Host: w.AddHost(name, hypervisortest.HostOptions{})}
+		home := filepath.Join(dir, name)
+		check(t, os.Mkdir(home, 0o700))
+		n.Config = config.Config{
+			Host: name, StateDir: filepath.Join(home, "state"),
+			API:       config.API{Socket: filepath.Join(home, "sock"), Listen: addrs[name]},
+			TLS:       config.TLS{CA: ca.CertFile("ca"), Cert: ca.CertFile(name), Key: ca.KeyFile(name)},
+			Access:    config.Access{OperatorCerts: []string{"ops"}, ViewerCerts: []string{"eyes"}},
+			Limits:    config.Limits{MigrationsOut: 4, MigrationsIn: 4},
+			Migration: config.Migration{Timeout: config.Duration(time.Minute)},
+			Journal:   config.Journal{Keep: config.Duration(time.Hour)},
+			Peers:     make(map[string]config.Peer),
+		}
+		for _, peer := range names {
+			if peer != name {
+				n.Config.Peers[peer] = config.Peer{Address: addrs[peer], CertName: peer, LibvirtURI: "qemu+tcp://" + peer + "/system"}
+			}
+		}
+		if edit != nil {
+			edit(&n.Config)
+		}
+		n.Client = api.NewUnix(n.Config.API.Socket)
+		w.Nodes = append(w.Nodes, n)
+		n.Start(nil)
+		t.Cleanup(n.Stop)
+	}
+	return w
+}
+
+// Start starts the node's agent. hook, if any, is told everything that leaves
+// the agent, and may Kill it there.
+func (n *Node) Start(hook func(what string)) {
+	n.t.Helper()
+	var err error
+	n.life = &life{hook: hook}
+	n.journal, err = journal.Open(n.Config.StateDir)
+	check(n.t, err)
+	id, err := api.LoadIdentity(n.Config.TLS.CA, n.Config.TLS.Cert, n.Config.TLS.Key)
+	check(n.t, err)
+	n.Agent = agent.New(n.Config, "test", mortalHost{n.Host, n.life}, mortalJournal{n.journal, n.life}, id.Client, n.log)
+	n.servers = api.NewServers(n.log)
+	who := api.Access{OperatorCerts: n.Config.Access.OperatorCerts, ViewerCerts: n.Config.Access.ViewerCerts}
+	for name := range n.Config.Peers {
+		who.PeerCerts = append(who.PeerCerts, name)
+	}
+	check(n.t, n.servers.ListenUnix(n.Config.API.Socket, n.Agent, who))
+	check(n.t, n.servers.ListenTLS(n.Config.API.Listen, id, n.Agent, who))
+	n.servers.Serve(make(chan error, 2))
+	ctx, cancel := context.WithCancel(context.Background())
+	n.stop, n.stopped = cancel, make(chan struct{})
+	go func(a *agent.Agent, stopped chan struct{}) {
+		defer close(stopped)
+		_ = a.Run(ctx)
+	}(n.Agent, n.stopped)
+}
+
+// Stop shuts the agent down in order.
+func (n *Node) Stop() {
+	if n.life.over.Load() {
+		return
+	}
+	n.stop()
+	n.down()
+	<-n.stopped
+	n.life.over.Store(true)
+	n.journal.Close()
+}
+
+// Kill ends the agent's life at once: nothing that it has begun goes any
+// further, but for what libvirt does on its own.
+func (n *Node) Kill() {
+	n.life.over.Store(true)
+	n.stop() // ends timers; whatever wakes up ends at its next step
+	go n.down()
+}
+
+// Restart starts a killed agent again.
+func (n *Node) Restart() {
+	n.down()
+	n.journal.Close()
+	n.Start(nil)
+}
+
+func (n *Node) down() {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	n.servers.Close(ctx)
+}
+
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,85 @@
+package agenttest
+
+import (
+	"context"
+
+	"belay/agent/maint"
+	"belay/hypervisor"
+	"belay/hypervisor/hypervisortest"
+)
+
+// mortalHost is a host whose agent can be killed before and after each call.
+type mortalHost struct {
+	*hypervisortest.Host
+	life *life
+}
+
+func (m mortalHost) around(call string) func() {
+	m.life.step("before " + call)
+	return func() { m.life.step("after " + call) }
+}
+
+func (m mortalHost) Guest(ctx context.Context, name string) (maint.Guest, error) {
+	defer m.around("Guest")()
+	return m.Host.Guest(ctx, name)
+}
+
+func (m mortalHost) Guests(ctx context.Context) ([]maint.Guest, error) {
+	defer m.around("Guests")()
+	return m.Host.Guests(ctx)
+}
+
+func (m mortalHost) Info(ctx context.Context) (maint.Host, error) {
+	defer m.around("Info")()
+	return m.Host.Info(ctx)
+}
+
+func (m mortalHost) GuestXML(ctx context.Context, uuid string) (hypervisor.GuestXML, error) {
+	defer m.around("GuestXML")()
+	return m.Host.GuestXML(ctx, uuid)
+}
+
+func (m mortalHost) DryRun(ctx context.Context, uuid string, p maint.MoveParams) error {
+	defer m.around("DryRun")()
+	return m.Host.DryRun(ctx, uuid, p)
+}
+
+func (m mortalHost) Migrate(ctx context.Context, uuid string, p maint.MoveParams) error {
+	defer m.around("Migrate")()
+	return m.Host.Migrate(ctx, uuid, p)
+}
+
+func (m mortalHost) AbortJob(ctx context.Context, uuid string) error {
+	defer m.around("AbortJob")()
+	return m.Host.AbortJob(ctx, uuid)
+}
+
+func (m mortalHost) Job(ctx context.Context, uuid string) (maint.Job, error) {
+	defer m.around("Job")()
+	return m.Host.Job(ctx, uuid)
+}
+
+func (m mortalHost) CompletedJob(ctx context.Context, uuid string) (maint.Job, error) {
+	defer m.around("CompletedJob")()
+	return m.Host.CompletedJob(ctx, uuid)
+}
+
+func (m mortalHost) CompareCPU(ctx context.Context, domainType, arch, machine, cpuXML string) error {
+	defer m.around("CompareCPU")()
+	return m.Host.CompareCPU(ctx, domainType, arch, machine, cpuXML)
+}
+
+func (m mortalHost) Define(ctx context.Context, xml string) error {
+	defer m.around("Define")()
+	return m.Host.Define(ctx, xml)
+}
+
+func (m mortalHost) UndefineInactive(ctx context.Context, uuid string) error {
+	defer m.around("UndefineInactive")()
+	return m.Host.UndefineInactive(ctx, uuid)
+}
+
+func (m mortalHost) SetAutostart(ctx context.Context, uuid string, on bool) error {
+	defer m.around("SetAutostart")()
+	return m.Host.SetAutostart(ctx, uuid, on)
+}

@@ -1,0 +1,198 @@
+package agent_test
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"belay/agent/agenttest"
+	"belay/agent/maint"
+	"belay/hypervisor/hypervisortest"
+)
+
+func ctxFor(t *testing.T, d time.Duration) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), d)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// quiet discards logs; -v shows them.
+func quiet(t *testing.T) *slog.Logger {
+	if testing.Verbose() {
+		return slog.New(slog.NewTextHandler(t.Output(), nil)).With("test", t.Name())
+	}
+	return slog.New(slog.DiscardHandler)
+}
+
+// places says in how many places the guest runs, and where it is defined.
+func places(t *testing.T, w *agenttest.World, uuid string) (running, defined string) {
+	t.Helper()
+	for _, n := range w.Nodes {
+		g, err := n.Host.Guest(ctxFor(t, 10*time.Second), uuid)
+		if err != nil {
+			continue
+		}
+		if g.State == maint.GuestRunning {
+			running += n.Host.Name()
+		}
+		if g.Persistent {
+			defined += n.Host.Name()
+			if g.Autostart {
+				defined += "+autostart"
+			}
+		}
+	}
+	return running, defined
+}
+
+// killer kills a node's agent at the n-th thing it does for an operation.
+type killer struct {
+	mu   sync.Mutex
+	node *agenttest.Node
+	left int
+	at   string
+	dead chan struct{}
+}
+
+func (k *killer) hook(what string) {
+	// The inventory's own calls come at any time and change nothing.
+	if strings.HasSuffix(what, " Guests") || strings.HasSuffix(what, " Info") {
+		return
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.at != "" {
+		return
+	}
+	if k.left == 0 {
+		k.at = what
+		k.node.Kill()
+		close(k.dead)
+		return
+	}
+	k.left--
+}
+
+// TestKilledAnywhere kills one of the two agents at every single thing that
+// it does for a migration, starts it again, and looks: the operation has
+// ended, its record is true, and exactly one copy of the guest runs, defined
+// where it runs.
+func TestKilledAnywhere(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		victim int
+		fail   bool // the destination's QEMU dies in the middle
+		late   bool // the agent comes back only when libvirt is done
+	}{
+		{"source", 0, false, false},
+		{"source, back late", 0, false, true},
+		{"source, failing copy", 0, true, false},
+		{"destination", 1, false, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			points := 0
+			for n := 0; ; n++ {
+				at := killedAt(t, c.victim, n, c.fail, c.late)
+				if at == "" {
+					break
+				}
+				points++
+			}
+			if points < 6 {
+				t.Fatalf("only %d points were met", points)
+			}
+			t.Logf("killed at %d points", points)
+		})
+	}
+}
+
+func killedAt(t *testing.T, victim, n int, fail, late bool) (at string) {
+	t.Helper()
+	w := agenttest.New(t, quiet(t), nil, "a", "b")
+	source := w.Nodes[0]
+	uuid := source.Host.PutGuest("web-1", func(g *maint.Guest) { g.Autostart = true })
+	k := &killer{node: w.Nodes[victim], left: n, dead: make(chan struct{})}
+	w.Nodes[victim].Stop()
+	w.Nodes[victim].Start(k.hook)
+	if fail {
+		w.OnPhase(func(uuid string, p hypervisortest.Phase) {
+			if p == hypervisortest.PhaseCopying {
+				w.Nodes[1].Host.KillQEMU(t, uuid)
+			}
+		})
+	}
+
+	ctx := ctxFor(t, 60*time.Second)
+	op, err := source.Client.Migrate(ctx, maint.MigrateRequest{Guest: "web-1", To: "b"})
+	restarted := make(chan struct{})
+	go func() {
+		defer close(restarted)
+		select {
+		case <-k.dead:
+			if late {
+				time.Sleep(150 * time.Millisecond) // longer than a copy takes
+			}
+			w.Nodes[victim].Restart()
+		case <-ctx.Done():
+		}
+	}()
+	if err != nil { // killed while it was being admitted
+		<-restarted
+		ops, err := source.Client.Ops(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(ops) == 1 {
+			op = ops[0]
+		}
+	}
+	if op.ID != "" {
+		op = await(t, ctx, source, op.ID)
+	}
+	k.mu.Lock()
+	at = k.at
+	k.mu.Unlock()
+	if at != "" {
+		<-restarted
+	}
+
+	running, defined := places(t, w, uuid)
+	want := map[bool]string{true: "b", false: "a"}[op.Outcome == maint.OutcomeDone || op.Outcome == maint.OutcomePartly]
+	story := fmt.Sprintf("killed %s (n=%d): operation %q ended %q, problems %v; runs on %q, defined on %q", at, n, op.ID, op.Outcome, op.Problems, running, defined)
+	switch {
+	case running != want || defined != want+"+autostart":
+		t.Fatal(story)
+	case op.ID != "" && op.State != maint.OpEnded:
+		t.Fatal(story)
+	case op.Outcome == maint.OutcomeStuck || op.Outcome == maint.OutcomePartly:
+		t.Fatal(story)
+	case !fail && victim == 0 && op.ID != "" && op.Outcome != maint.OutcomeDone:
+		t.Fatal(story)
+	}
+	for _, node := range w.Nodes {
+		node.Stop()
+	}
+	w.Close()
+	return at
+}
+
+// await follows the operation through restarts of its agent.
+func await(t *testing.T, ctx context.Context, n *agenttest.Node, id maint.OpID) maint.Op {
+	t.Helper()
+	for {
+		op, err := n.Client.Watch(ctx, id, func(maint.Op) {})
+		if err == nil {
+			return op
+		}
+		select {
+		case <-time.After(5 * time.Millisecond):
+		case <-ctx.Done():
+			t.Fatalf("operation %s did not end: %v", id, err)
+		}
+	}
+}

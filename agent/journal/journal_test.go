@@ -1,0 +1,253 @@
+package journal
+
+import (
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+	"pgregory.net/rapid"
+
+	"belay/agent/maint"
+)
+
+func data(v any) json.RawMessage {
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic(err)
+	}
+	return b
+}
+
+func accepted(id maint.OpID) maint.Record {
+	return maint.Record{Op: id, Kind: maint.RecAccepted, Data: data(maint.Op{Guest: "web-1", Kind: maint.OpMigrate})}
+}
+
+func open(t *testing.T, dir string) *Journal {
+	t.Helper()
+	j, err := Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { j.Close() })
+	return j
+}
+
+var kinds = []maint.RecordKind{maint.RecAccepted, maint.RecResumed, maint.RecStepStart, maint.RecStepNote, maint.RecStepDone,
+	maint.RecStepFailed, maint.RecUndoStart, maint.RecUndoDone, maint.RecUndoFailed, maint.RecAbort, maint.RecMoved, maint.RecEnded,
+	maint.RecReserved, maint.RecReleased}
+
+// Whatever is appended, and whatever of it is refused: what a reopened journal
+// folds is what the live one had.
+func TestReopenedJournalHasTheSameState(t *testing.T) {
+	base := t.TempDir()
+	rapid.Check(t, func(rt *rapid.T) {
+		dir, err := os.MkdirTemp(base, "j")
+		if err != nil {
+			rt.Fatal(err)
+		}
+		j, err := Open(dir)
+		if err != nil {
+			rt.Fatal(err)
+		}
+		n := rapid.IntRange(1, 40).Draw(rt, "n")
+		refused := 0
+		for range n {
+			r := maint.Record{Op: maint.OpID(rapid.SampledFrom([]string{"a", "b"}).Draw(rt, "op")),
+				Kind: rapid.SampledFrom(kinds).Draw(rt, "kind"), Step: rapid.SampledFrom([]string{"one", "two"}).Draw(rt, "step"), Text: "x"}
+			switch r.Kind {
+			case maint.RecAccepted:
+				r = accepted(r.Op)
+			case maint.RecEnded, maint.RecStepFailed:
+				r.Data = data(maint.Ending{Outcome: maint.OutcomeFailed, Problems: []maint.Problem{{Code: maint.CodeFailed}}})
+			case maint.RecMoved:
+				r.Data = data(maint.MoveResult{From: "a", To: "b"})
+			case maint.RecReserved:
+				r.Data = data(maint.Reservation{Op: r.Op, Guest: "g", Expires: time.Now().Add(time.Hour).Round(0)})
+			}
+			if j.Append(r) != nil {
+				refused++
+			}
+		}
+		ops, res := j.Ops(), j.Reservations(time.Now())
+		j.Close()
+		j, err = Open(dir)
+		if err != nil {
+			rt.Fatalf("cannot reopen after %d records, %d refused: %v", n, refused, err)
+		}
+		defer j.Close()
+		if d := cmp.Diff(ops, j.Ops()); d != "" {
+			rt.Fatalf("operations differ (-live +reopened):\n%s", d)
+		}
+		if d := cmp.Diff(res, j.Reservations(time.Now())); d != "" {
+			rt.Fatalf("reservations differ:\n%s", d)
+		}
+	})
+}
+
+func TestAppendIsAllOrNone(t *testing.T) {
+	j := open(t, t.TempDir())
+	err := j.Append(accepted("a"), maint.Record{Op: "a", Kind: maint.RecStepDone, Step: "never started"})
+	if err == nil {
+		t.Fatal("a step that was never started was accepted as done")
+	}
+	if ops := j.Ops(); len(ops) != 0 {
+		t.Fatalf("a refused append left %v", ops)
+	}
+	if err := j.Append(accepted("a"), maint.Record{Op: "a", Kind: maint.RecStepStart, Step: "one"}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestNothingFollowsAnEnd(t *testing.T) {
+	j := open(t, t.TempDir())
+	end := maint.Record{Op: "a", Kind: maint.RecEnded, Data: data(maint.Ending{Outcome: maint.OutcomeDone})}
+	if err := j.Append(accepted("a"), end); err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range kinds[:12] {
+		if err := j.Append(maint.Record{Op: "a", Kind: k, Step: "one", Data: data(maint.Ending{})}); err == nil {
+			t.Errorf("%q was accepted after the end", k)
+		}
+	}
+}
+
+func TestChangedIsClosedByAppend(t *testing.T) {
+	j := open(t, t.TempDir())
+	c := j.Changed()
+	select {
+	case <-c:
+		t.Fatal("changed before anything was appended")
+	default:
+	}
+	if err := j.Append(accepted("a")); err != nil {
+		t.Fatal(err)
+	}
+	<-c
+}
+
+func TestPruneTakesOnlyWhatHasEnded(t *testing.T) {
+	dir := t.TempDir()
+	j := open(t, dir)
+	end := data(maint.Ending{Outcome: maint.OutcomeDone})
+	held := maint.Reservation{Op: "r", Expires: time.Now().Add(time.Hour)}
+	lapsed := maint.Reservation{Op: "s", Expires: time.Now().Add(-time.Hour)}
+	for _, recs := range [][]maint.Record{
+		{accepted("old"), {Op: "old", Kind: maint.RecEnded, Data: end}},
+		{accepted("open"), {Op: "open", Kind: maint.RecStepStart, Step: "one"}},
+		{{Op: "r", Kind: maint.RecReserved, Data: data(held)}},
+		{{Op: "s", Kind: maint.RecReserved, Data: data(lapsed)}},
+	} {
+		if err := j.Append(recs...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n, err := j.Prune(time.Now().Add(time.Minute))
+	if err != nil || n != 3 {
+		t.Fatalf("pruned %d records, %v; want 3 (two of the ended operation, one lapsed reservation)", n, err)
+	}
+	j.Close()
+	j = open(t, dir)
+	if ops := j.Ops(); len(ops) != 1 || ops[0].ID != "open" {
+		t.Fatalf("left: %v", ops)
+	}
+	if _, ok := j.Reservation("r"); !ok {
+		t.Fatal("a live reservation was pruned")
+	}
+}
+
+func TestOpenRefusals(t *testing.T) {
+	says := func(t *testing.T, err error, words ...string) {
+		t.Helper()
+		if err == nil {
+			t.Fatal("opened")
+		}
+		for _, w := range words {
+			if !strings.Contains(err.Error(), w) {
+				t.Errorf("%q does not say %q", err, w)
+			}
+		}
+	}
+	t.Run("in use", func(t *testing.T) {
+		dir := t.TempDir()
+		open(t, dir)
+		_, err := Open(dir)
+		says(t, err, dir, "another belayd")
+	})
+	t.Run("damaged", func(t *testing.T) {
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, fileName), []byte(strings.Repeat("junk", 4096)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := Open(dir)
+		says(t, err, dir, "damaged")
+	})
+	t.Run("not a folder", func(t *testing.T) {
+		file := filepath.Join(t.TempDir(), "file")
+		if err := os.WriteFile(file, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := Open(filepath.Join(file, "state"))
+		says(t, err, file, "state_dir")
+	})
+}
+
+// A full disk refuses the record and nothing else: what was there stays, and
+// when there is room again the journal goes on.
+func TestFullDisk(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("mounting a small tmpfs needs root")
+	}
+	dir := t.TempDir()
+	if out, err := exec.Command("mount", "-t", "tmpfs", "-o", "size=256k", "belay-test", dir).CombinedOutput(); err != nil {
+		t.Fatalf("mount: %v: %s", err, out)
+	}
+	defer func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	}()
+	j := open(t, dir)
+	if err := j.Append(accepted("a"), maint.Record{Op: "a", Kind: maint.RecStepStart, Step: "one"}); err != nil {
+		t.Fatal(err)
+	}
+	filler := filepath.Join(dir, "filler")
+	full := false
+	for range 200 {
+		_ = os.WriteFile(filler, make([]byte, 1<<20), 0o600) // fills what is left, then fails
+		if err := j.Append(maint.Record{Op: "a", Kind: maint.RecStepNote, Step: "one", Text: strings.Repeat("x", 4000)}); err != nil {
+			full = true
+			break
+		}
+	}
+	if !full || j.Health() == nil {
+		t.Fatal("the full disk was not noticed")
+	}
+	before := j.Ops()
+	if err := os.Remove(filler); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("mount", "-o", "remount,size=4m", dir).CombinedOutput(); err != nil {
+		t.Fatalf("remount: %v: %s", err, out)
+	}
+	if d := cmp.Diff(before, j.Ops()); d != "" {
+		t.Fatalf("the failed append changed the state:\n%s", d)
+	}
+	if err := j.Append(maint.Record{Op: "a", Kind: maint.RecStepDone, Step: "one"}); err != nil {
+		t.Fatalf("there is room again, but: %v", err)
+	}
+	if j.Health() != nil {
+		t.Fatal(j.Health())
+	}
+	j.Close()
+	j = open(t, dir)
+	if op, _ := j.Op("a"); len(op.Steps) != 1 || op.Steps[0].Status != "done" {
+		t.Fatalf("after reopening: %+v", op)
+	}
+	j.Close()
+}
