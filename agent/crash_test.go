@@ -55,6 +55,7 @@ type killer struct {
 	node *agenttest.Node
 	left int
 	at   string
+	off  bool // the migration is over, what follows is not of it
 	dead chan struct{}
 }
 
@@ -65,7 +66,7 @@ func (k *killer) hook(what string) {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.at != "" {
+	if k.at != "" || k.off {
 		return
 	}
 	if k.left == 0 {
@@ -156,6 +157,7 @@ func killedAt(t *testing.T, victim, n int, fail, late bool) (at string) {
 	}
 	k.mu.Lock()
 	at = k.at
+	k.off = true
 	k.mu.Unlock()
 	if at != "" {
 		<-restarted

@@ -170,7 +170,7 @@ func (n *Node) Stop() {
 		return
 	}
 	n.stop()
-	n.down()
+	closeNow(n.servers)
 	<-n.stopped
 	n.life.over.Store(true)
 	n.journal.Close()
@@ -181,20 +181,22 @@ func (n *Node) Stop() {
 func (n *Node) Kill() {
 	n.life.over.Store(true)
 	n.stop() // ends timers; whatever wakes up ends at its next step
-	go n.down()
+	servers := n.servers
+	go closeNow(servers)
 }
 
 // Restart starts a killed agent again.
 func (n *Node) Restart() {
-	n.down()
+	closeNow(n.servers)
 	n.journal.Close()
 	n.Start(nil)
 }
 
-func (n *Node) down() {
+// closeNow cuts what is being served.
+func closeNow(s *api.Servers) {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	n.servers.Close(ctx)
+	s.Close(ctx)
 }
 
 func check(t testing.TB, err error) {
