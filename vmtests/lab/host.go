@@ -1,0 +1,130 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net/netip"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+)
+
+// Host is one host of a lab. What its fields say never changes while the lab is
+// up.
+type Host struct {
+	// Name is the host's name, host-a and so on; the hosts' /etc/hosts
+	// files resolve it.
+	Name string
+	// UUID is the host UUID that its libvirtd reports.
+	UUID string
+	// Addr is the host's address on the LAN.
+	Addr netip.Addr
+	// Dir holds the host's private folders. It is found under the same path
+	// inside and outside, so it is a place for a host's own state as well.
+	Dir string
+
+	lab   *Lab
+	netns string
+	// holder is the process whose mount and UTS namespaces are the host's.
+	holder int
+}
+
+func newHost(l *Lab, s hostState) *Host {
+	return &Host{
+		Name:   s.Name,
+		UUID:   s.UUID,
+		Addr:   s.Addr,
+		Dir:    filepath.Join(l.Dir, s.Name),
+		lab:    l,
+		netns:  l.netns(s.Name),
+		holder: s.Holder,
+	}
+}
+
+// make makes the host and starts its daemons.
+func (h *Host) make(ctx context.Context) error {
+	if err := h.addNetwork(ctx); err != nil {
+		return fmt.Errorf("network: %w", err)
+	}
+	if err := h.writeFiles(ctx); err != nil {
+		return fmt.Errorf("files: %w", err)
+	}
+	if err := h.startHolder(ctx); err != nil {
+		return fmt.Errorf("mounts: %w", err)
+	}
+	// libvirtd last: it wants both others.
+	for _, d := range []Daemon{Virtlogd, Virtlockd, Libvirtd} {
+		if err := h.StartDaemon(ctx, d); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Command prepares a program to run inside the host's network, mount and UTS
+// namespaces, as root and with the caller's environment. name is looked up in
+// PATH and paths are the host's; the working folder is /, whatever cmd.Dir says.
+// The process is the program itself: nsenter only steps in and executes it.
+func (h *Host) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
+	enter := []string{"--target", strconv.Itoa(h.holder), "--mount", "--uts", "--net", "--", name}
+	return exec.CommandContext(ctx, "nsenter", append(enter, args...)...)
+}
+
+// LibvirtSocket is the path of libvirtd's read-write socket, for a client
+// outside the host.
+func (h *Host) LibvirtSocket() string { return h.Path("/run/libvirt/libvirt-sock") }
+
+// URI connects a client outside the host to its libvirtd.
+func (h *Host) URI() string { return "qemu+unix:///system?socket=" + h.LibvirtSocket() }
+
+// PeerURI is what the other hosts' libvirtds call this host's, as a migration's
+// destination: over TCP by address, or over TLS by the name in its certificate.
+// Only the one that Config.TLS chose answers.
+func (h *Host) PeerURI(tls bool) string {
+	if tls {
+		return "qemu+tls://" + h.Name + "/system"
+	}
+	return "qemu+tcp://" + h.Addr.String() + "/system"
+}
+
+// privateDirs are the folders of which each host has its own.
+func privateDirs() []string {
+	return []string{"/etc", "/run", "/var/cache/libvirt", "/var/lib/libvirt", "/var/log/libvirt"}
+}
+
+// Path translates an absolute path inside the host to where it is outside. It
+// does not look at the file: symbolic links are not followed, except that
+// /var/run is known to be /run.
+func (h *Host) Path(inside string) string {
+	p := filepath.Clean(inside)
+	if p == "/var/run" || strings.HasPrefix(p, "/var/run/") {
+		p = strings.TrimPrefix(p, "/var")
+	}
+	for _, dir := range privateDirs() {
+		if p == dir || strings.HasPrefix(p, dir+"/") {
+			return filepath.Join(h.Dir, p)
+		}
+	}
+	return p
+}
+
+// Virsh runs virsh outside the host, connected to its libvirtd, in the C
+// locale, and returns what it prints on standard output. Paths among the
+// arguments are the machine's. The error carries what virsh says.
+func (h *Host) Virsh(ctx context.Context, args ...string) (string, error) {
+	cmd := tool(ctx, "virsh", append([]string{"-q", "-c", h.URI()}, args...)...)
+	// Paths among the arguments are the caller's, relative ones too.
+	cmd.Dir = ""
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return stdout.String(), fmt.Errorf("%s: virsh %s: %w", h.Name, strings.Join(args, " "),
+			withText(err, stderr.Bytes()))
+	}
+	return stdout.String(), nil
+}
