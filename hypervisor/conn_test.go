@@ -1,0 +1,238 @@
+package hypervisor
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/digitalocean/go-libvirt"
+
+	"belay/agent/maint"
+)
+
+// serve listens on a unix socket and hands each connection to f.
+func serve(t *testing.T, f func(net.Conn)) (socket string) {
+	t.Helper()
+	socket = filepath.Join(t.TempDir(), "sock")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer func() { _ = c.Close() }()
+				f(c)
+			}()
+		}
+	}()
+	return socket
+}
+
+// readCall reads one RPC packet and gives its header after the length.
+func readCall(c net.Conn) ([]byte, error) {
+	head := make([]byte, packetMin)
+	if _, err := io.ReadFull(c, head); err != nil {
+		return nil, err
+	}
+	_, err := io.CopyN(io.Discard, c, int64(binary.BigEndian.Uint32(head))-packetMin)
+	return head[4:], err
+}
+
+// reply answers every call with the payload that f gives for the call's number.
+func reply(f func(call int) []byte) func(net.Conn) {
+	return func(c net.Conn) {
+		for i := 0; ; i++ {
+			head, err := readCall(c)
+			if err != nil {
+				return
+			}
+			binary.BigEndian.PutUint32(head[12:], 1) // type: reply
+			payload := f(i)
+			packet := binary.BigEndian.AppendUint32(nil, uint32(packetMin+len(payload)))
+			packet = append(append(packet, head...), payload...)
+			if _, err := c.Write(packet); err != nil {
+				return
+			}
+		}
+	}
+}
+
+func TestUnusableDaemons(t *testing.T) {
+	dir := t.TempDir()
+	for _, tt := range []struct {
+		name   string
+		socket string
+		also   error  // beside ErrHypervisorDown
+		says   string // in the error's text
+	}{
+		{name: "missing", socket: filepath.Join(dir, "none"), says: "no such file"},
+		{name: "hangs up", socket: serve(t, func(net.Conn) {}), says: "connection lost"},
+		{
+			name:   "says nothing",
+			socket: serve(t, func(c net.Conn) { _, _ = io.Copy(io.Discard, c) }),
+			also:   context.DeadlineExceeded, says: "no answer in time",
+		},
+		{
+			name: "sends a packet too long to be true",
+			socket: serve(t, func(c net.Conn) {
+				_, _ = readCall(c)
+				_, _ = c.Write([]byte{0xFF, 0xFF, 0xFF, 0xFF, 1, 2, 3, 4})
+				_, _ = io.Copy(io.Discard, c)
+			}),
+			says: "connection lost",
+		},
+		{
+			name: "sends a packet too short for its header",
+			socket: serve(t, func(c net.Conn) {
+				_, _ = readCall(c)
+				_, _ = c.Write(make([]byte, 64))
+				_, _ = io.Copy(io.Discard, c)
+			}),
+			says: "connection lost",
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := New(Config{Socket: tt.socket, Timeout: 200 * time.Millisecond})
+			defer func() { _ = h.Close() }()
+			for range poolSize + 1 { // failures give their place in the pool back
+				err := h.Ping(t.Context())
+				if !errors.Is(err, maint.ErrHypervisorDown) {
+					t.Fatalf("error %v does not wrap ErrHypervisorDown", err)
+				}
+				if tt.also != nil && !errors.Is(err, tt.also) {
+					t.Errorf("error %v does not wrap %v", err, tt.also)
+				}
+				for _, want := range []string{tt.says, tt.socket} {
+					if !strings.Contains(err.Error(), want) {
+						t.Errorf("error %q does not say %q", err, want)
+					}
+				}
+			}
+		})
+	}
+}
+
+// A daemon that answers the opening of the connection, and then with what
+// cannot be decoded, makes calls fail and nothing else.
+func TestUndecodableReplies(t *testing.T) {
+	for name, payload := range map[string][]byte{
+		"empty":           nil,
+		"short":           {0, 0},
+		"string too long": {0, 0, 0x10, 0, 'x'},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := New(Config{Timeout: time.Second, Socket: serve(t, reply(func(call int) []byte {
+				if call < 2 { // auth list (none), open
+					return make([]byte, 4)
+				}
+				return payload
+			}))})
+			defer func() { _ = h.Close() }()
+			for op, call := range map[string]func() error{
+				"Ping":   func() error { return h.Ping(t.Context()) },
+				"Info":   func() error { _, err := h.Info(t.Context()); return err },
+				"Guests": func() error { _, err := h.Guests(t.Context()); return err },
+				"Guest":  func() error { _, err := h.Guest(t.Context(), "x"); return err },
+			} {
+				if err := call(); err == nil {
+					t.Errorf("%s takes it for an answer", op)
+				}
+			}
+		})
+	}
+}
+
+func TestPanicInDecoding(t *testing.T) {
+	client, server := net.Pipe()
+	defer func() { _ = server.Close() }()
+	c := &conn{wire: newWire(client), socket: "pipe"}
+	_, err := call(&session{ctx: t.Context(), conn: c}, "Test", func(*libvirt.Libvirt) (int, error) { panic("index out of range") })
+	if !errors.Is(err, maint.ErrHypervisorDown) || !strings.Contains(err.Error(), "index out of range") {
+		t.Errorf("error %v", err)
+	}
+	if !c.unusable() {
+		t.Error("the connection is kept")
+	}
+}
+
+func TestSearchesSockets(t *testing.T) {
+	h := New(Config{})
+	defer func() { _ = h.Close() }()
+	dir := t.TempDir()
+	first, second := filepath.Join(dir, "virtqemud-sock"), filepath.Join(dir, "libvirt-sock")
+	h.sockets = []string{first, second}
+	err := h.Ping(t.Context())
+	if !errors.Is(err, maint.ErrHypervisorDown) || !strings.Contains(err.Error(), first) || !strings.Contains(err.Error(), second) {
+		t.Errorf("error %v does not name both sockets", err)
+	}
+	good := serve(t, reply(func(int) []byte { return make([]byte, 8) }))
+	h.sockets = []string{first, good}
+	if err := h.Ping(t.Context()); err != nil {
+		t.Errorf("the socket that is there is not found: %v", err)
+	}
+}
+
+func TestCloseEndsCalls(t *testing.T) {
+	h := New(Config{Socket: serve(t, func(c net.Conn) { _, _ = io.Copy(io.Discard, c) })})
+	events, cancel := h.Subscribe()
+	defer cancel()
+	results := make(chan error, 3)
+	go func() { results <- h.Ping(t.Context()) }()
+	go func() { results <- h.Migrate(t.Context(), "10000000-0000-4000-8000-000000000000", maint.MoveParams{}) }()
+	go func() { results <- h.Run(t.Context()) }()
+	time.Sleep(50 * time.Millisecond)
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for range cap(results) {
+		select {
+		case err := <-results: // nil is Run's
+			if err != nil && !errors.Is(err, context.Canceled) {
+				t.Error(err)
+			}
+		case <-time.After(5 * time.Second):
+			t.Fatal("something outlives Close")
+		}
+	}
+	if _, ok := <-events; ok {
+		t.Error("a subscription outlives Close")
+	}
+	if err := h.Ping(t.Context()); !errors.Is(err, maint.ErrHypervisorDown) {
+		t.Errorf("Ping after Close: %v", err)
+	}
+}
+
+func TestWireFollowsPackets(t *testing.T) {
+	var stream []byte
+	for _, size := range []int{packetMin, 100, packetMin + 1, 5000} {
+		packet := make([]byte, size)
+		binary.BigEndian.PutUint32(packet, uint32(size))
+		for i := 4; i < size; i++ {
+			packet[i] = 0xFF // would be a length if taken for one
+		}
+		stream = append(stream, packet...)
+	}
+	for chunk := 1; chunk < 300; chunk++ {
+		w := &wire{}
+		for at := 0; at < len(stream); at += chunk {
+			if err := w.follow(stream[at:min(at+chunk, len(stream))]); err != nil {
+				t.Fatalf("in chunks of %d: %v", chunk, err)
+			}
+		}
+		if w.body != 0 || len(w.header) != 0 {
+			t.Fatalf("in chunks of %d: out of step", chunk)
+		}
+	}
+}

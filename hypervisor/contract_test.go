@@ -1,0 +1,178 @@
+package hypervisor_test
+
+import (
+	"context"
+	"encoding/xml"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"belay/hypervisor"
+	"belay/hypervisor/hypervisortest"
+	"belay/vmtests/lab"
+)
+
+// TestContract holds package hypervisor to the contract of its in-memory
+// counterpart, with two real libvirtds and real guests.
+func TestContract(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs two libvirtds")
+	}
+	l := lab.ForTest(t, lab.Config{Hosts: 2})
+	disk := filepath.Join(l.Shared, "boot.raw")
+	if err := os.WriteFile(disk, append(bootSector(), make([]byte, 1<<20-512)...), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	hypervisortest.Contract(t, hypervisortest.Env{
+		A: newSite(t, l.Hosts[0], disk),
+		B: newSite(t, l.Hosts[1], disk),
+		// No CPU that TCG emulates has Intel's transactional memory.
+		HardCPU: "<cpu mode='custom' match='exact'><model fallback='forbid'>qemu64</model>" +
+			"<feature policy='require' name='rtm'/></cpu>",
+	})
+}
+
+// site is a host of the lab under the contract.
+type site struct {
+	host *lab.Host
+	hv   *hypervisor.Host
+	disk string
+}
+
+func newSite(t *testing.T, host *lab.Host, disk string) *site {
+	hv := hypervisor.New(hypervisor.Config{Socket: host.LibvirtSocket()})
+	ctx, cancel := context.WithCancel(context.Background())
+	var run sync.WaitGroup
+	run.Go(func() {
+		if err := hv.Run(ctx); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+	t.Cleanup(func() {
+		cancel()
+		run.Wait()
+		if err := hv.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	s := &site{host: host, hv: hv, disk: disk}
+	s.connected(t)
+	return s
+}
+
+// connected waits until events flow: a subscriber gets a resync at once.
+func (s *site) connected(t testing.TB) {
+	t.Helper()
+	events, cancel := s.hv.Subscribe()
+	defer cancel()
+	select {
+	case <-events:
+	case <-time.After(20 * time.Second):
+		t.Fatal("no events connection")
+	}
+}
+
+func (s *site) virsh(t testing.TB, args ...string) string {
+	t.Helper()
+	out, err := s.host.Virsh(context.Background(), args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(out)
+}
+
+func (s *site) Hypervisor() hypervisortest.Hypervisor { return s.hv }
+func (s *site) URI() string                           { return s.host.PeerURI(false) }
+
+func (s *site) NewGuest(t testing.TB, name string) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "guest.xml")
+	var path strings.Builder
+	_ = xml.EscapeText(&path, []byte(s.disk))
+	text := fmt.Sprintf(`<domain type='qemu'>
+  <name>%s</name>
+  <memory unit='MiB'>64</memory>
+  <vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='pc'>hvm</type><boot dev='hd'/></os>
+  <features><acpi/></features>
+  <cpu mode='custom' match='exact'><model fallback='forbid'>qemu64</model></cpu>
+  <devices>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw' cache='none'/>
+      <source file='%s'/>
+      <target dev='vda' bus='virtio'/>
+      <readonly/>
+    </disk>
+    <controller type='usb' model='none'/>
+    <memballoon model='none'/>
+  </devices>
+</domain>`, name, path.String())
+	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	s.virsh(t, "define", file)
+	s.virsh(t, "start", name)
+	return s.virsh(t, "domuuid", name)
+}
+
+func (s *site) StartGuest(t testing.TB, uuid string)   { t.Helper(); s.virsh(t, "start", uuid) }
+func (s *site) PauseGuest(t testing.TB, uuid string)   { t.Helper(); s.virsh(t, "suspend", uuid) }
+func (s *site) ResumeGuest(t testing.TB, uuid string)  { t.Helper(); s.virsh(t, "resume", uuid) }
+func (s *site) DestroyGuest(t testing.TB, uuid string) { t.Helper(); s.virsh(t, "destroy", uuid) }
+
+func (s *site) RemoveGuest(t testing.TB, uuid string) {
+	t.Helper()
+	// Whichever of these does not apply fails, and may.
+	_, _ = s.host.Virsh(context.Background(), "destroy", uuid)
+	_, _ = s.host.Virsh(context.Background(), "undefine", uuid)
+	if out := s.virsh(t, "list", "--all", "--uuid"); strings.Contains(out, uuid) {
+		t.Errorf("guest %s cannot be removed from %s", uuid, s.host.Name)
+	}
+}
+
+func (s *site) KillQEMU(t testing.TB, uuid string) {
+	t.Helper()
+	text, err := os.ReadFile(s.host.Path("/run/libvirt/qemu/" + s.virsh(t, "domname", uuid) + ".pid"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Hold does nothing: 1 MiB/s holds a guest of the boot sector.
+func (s *site) Hold(testing.TB) {}
+
+func (s *site) Release(t testing.TB, uuid string) {
+	t.Helper()
+	s.virsh(t, "migrate-setspeed", uuid, "10000")
+}
+
+func (s *site) signal(t testing.TB, sig syscall.Signal) {
+	t.Helper()
+	if err := s.host.Kill(context.Background(), lab.Libvirtd, sig); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (s *site) KillLibvirt(t testing.TB)   { t.Helper(); s.signal(t, syscall.SIGKILL) }
+func (s *site) FreezeLibvirt(t testing.TB) { t.Helper(); s.signal(t, syscall.SIGSTOP) }
+func (s *site) ThawLibvirt(t testing.TB)   { t.Helper(); s.signal(t, syscall.SIGCONT) }
+
+func (s *site) RestartLibvirt(t testing.TB) {
+	t.Helper()
+	if err := s.host.StartDaemon(context.Background(), lab.Libvirtd); err != nil {
+		t.Fatal(err)
+	}
+}

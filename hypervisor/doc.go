@@ -1,0 +1,45 @@
+// Package hypervisor talks to libvirt on this host. It is the only package that
+// imports go-libvirt, and it gives everything back in the words of belay/agent/maint.
+//
+//	Host
+//	 ├─ pool of up to four control connections   one call at a time on each
+//	 │     Ping Info Guests Guest GuestXML CompareCPU DryRun
+//	 │     AbortJob Job CompletedJob SetAutostart Define UndefineInactive
+//	 ├─ events connection, kept by Run           lifecycle, agent state
+//	 │     └─► hub ─► one unbounded queue per Subscribe
+//	 └─ one connection per running Migrate       lives as long as the migration
+//	        │
+//	        ▼  unix socket, libvirt's RPC
+//	     virtqemud or libvirtd
+//
+// # What is not here
+//
+// There is no call that destroys, shuts down, resets or reboots a domain, and
+// there will be none: whatever a bug, a crash or a confused recovery makes of
+// the rest of Belay, it cannot end a guest through this package. A test reads
+// the package's source for such calls. Undefining is refused while a domain is
+// active.
+//
+// # Connections
+//
+// A libvirt call cannot be cancelled: go-libvirt knows neither contexts nor
+// deadlines. When a call's context ends its connection is closed, which is the
+// one thing that reliably brings the call back, and a new object takes its place
+// at the next call (an object that reconnects races with itself). That is why a
+// control connection carries one call at a time: the caller who gives up loses
+// its own call and nobody else's, and an abort never waits behind a slow listing.
+//
+// Events are subscribed to once per connection and end with it, because
+// cancelling a subscription can block the connection for good. After each
+// (re)connection subscribers get EventResync: whatever happened before it must
+// be found by listing.
+//
+// # Errors
+//
+// A failed call gives an *Error with the libvirt function, the socket, and
+// libvirt's code and message. errors.Is finds maint.ErrNoGuest, maint.ErrNoJob,
+// maint.ErrHypervisorDown (refused, lost, or no answer in time) and the
+// context's error in it. CompareCPU gives *IncompatibleCPU and UndefineInactive
+// ErrActive where those are the answer, and ErrBusy and ErrIncoming stand for
+// calls that libvirt would let hang.
+package hypervisor

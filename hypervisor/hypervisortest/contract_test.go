@@ -1,0 +1,43 @@
+package hypervisortest_test
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"belay/hypervisor/hypervisortest"
+)
+
+// site is an in-memory host under the contract.
+type site struct{ *hypervisortest.Host }
+
+func (s site) Hypervisor() hypervisortest.Hypervisor     { return s.Host }
+func (s site) NewGuest(_ testing.TB, name string) string { return s.PutGuest(name) }
+func (s site) StartGuest(t testing.TB, uuid string)      { s.Start(t, uuid) }
+func (s site) PauseGuest(t testing.TB, uuid string)      { s.Pause(t, uuid) }
+func (s site) ResumeGuest(t testing.TB, uuid string)     { s.Resume(t, uuid) }
+func (s site) DestroyGuest(t testing.TB, uuid string)    { s.Stop(t, uuid, "destroyed") }
+func (s site) Hold(testing.TB)                           { s.HoldCopies() }
+func (s site) Release(testing.TB, string)                { s.ReleaseCopies() }
+func (s site) KillLibvirt(testing.TB)                    { s.Host.KillLibvirt() }
+func (s site) RestartLibvirt(testing.TB)                 { s.Host.RestartLibvirt() }
+func (s site) FreezeLibvirt(testing.TB)                  { s.Freeze() }
+func (s site) ThawLibvirt(testing.TB)                    { s.Thaw() }
+func (s site) RemoveGuest(t testing.TB, uuid string) {
+	s.ReleaseCopies()
+	if _, err := s.Guest(context.Background(), uuid); err == nil {
+		s.Remove(t, uuid)
+	}
+}
+
+func TestContract(t *testing.T) {
+	w := hypervisortest.NewWorld()
+	defer w.Close()
+	w.SetCopy(hypervisortest.Copy{Step: 5 * time.Millisecond, Blackout: time.Millisecond})
+	const hard = "Skylake-Server"
+	hypervisortest.Contract(t, hypervisortest.Env{
+		A:       site{w.AddHost("host-a", hypervisortest.HostOptions{})},
+		B:       site{w.AddHost("host-b", hypervisortest.HostOptions{CannotRun: []string{hard}})},
+		HardCPU: "<cpu mode='custom' match='exact'><model fallback='forbid'>" + hard + "</model></cpu>",
+	})
+}

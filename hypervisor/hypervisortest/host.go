@@ -1,0 +1,200 @@
+package hypervisortest
+
+import (
+	"fmt"
+	"sync"
+	"testing"
+
+	"belay/agent/maint"
+	"belay/hypervisor/internal/feed"
+)
+
+// Host is a host in memory. Its methods of the Hypervisor interface behave as
+// those of hypervisor.Host; the others are the test's side of it.
+type Host struct {
+	w         *World
+	info      maint.Host
+	cannotRun []string
+
+	// All below is guarded by w.mu.
+	guests    map[string]*guest // by UUID
+	faults    map[string][]*Fault
+	up        bool          // libvirt runs
+	cut       bool          // off the LAN
+	hold      bool          // copies do not converge
+	interrupt chan struct{} // closed when connections to libvirt are lost, and replaced
+	frozen    chan struct{} // closed by Thaw; nil when libvirt is not frozen
+
+	hub       *feed.Hub
+	closed    chan struct{}
+	closeOnce sync.Once
+}
+
+// guest is a domain.
+type guest struct {
+	maint.Guest
+	definition string     // XML given to Define, "" for one made up
+	completed  *maint.Job // statistics of the last job that succeeded
+	out, in    *migration // the migration it leaves or comes by
+}
+
+// PutGuest adds a running, persistent guest of 64 MiB, as changed by edits, and
+// returns its UUID. What the guest is to be is up to edits; nothing is checked.
+func (h *Host) PutGuest(name string, edits ...func(*maint.Guest)) (uuid string) {
+	h.w.mu.Lock()
+	defer h.w.mu.Unlock()
+	h.w.serial++
+	g := &guest{Guest: maint.Guest{
+		UUID:        fmt.Sprintf("10000000-0000-4000-8000-%012x", h.w.serial),
+		Name:        name,
+		State:       maint.GuestRunning,
+		Reason:      "booted",
+		MemoryBytes: 64 << 20,
+		VCPUs:       1,
+		DomainType:  "qemu",
+		MachineType: "pc-q35-7.2",
+		CPUModel:    "qemu64",
+		Persistent:  true,
+		Agent:       maint.AgentNone,
+		Disks:       []maint.Disk{},
+		Devices:     []maint.Device{},
+	}}
+	for _, edit := range edits {
+		edit(&g.Guest)
+	}
+	h.guests[g.UUID] = g
+	h.lifecycle(g, "defined", "added")
+	if g.State.Active() {
+		h.lifecycle(g, "resumed", "unpaused")
+		h.lifecycle(g, "started", "booted")
+	}
+	return g.UUID
+}
+
+// Edit changes a guest in any way, without an event.
+func (h *Host) Edit(t testing.TB, uuid string, edit func(*maint.Guest)) {
+	t.Helper()
+	h.change(t, uuid, func(g *guest) { edit(&g.Guest) })
+}
+
+// Start starts a guest that is shut off.
+func (h *Host) Start(t testing.TB, uuid string) {
+	t.Helper()
+	h.change(t, uuid, func(g *guest) {
+		g.State, g.Reason = maint.GuestRunning, "booted"
+		h.lifecycle(g, "resumed", "unpaused")
+		h.lifecycle(g, "started", "booted")
+	})
+}
+
+// Pause stops a guest's vCPUs, as an operator would (virsh suspend).
+func (h *Host) Pause(t testing.TB, uuid string) {
+	t.Helper()
+	h.change(t, uuid, func(g *guest) {
+		g.State, g.Reason = maint.GuestPaused, "user"
+		h.lifecycle(g, "suspended", "paused")
+	})
+}
+
+// Resume is the reverse of Pause (virsh resume).
+func (h *Host) Resume(t testing.TB, uuid string) {
+	t.Helper()
+	h.change(t, uuid, func(g *guest) {
+		g.State, g.Reason = maint.GuestRunning, "unpaused"
+		h.lifecycle(g, "resumed", "unpaused")
+	})
+}
+
+// Stop ends a guest: detail is "shutdown", "destroyed" or "crashed". A
+// transient one is gone. A migration of it fails.
+func (h *Host) Stop(t testing.TB, uuid, detail string) {
+	t.Helper()
+	h.change(t, uuid, func(g *guest) { h.stop(g, detail) })
+}
+
+// KillQEMU kills the guest's QEMU on this host: of an incoming migration
+// (which fails), of an outgoing one (both are gone), or of a running guest.
+func (h *Host) KillQEMU(t testing.TB, uuid string) {
+	t.Helper()
+	h.change(t, uuid, func(g *guest) { h.stop(g, "crashed") })
+}
+
+// stop ends a guest and its migration, whichever side of it this is.
+func (h *Host) stop(g *guest, detail string) {
+	if m := g.in; m != nil {
+		m.end(m.src.failed(opPerform, codeOperationFailed, "operation failed: domain is not running on the destination"))
+		return // with the migration the guest is gone from here
+	}
+	if m := g.out; m != nil {
+		m.sourceGone = true
+		m.end(h.failed(opPerform, codeOperationFailed, "operation failed: domain is not running"))
+	}
+	h.stopped(g, detail)
+}
+
+// stopped is a guest's end: state, event, and no more of a transient one.
+func (h *Host) stopped(g *guest, detail string) {
+	g.State, g.Reason = maint.GuestShutoff, detail
+	h.lifecycle(g, "stopped", detail)
+	if !g.Persistent {
+		delete(h.guests, g.UUID)
+	}
+}
+
+// Remove takes a guest out of the host without a trace.
+func (h *Host) Remove(t testing.TB, uuid string) {
+	t.Helper()
+	h.change(t, uuid, func(g *guest) { delete(h.guests, uuid) })
+}
+
+// SetAgent says whether the guest's agent is connected, and sends its event.
+func (h *Host) SetAgent(t testing.TB, uuid string, state maint.AgentState) {
+	t.Helper()
+	h.change(t, uuid, func(g *guest) {
+		g.Agent = state
+		h.publish(maint.Event{
+			Kind: maint.EventAgent, UUID: g.UUID, Name: g.Name,
+			Change: string(state), Detail: "channel event",
+		})
+	})
+}
+
+// HoldCopies keeps migrations that leave this host copying until
+// ReleaseCopies.
+func (h *Host) HoldCopies() { h.setHold(true) }
+
+// ReleaseCopies lets migrations end their copying with the pass they are in.
+func (h *Host) ReleaseCopies() { h.setHold(false) }
+
+func (h *Host) setHold(on bool) {
+	h.w.mu.Lock()
+	defer h.w.mu.Unlock()
+	h.hold = on
+}
+
+// change runs f on a guest under the lock.
+func (h *Host) change(t testing.TB, uuid string, f func(*guest)) {
+	t.Helper()
+	h.w.mu.Lock()
+	defer h.w.mu.Unlock()
+	g, ok := h.guests[uuid]
+	if !ok {
+		t.Fatalf("%s has no guest %s", h.info.Name, uuid)
+	}
+	f(g)
+}
+
+// lifecycle publishes a lifecycle event.
+func (h *Host) lifecycle(g *guest, change, detail string) {
+	h.publish(maint.Event{
+		Kind: maint.EventLifecycle, UUID: g.UUID, Name: g.Name,
+		Change: change, Detail: detail,
+	})
+}
+
+// publish sends an event if libvirt is there to send it.
+func (h *Host) publish(ev maint.Event) {
+	if h.up {
+		h.hub.Publish(ev)
+	}
+}

@@ -1,0 +1,35 @@
+package hypervisortest
+
+import (
+	"context"
+
+	"belay/agent/maint"
+	"belay/hypervisor"
+)
+
+// Hypervisor is what hypervisor.Host and the Host of this package have in
+// common. The contract is about it.
+type Hypervisor interface {
+	Run(ctx context.Context) error
+	Close() error
+	Ping(ctx context.Context) error
+	Info(ctx context.Context) (maint.Host, error)
+	Guests(ctx context.Context) ([]maint.Guest, error)
+	Guest(ctx context.Context, nameOrUUID string) (maint.Guest, error)
+	Subscribe() (events <-chan maint.Event, cancel func())
+	GuestXML(ctx context.Context, uuid string) (hypervisor.GuestXML, error)
+	CompareCPU(ctx context.Context, domainType, arch, machine, cpuXML string) error
+	DryRun(ctx context.Context, uuid string, p maint.MoveParams) error
+	Migrate(ctx context.Context, uuid string, p maint.MoveParams) error
+	AbortJob(ctx context.Context, uuid string) error
+	Job(ctx context.Context, uuid string) (maint.Job, error)
+	CompletedJob(ctx context.Context, uuid string) (maint.Job, error)
+	SetAutostart(ctx context.Context, uuid string, on bool) error
+	Define(ctx context.Context, xml string) error
+	UndefineInactive(ctx context.Context, uuid string) error
+}
+
+var (
+	_ Hypervisor = (*hypervisor.Host)(nil)
+	_ Hypervisor = (*Host)(nil)
+)

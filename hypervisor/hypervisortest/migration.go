@@ -1,0 +1,300 @@
+package hypervisortest
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"belay/agent/maint"
+	"belay/hypervisor"
+)
+
+// keepalive is how long libvirt waits for a peer that does not answer
+// (keepalive_interval × keepalive_count and some).
+const keepalive = 30 * time.Second
+
+// migration is one guest on its way. w.mu guards it; run is its goroutine.
+type migration struct {
+	src, dst *Host
+	uuid     string
+	params   maint.MoveParams
+	copy     Copy
+
+	phase      Phase
+	pass       int
+	started    time.Time
+	wasPaused  bool // it arrives paused, too
+	sourceGone bool // its QEMU died on the source: nothing to go back to
+
+	err  error
+	over bool
+	done chan struct{} // closed when over
+}
+
+// DryRun checks what libvirt checks at the beginning of a migration.
+func (h *Host) DryRun(ctx context.Context, uuid string, _ maint.MoveParams) error {
+	_, err := onGuest(ctx, h, "DryRun", uuid, func(g *guest) (struct{}, error) {
+		if err := g.idle(); err != nil {
+			return struct{}{}, err
+		}
+		return struct{}{}, h.canLeave(g, "DomainMigrateBegin3Params")
+	})
+	return err
+}
+
+func (h *Host) canLeave(g *guest, op string) error {
+	switch {
+	case !g.State.Active():
+		return h.failed(op, codeOperationInvalid, "Requested operation is not valid: domain is not running")
+	case g.out != nil || g.in != nil:
+		return h.failed(op, codeOperationInvalid,
+			fmt.Sprintf("Requested operation is not valid: another migration job is already running for domain '%s'", g.Name))
+	}
+	return nil
+}
+
+// Migrate moves a guest to the host of the World that has the URI
+// p.DestURI. When ctx ends first it returns and the migration goes on.
+func (h *Host) Migrate(ctx context.Context, uuid string, p maint.MoveParams) error {
+	_, err := do(ctx, h, "Migrate", false, func(ctx context.Context) (struct{}, error) {
+		h.w.mu.Lock()
+		interrupt := h.interrupt
+		m, err := h.begin(uuid, p)
+		h.w.mu.Unlock()
+		if err != nil {
+			return struct{}{}, err
+		}
+		select {
+		case <-m.done:
+			return struct{}{}, m.err
+		case <-ctx.Done():
+			return struct{}{}, hypervisor.NewError(opPerform, h.socket(), 0,
+				"given up; a migration that has begun goes on", ctx.Err())
+		case <-interrupt:
+			return struct{}{}, h.connectionLost(opPerform)
+		}
+	})
+	return err
+}
+
+// begin makes the guest on the destination and starts the copy.
+func (h *Host) begin(uuid string, p maint.MoveParams) (*migration, error) {
+	g, err := h.find(uuid)
+	if err != nil {
+		return nil, err
+	}
+	if err := h.canLeave(g, opPerform); err != nil {
+		return nil, err
+	}
+	dst := h.w.byURI(p.DestURI)
+	if dst == nil || !dst.up || !reachable(h, dst) {
+		return nil, h.failed(opPerform, codeSystem,
+			fmt.Sprintf("unable to connect to server at '%s': Connection refused", p.DestURI))
+	}
+	if dst.info.UUID == h.info.UUID || dst.info.Name == h.info.Name {
+		return nil, h.failed(opPerform, codeInternal,
+			"internal error: Attempt to migrate guest to the same host "+dst.info.UUID)
+	}
+	for _, other := range dst.guests {
+		switch {
+		case other.UUID == uuid && other.State.Active():
+			return nil, h.failed(opPerform, codeOperationInvalid,
+				fmt.Sprintf("Requested operation is not valid: domain '%s' is already active", other.Name))
+		case other.Name == g.Name && other.UUID != uuid:
+			return nil, h.failed(opPerform, codeOperationFailed,
+				fmt.Sprintf("operation failed: domain '%s' already exists with uuid %s", other.Name, other.UUID))
+		}
+	}
+
+	m := &migration{
+		src: h, dst: dst, uuid: uuid, params: p, copy: h.w.copy,
+		phase: PhaseCopying, pass: 1, started: time.Now(),
+		wasPaused: g.State == maint.GuestPaused,
+		done:      make(chan struct{}),
+	}
+	g.out = m
+	arriving := &guest{Guest: g.Guest, in: m}
+	arriving.State, arriving.Reason = maint.GuestPaused, "migrating"
+	arriving.Persistent, arriving.Autostart = false, false
+	if known, ok := dst.guests[uuid]; ok { // a definition it left behind
+		arriving.Persistent, arriving.Autostart = true, known.Autostart
+		arriving.definition = known.definition
+	}
+	dst.guests[uuid] = arriving
+	dst.lifecycle(arriving, "started", "migrated")
+	h.w.running.Go(m.run)
+	return m, nil
+}
+
+func reachable(a, b *Host) bool { return !a.cut && !b.cut }
+
+// run is the migration's course. Whatever ends it early, end has cleaned up.
+func (m *migration) run() {
+	m.src.w.entered(m.uuid, PhaseCopying)
+	for {
+		if !m.wait(m.copy.Step) {
+			return
+		}
+		if m.passDone() {
+			break
+		}
+	}
+	if !m.step(m.suspend) || !m.wait(m.copy.Blackout) || !m.step(m.resume) || !m.wait(0) {
+		return
+	}
+	m.step(m.confirm)
+}
+
+// wait lets time pass, and as much more as the LAN is cut. false: it is over.
+func (m *migration) wait(d time.Duration) bool {
+	var stood time.Duration
+	for {
+		timer := time.NewTimer(d)
+		select {
+		case <-timer.C:
+		case <-m.done:
+			timer.Stop()
+			return false
+		}
+		m.src.w.mu.Lock()
+		if !m.over && !reachable(m.src, m.dst) {
+			d = 100 * time.Millisecond
+			if stood += d; stood > keepalive {
+				m.end(m.src.failed(opPerform, codeInternal,
+					"internal error: connection closed due to keepalive timeout"))
+			}
+			m.src.w.mu.Unlock()
+			continue
+		}
+		over := m.over
+		m.src.w.mu.Unlock()
+		return !over
+	}
+}
+
+// passDone counts a pass over memory and says whether it was the last.
+func (m *migration) passDone() bool {
+	m.src.w.mu.Lock()
+	defer m.src.w.mu.Unlock()
+	if !m.src.hold && m.pass >= m.copy.Passes {
+		return true
+	}
+	m.pass++
+	return false
+}
+
+// step makes a transition, unless the migration is over, and tells the hook.
+func (m *migration) step(transition func()) bool {
+	m.src.w.mu.Lock()
+	if m.over {
+		m.src.w.mu.Unlock()
+		return false
+	}
+	transition()
+	phase := m.phase
+	m.src.w.mu.Unlock()
+	m.src.w.entered(m.uuid, phase)
+	return true
+}
+
+// suspend stops the guest on the source.
+func (m *migration) suspend() {
+	m.phase = PhaseSuspended
+	if g := m.src.guests[m.uuid]; !m.wasPaused {
+		g.State, g.Reason = maint.GuestPaused, "migrating"
+		m.src.lifecycle(g, "suspended", "migrated")
+	}
+}
+
+// resume starts the guest on the destination, with libvirt's Finish.
+func (m *migration) resume() {
+	m.phase = PhaseResumed
+	job := m.stats()
+	job.Active, job.State = false, "completed"
+	job.Operation, job.MemoryLeft = "migration in", 0
+	job.Downtime = m.copy.Blackout
+	g := m.dst.guests[m.uuid]
+	g.in, g.completed = nil, &job
+	if m.params.Persist {
+		known := g.Persistent
+		g.Persistent = true
+		g.definition = m.src.guests[m.uuid].definition
+		detail := "added"
+		if known {
+			detail = "updated"
+		}
+		m.dst.lifecycle(g, "defined", detail)
+	}
+	if m.wasPaused {
+		g.State, g.Reason = maint.GuestPaused, "user"
+		m.dst.lifecycle(g, "suspended", "paused")
+		return
+	}
+	g.State, g.Reason = maint.GuestRunning, "migrated"
+	m.dst.lifecycle(g, "resumed", "migrated")
+}
+
+// confirm ends the guest on the source.
+func (m *migration) confirm() {
+	m.phase = PhaseStopped
+	g := m.src.guests[m.uuid]
+	m.src.stopped(g, "migrated")
+	if m.params.Persist && g.Persistent {
+		delete(m.src.guests, m.uuid) // libvirt sends no event for this
+	}
+	m.finish(nil)
+}
+
+// end stops the migration where it is, and leaves what libvirt leaves.
+func (m *migration) end(err error) {
+	if m.over {
+		return
+	}
+	if g := m.src.guests[m.uuid]; g != nil && m.phase != PhaseCopying && !m.wasPaused && !m.sourceGone {
+		// Before the destination runs the source goes on. After that it does
+		// so too if it lives and never hears how it went: it must take the
+		// silence for a failure.
+		if m.phase == PhaseSuspended || m.src.up {
+			g.State, g.Reason = maint.GuestRunning, "migration canceled"
+			m.src.lifecycle(g, "resumed", "migrated")
+		}
+	}
+	if g := m.dst.guests[m.uuid]; g != nil && m.phase != PhaseResumed {
+		m.dst.stopped(g, "failed")
+		g.in = nil
+	}
+	m.finish(err)
+}
+
+// finish lets go of both domains and of the caller.
+func (m *migration) finish(err error) {
+	if g := m.src.guests[m.uuid]; g != nil {
+		g.out = nil
+	}
+	m.err, m.over = err, true
+	close(m.done)
+}
+
+// stats are the running statistics: the first pass copies all memory, each
+// later one a quarter of the one before.
+func (m *migration) stats() maint.Job {
+	total := m.src.guests[m.uuid].MemoryBytes
+	var sent uint64
+	left := total
+	for range m.pass {
+		sent += left
+		left /= 4
+	}
+	elapsed := time.Since(m.started)
+	job := maint.Job{
+		Active: true, Operation: "migration out", State: "unbounded",
+		Elapsed: elapsed, Setup: time.Millisecond, Downtime: m.copy.Blackout,
+		MemoryTotal: total, MemorySent: sent, MemoryLeft: left,
+		Iteration: uint64(m.pass),
+	}
+	if elapsed > 0 {
+		job.BytesPerSecond = uint64(float64(sent) / elapsed.Seconds())
+	}
+	job.DirtyPerSecond = job.BytesPerSecond / 4
+	return job
+}

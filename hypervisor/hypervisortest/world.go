@@ -1,0 +1,180 @@
+package hypervisortest
+
+import (
+	"cmp"
+	"fmt"
+	"sync"
+	"time"
+
+	"belay/agent/maint"
+	"belay/hypervisor/internal/feed"
+)
+
+// World is some hosts that can reach each other.
+type World struct {
+	mu      sync.Mutex // guards everything in the World, its hosts and guests
+	hosts   []*Host
+	copy    Copy
+	onCall  func(Call)
+	onPhase func(uuid string, p Phase)
+	serial  int
+	running sync.WaitGroup // migrations
+}
+
+// Copy says how a migration gets on. Zero fields have the defaults given.
+type Copy struct {
+	Passes   int           // over memory, before the guest is suspended; 3
+	Step     time.Duration // each pass; 100 ms
+	Blackout time.Duration // suspended to resumed; 50 ms
+}
+
+// Call is a call to a host, for OnCall.
+type Call struct {
+	Host string // its name
+	Op   string // the method: "Migrate"
+	Done bool   // false before the call, true after it
+}
+
+// Phase is where a migration is, for OnPhase.
+type Phase string
+
+// The phases of a migration, in their order. See the package's documentation.
+const (
+	PhaseCopying   Phase = "copying"   // begun; the destination has the guest, paused
+	PhaseSuspended Phase = "suspended" // the source's vCPUs are stopped
+	PhaseResumed   Phase = "resumed"   // the destination's run
+	PhaseStopped   Phase = "stopped"   // the source's domain has stopped
+)
+
+// NewWorld makes a World without hosts.
+func NewWorld() *World {
+	w := &World{}
+	w.SetCopy(Copy{})
+	return w
+}
+
+// Close ends running migrations as killed hosts would, and closes all hosts.
+func (w *World) Close() {
+	w.mu.Lock()
+	for _, h := range w.hosts {
+		for _, g := range h.guests {
+			if g.out != nil {
+				g.out.end(h.connectionLost("DomainMigratePerform3Params"))
+			}
+		}
+	}
+	w.mu.Unlock()
+	w.running.Wait()
+	for _, h := range w.hosts {
+		_ = h.Close()
+	}
+}
+
+// SetCopy says how migrations that begin from now on get on.
+func (w *World) SetCopy(c Copy) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.copy = Copy{
+		Passes:   cmp.Or(c.Passes, 3),
+		Step:     cmp.Or(c.Step, 100*time.Millisecond),
+		Blackout: cmp.Or(c.Blackout, 50*time.Millisecond),
+	}
+}
+
+// OnCall has f called before and after every call to a host, in the caller's
+// goroutine and without locks held: f may change the World, block for ever, or
+// end the goroutine (runtime.Goexit), as a crash would.
+func (w *World) OnCall(f func(Call)) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.onCall = f
+}
+
+// OnPhase has f called as a migration has entered a phase, in the migration's
+// goroutine and without locks held: f may kill what it likes.
+func (w *World) OnPhase(f func(uuid string, p Phase)) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.onPhase = f
+}
+
+func (w *World) called(c Call) {
+	w.mu.Lock()
+	f := w.onCall
+	w.mu.Unlock()
+	if f != nil {
+		f(c)
+	}
+}
+
+func (w *World) entered(uuid string, p Phase) {
+	w.mu.Lock()
+	f := w.onPhase
+	w.mu.Unlock()
+	if f != nil {
+		f(uuid, p)
+	}
+}
+
+// HostOptions describe a host. Zero fields have the defaults given.
+type HostOptions struct {
+	UUID         string // made from the order of hosts
+	Arch         string // x86_64
+	CPUModel     string // qemu64
+	CPUs         int    // 4
+	MemoryBytes  uint64 // 16 GiB
+	Libvirt      string // 9.0.0
+	QEMU         string // 7.2.9
+	DomainTypes  []string
+	MachineTypes []string
+	// CannotRun are words (CPU models, features) that CompareCPU refuses
+	// when they are in a CPU's XML.
+	CannotRun []string
+}
+
+// AddHost adds a host with libvirt running and no guests.
+func (w *World) AddHost(name string, o HostOptions) *Host {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	h := &Host{
+		w: w,
+		info: maint.Host{
+			Name:           name,
+			UUID:           cmp.Or(o.UUID, fmt.Sprintf("00000000-0000-4000-8000-%012x", len(w.hosts)+1)),
+			Arch:           cmp.Or(o.Arch, "x86_64"),
+			CPUModel:       cmp.Or(o.CPUModel, "qemu64"),
+			CPUs:           cmp.Or(o.CPUs, 4),
+			MemoryBytes:    cmp.Or(o.MemoryBytes, 16<<30),
+			LibvirtVersion: cmp.Or(o.Libvirt, "9.0.0"),
+			QEMUVersion:    cmp.Or(o.QEMU, "7.2.9"),
+			DomainTypes:    o.DomainTypes,
+			MachineTypes:   o.MachineTypes,
+		},
+		cannotRun: o.CannotRun,
+		guests:    make(map[string]*guest),
+		faults:    make(map[string][]*Fault),
+		up:        true,
+		interrupt: make(chan struct{}),
+		hub:       &feed.Hub{},
+		closed:    make(chan struct{}),
+	}
+	if h.info.DomainTypes == nil {
+		h.info.DomainTypes = []string{"kvm", "qemu"}
+	}
+	if h.info.MachineTypes == nil {
+		h.info.MachineTypes = []string{"pc", "pc-i440fx-7.2", "pc-q35-7.2", "q35"}
+	}
+	h.hub.Publish(maint.Event{Kind: maint.EventResync})
+	w.hosts = append(w.hosts, h)
+	return h
+}
+
+// byURI finds the host that answers at a migration's destination URI.
+func (w *World) byURI(uri string) *Host {
+	for _, h := range w.hosts {
+		if h.URI() == uri {
+			return h
+		}
+	}
+	return nil
+}

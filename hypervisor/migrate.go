@@ -1,0 +1,103 @@
+package hypervisor
+
+import (
+	"context"
+
+	"github.com/digitalocean/go-libvirt"
+
+	"belay/agent/maint"
+)
+
+// DryRun has the source's libvirt check everything it checks at the beginning
+// of a migration (blocked reasons of QEMU, snapshots, block jobs, host devices,
+// unsafe cache modes, …) and begins nothing. It does not speak to the
+// destination. It wraps maint.ErrNoGuest; a refusal is an *Error with libvirt's
+// words. It wraps ErrBusy while the domain has a job.
+//
+// Source: virDomainMigrateBegin3Params without
+// VIR_MIGRATE_CHANGE_PROTECTION, which would leave a job behind.
+func (h *Host) DryRun(ctx context.Context, uuid string, p maint.MoveParams) error {
+	return h.onDomain(ctx, uuid, func(s *session, d libvirt.Domain) error {
+		if err := s.idle(d); err != nil {
+			return err
+		}
+		_, err := call(s, "DomainMigrateBegin3Params", func(l *libvirt.Libvirt) (struct{}, error) {
+			_, _, err := l.DomainMigrateBegin3Params(d, moveParams(p), uint32(moveFlags(p)&^libvirt.MigrateChangeProtection))
+			return struct{}{}, err
+		})
+		return err
+	})
+}
+
+// Migrate moves a running guest to p.DestURI, peer to peer, and returns when
+// libvirt says how it ended.
+//
+// When ctx ends first, Migrate closes its connection and returns the context's
+// error, and the migration GOES ON: it belongs to libvirtd, which runs it
+// without us. That is intended; it is what lets the daemon be restarted in the
+// middle of a copy. To end a migration, call AbortJob. For the same reason no
+// error tells where the guest is. A context's error, maint.ErrHypervisorDown, or
+// libvirt's own may each come with the guest on either host: look at both.
+//
+// The connection is Migrate's alone, since calls on one connection queue
+// behind each other and this one may last for hours. No deadline is set for it.
+//
+// Source: virDomainMigrateToURI3, that is virDomainMigratePerform3Params with
+// VIR_MIGRATE_PEER2PEER.
+func (h *Host) Migrate(ctx context.Context, uuid string, p maint.MoveParams) error {
+	ctx, cancel := h.untilClosed(ctx)
+	defer cancel()
+	open, cancelOpen := context.WithTimeout(ctx, h.timeout)
+	defer cancelOpen()
+	c, err := h.dial(open)
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	d, err := (&session{ctx: open, conn: c}).domain(uuid)
+	if err != nil {
+		return err
+	}
+	const op = "DomainMigratePerform3Params"
+	_, err = invoke(ctx, c, op, func(l *libvirt.Libvirt) (struct{}, error) {
+		_, err := l.DomainMigratePerform3Params(d, opt(p.DestURI), moveParams(p), nil, moveFlags(p))
+		return struct{}{}, err
+	})
+	if ctxErr := ctx.Err(); err != nil && ctxErr != nil {
+		// Even a deadline says nothing about libvirt here.
+		return NewError(op, c.socket, 0, "given up; a migration that has begun goes on", ctxErr)
+	}
+	return err
+}
+
+// moveFlags are the flags of virDomainMigrateToURI3. CHANGE_PROTECTION keeps
+// the domain from being redefined or undefined under the copy.
+func moveFlags(p maint.MoveParams) libvirt.DomainMigrateFlags {
+	flags := libvirt.MigrateLive | libvirt.MigratePeer2peer | libvirt.MigrateChangeProtection
+	if p.Persist {
+		flags |= libvirt.MigratePersistDest | libvirt.MigrateUndefineSource
+	}
+	if p.TLS {
+		flags |= libvirt.MigrateTLS
+	}
+	return flags
+}
+
+// moveParams are the typed parameters of virDomainMigrateToURI3.
+func moveParams(p maint.MoveParams) []libvirt.TypedParam {
+	params := []libvirt.TypedParam{}
+	text := func(field, value string) {
+		if value != "" {
+			params = append(params, libvirt.TypedParam{Field: field, Value: *libvirt.NewTypedParamValueString(value)})
+		}
+	}
+	text(libvirt.MigrateParamURI, p.MigrateURI)
+	text(libvirt.MigrateParamTLSDestination, p.TLSName)
+	if p.BandwidthMiBs > 0 {
+		params = append(params, libvirt.TypedParam{
+			Field: libvirt.MigrateParamBandwidth,
+			Value: *libvirt.NewTypedParamValueUllong(p.BandwidthMiBs),
+		})
+	}
+	return params
+}
