@@ -2,6 +2,8 @@ package lab
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"io/fs"
 	"os"
@@ -22,7 +24,17 @@ const (
 // seconds for each emulator. What it finds there it trusts only if QEMU, libvirt,
 // the kernel and KVM are still the same (libvirt, virQEMUCapsIsValid).
 func (h *Host) loadCapabilities() error {
-	return copyChanged(cacheDir, h.Path(capsDir))
+	return copyChanged(h.lab.capsCache(), h.Path(capsDir))
+}
+
+// capsCache is the cache for the lab's QEMU: libvirt names its files by QEMU's
+// path, which is always the same.
+func (l *Lab) capsCache() string {
+	if l.qemu == "" {
+		return cacheDir
+	}
+	sum := sha256.Sum256([]byte(l.qemu))
+	return filepath.Join(cacheDir, hex.EncodeToString(sum[:8]))
 }
 
 // saveCapabilities keeps what the lab's hosts have learnt.
@@ -32,7 +44,7 @@ func (l *Lab) saveCapabilities() error {
 		return err
 	}
 	for _, dir := range dirs {
-		if err := copyChanged(dir, cacheDir); err != nil {
+		if err := copyChanged(dir, l.capsCache()); err != nil {
 			return err
 		}
 	}

@@ -11,8 +11,8 @@ import (
 )
 
 // holderScript makes a host out of new mount and UTS namespaces: $1 is its
-// name, $2 its folder, the rest its private folders. It is run in the host's
-// network namespace.
+// name, $2 its folder, $3 where its QEMU is or nothing, the rest its private
+// folders. It is run in the host's network namespace.
 //
 // Mounts of other network namespaces, this lab's and other labs', were copied
 // into the new mount namespace and would keep those alive after their own
@@ -24,7 +24,13 @@ const holderScript = `set -eu
 umount -a -l -t nsfs
 hostname "$1"
 dir=$2
-shift 2
+qemu=$3
+shift 3
+if [ -n "$qemu" ]; then
+	for part in /usr/bin/qemu-system-x86_64 /usr/lib/x86_64-linux-gnu/qemu /usr/share/qemu /usr/share/seabios; do
+		mount --bind "$qemu$part" "$part"
+	done
+fi
 for private; do
 	mount --bind "$dir$private" "$private"
 done
@@ -40,7 +46,7 @@ exec sleep infinity >/dev/null 2>&1
 // cleanup finds it. It has a session of its own: Ctrl-C is for the owner, who
 // then takes the lab down in order.
 func (h *Host) startHolder(ctx context.Context) error {
-	args := append([]string{"-c", holderScript, "holder", h.Name, h.Dir}, privateDirs()...)
+	args := append([]string{"-c", holderScript, "holder", h.Name, h.Dir, h.lab.qemu}, privateDirs()...)
 	// The holder outlives ctx, and so do the daemons.
 	cmd := tool(context.WithoutCancel(ctx), "sh", args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{

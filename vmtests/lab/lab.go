@@ -38,6 +38,9 @@ type Config struct {
 	// TLS makes libvirtd listen on TLS instead of TCP, with certificates of
 	// the lab's CA, and gives QEMU certificates for migration data over TLS.
 	TLS bool
+	// QEMU is a folder with a QEMU, as it would lie below /, that the hosts
+	// have in place of the machine's own. Empty means the machine's own.
+	QEMU string
 	// Detached lets the lab outlive this process: nobody cleans it up but Down.
 	Detached bool
 	// Log receives what the lab does, at debug level. Nil discards it.
@@ -57,7 +60,8 @@ type Lab struct {
 	// Hosts are host-a, host-b and so on, with 10.77.0.1, 10.77.0.2, ….
 	Hosts []*Host
 
-	log *slog.Logger
+	log  *slog.Logger
+	qemu string // Config.QEMU; needed only while the lab is made
 	// owner is nil for a lab that is detached.
 	owner *process
 	// lock is the name's lock while this process brings the lab up.
@@ -189,7 +193,7 @@ func (l *Lab) make(ctx context.Context, c Config) error {
 	if err != nil {
 		return err
 	}
-	l.owner = owner
+	l.owner, l.qemu = owner, c.QEMU
 	s := &state{Name: l.Name, TLS: l.TLS, Owner: owner, Boot: boot}
 	for i := range c.Hosts {
 		uuid, err := newUUID()

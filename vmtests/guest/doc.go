@@ -1,0 +1,2 @@
+// Package guest makes the lab's guests.
+package guest

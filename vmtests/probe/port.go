@@ -1,0 +1,101 @@
+package probe
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Port is a virtio-serial port that outlives its peers: a Read waits through
+// the time in which no one is connected, a Write in that time is dropped.
+//
+// While the host side is closed the kernel reports POLLIN and POLLHUP and
+// read(2) returns 0, all at once, so an ordinary reader would stop or spin. The host side
+// closes with each client that leaves, and once more after a migration, where
+// the destination's QEMU opens a fresh socket.
+type Port struct{ fd int }
+
+const (
+	// hungUp is how often a port without peer is looked at. No poll waits
+	// for a peer to come.
+	hungUp = 20 * time.Millisecond
+	// writeTimeout is how long a connected peer may leave a reply unread.
+	writeTimeout = 10 * time.Second
+)
+
+// errPeer is returned by Write when there was no one to take the bytes.
+var errPeer = errors.New("peer is gone or does not read")
+
+// OpenPort opens the port's device.
+func OpenPort(path string) (*Port, error) {
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open port %s: %w", path, err)
+	}
+	return &Port{fd: fd}, nil
+}
+
+// poll waits for an event and reports which came, if any.
+func (p *Port) poll(events int16, d time.Duration) (int16, error) {
+	fds := []unix.PollFd{{Fd: int32(p.fd), Events: events}}
+	_, err := unix.Poll(fds, int(d.Milliseconds()))
+	if err == unix.EINTR {
+		return 0, nil
+	}
+	return fds[0].Revents, err
+}
+
+// Read blocks until there are bytes. It returns io.EOF never, and an error
+// only when the device itself fails.
+func (p *Port) Read(b []byte) (int, error) {
+	for {
+		n, err := unix.Read(p.fd, b)
+		switch {
+		case n > 0:
+			return n, nil
+		case err == unix.EINTR:
+			continue
+		case err == nil: // no peer
+			time.Sleep(hungUp)
+			continue
+		case err != unix.EAGAIN:
+			return 0, fmt.Errorf("read port: %w", err)
+		}
+		if _, err := p.poll(unix.POLLIN, time.Minute); err != nil {
+			return 0, fmt.Errorf("poll port: %w", err)
+		}
+	}
+}
+
+// Write sends all of b or gives up on this peer.
+func (p *Port) Write(b []byte) (int, error) {
+	done := 0
+	for deadline := monotonic() + writeTimeout; done < len(b); {
+		n, err := unix.Write(p.fd, b[done:])
+		switch {
+		case n > 0:
+			done += n
+			continue
+		case err == unix.EINTR:
+			continue
+		case err != nil && err != unix.EAGAIN:
+			return done, fmt.Errorf("write port: %w", err)
+		}
+		ev, err := p.poll(unix.POLLOUT, 100*time.Millisecond)
+		if err != nil {
+			return done, fmt.Errorf("poll port: %w", err)
+		}
+		if ev&unix.POLLHUP != 0 || monotonic() > deadline {
+			return done, errPeer
+		}
+	}
+	return done, nil
+}
+
+// Close closes the device.
+func (p *Port) Close() error { return unix.Close(p.fd) }
+
+var _ io.ReadWriteCloser = (*Port)(nil)
