@@ -244,7 +244,7 @@ func (a *Agent) pruneDaily(ctx context.Context) {
 	t := time.NewTicker(24 * time.Hour)
 	defer t.Stop()
 	for {
-		n, err := a.journal.Prune(time.Now().Add(-time.Duration(a.cfg.Journal.Keep)))
+		n, err := a.journal.Prune(time.Now().Add(-a.cfg.Journal.Keep.Duration))
 		if err != nil {
 			a.log.Warn("cannot prune the journal", "err", err)
 		} else if n > 0 {

@@ -36,9 +36,9 @@ func (a *Agent) Check(ctx context.Context, from string, r maint.Arrival) ([]main
 		return nil, a.downProblem(err)
 	}
 	host.Name = a.cfg.Host
-	room := migrate.Room{Host: host, Guests: guests,
-		Reservations: a.journal.Reservations(time.Now()),
-		MemoryLimit:  uint64(a.cfg.Limits.GuestMemory), MemoryReserve: uint64(a.cfg.Limits.MemoryReserve)}
+	kept, _ := a.promises(from, r)
+	room := migrate.Room{Host: host, Guests: guests, Reservations: kept,
+		MemoryLimit:  a.cfg.Limits.GuestMemory.Bytes, MemoryReserve: a.cfg.Limits.MemoryReserve.Bytes}
 	ps := migrate.CheckArrival(ctx, r, room, a.hyp)
 	for _, op := range a.journal.Ops() {
 		if op.State != maint.OpEnded && op.GuestUUID == r.GuestUUID {
@@ -57,6 +57,20 @@ func (a *Agent) downProblem(err error) error {
 	return err
 }
 
+// promises are the reservations in force, and apart from them those that r
+// replaces: a source has one operation at a time for a guest, so an earlier
+// one of its own is over, and could only not be given up in time.
+func (a *Agent) promises(from string, r maint.Arrival) (kept, replaced []maint.Reservation) {
+	for _, res := range a.journal.Reservations(time.Now()) {
+		if res.Op != r.Op && res.From == from && res.GuestUUID == r.GuestUUID {
+			replaced = append(replaced, res)
+		} else {
+			kept = append(kept, res)
+		}
+	}
+	return kept, replaced
+}
+
 // Reserve keeps room for a guest on its way here, or keeps it longer.
 func (a *Agent) Reserve(ctx context.Context, from string, r maint.Arrival) error {
 	if err := r.Validate(); err != nil {
@@ -64,9 +78,9 @@ func (a *Agent) Reserve(ctx context.Context, from string, r maint.Arrival) error
 	}
 	a.arrivals.Lock()
 	defer a.arrivals.Unlock()
-	now := time.Now()
 	held, others := false, 0
-	for _, res := range a.journal.Reservations(now) {
+	kept, replaced := a.promises(from, r)
+	for _, res := range kept {
 		if res.Op == r.Op {
 			held = true
 			if res.From != from || res.GuestUUID != r.GuestUUID {
@@ -91,11 +105,15 @@ func (a *Agent) Reserve(ctx context.Context, from string, r maint.Arrival) error
 		}
 	}
 	data, err := json.Marshal(maint.Reservation{Op: r.Op, From: from, GuestUUID: r.GuestUUID, Guest: r.Guest,
-		MemoryBytes: r.MemoryBytes, Expires: now.Add(reservationLife)})
+		MemoryBytes: r.MemoryBytes, Expires: time.Now().Add(reservationLife)})
 	if err != nil {
 		return err
 	}
-	return a.appendReservation(maint.Record{Op: r.Op, Kind: maint.RecReserved, By: from, Data: data})
+	var recs []maint.Record
+	for _, old := range replaced {
+		recs = append(recs, maint.Record{Op: old.Op, Kind: maint.RecReleased, By: from})
+	}
+	return a.appendReservation(append(recs, maint.Record{Op: r.Op, Kind: maint.RecReserved, By: from, Data: data})...)
 }
 
 // Release gives up a reservation. One that is not held is no failure.
@@ -114,8 +132,8 @@ func (a *Agent) Release(_ context.Context, from string, id maint.OpID) error {
 	return nil
 }
 
-func (a *Agent) appendReservation(r maint.Record) error {
-	if err := a.journal.Append(r); err != nil {
+func (a *Agent) appendReservation(recs ...maint.Record) error {
+	if err := a.journal.Append(recs...); err != nil {
 		return maint.Problemf(maint.CodeJournal, "host "+a.cfg.Host,
 			fmt.Sprintf("make room in, and writable, the state folder %s there", a.cfg.StateDir), "%v", err)
 	}

@@ -41,7 +41,7 @@ func (a *Agent) Migrate(ctx context.Context, by string, r maint.MigrateRequest) 
 	}
 
 	if r.Timeout == 0 {
-		r.Timeout = time.Duration(a.cfg.Migration.Timeout)
+		r.Timeout = a.cfg.Migration.Timeout.Duration
 	}
 	if r.BandwidthMiBs == 0 {
 		r.BandwidthMiBs = a.cfg.Migration.BandwidthMiBs
@@ -114,6 +114,7 @@ func (a *Agent) admit(what string, op maint.Op) error {
 			fmt.Sprintf("make room in, and writable, the state folder %s", a.cfg.StateDir), "%v; nothing was begun", err))
 	}
 	a.log.Info("operation accepted", "op", op.ID, "guest", op.Guest, "peer", op.Peer, "by", op.By)
+	op, _ = a.journal.Op(op.ID)
 	a.start(op)
 	return nil
 }

@@ -40,6 +40,17 @@ type Node struct {
 	stop    context.CancelFunc
 	stopped chan struct{}
 	life    *life
+	failing atomic.Pointer[error] // of the journal's appends
+}
+
+// FailJournal has the journal refuse to write from now on, as on a full disk;
+// nil makes it good again.
+func (n *Node) FailJournal(err error) {
+	if err == nil {
+		n.failing.Store(nil)
+		return
+	}
+	n.failing.Store(&err)
 }
 
 // life is one life of an agent. When it is over, every goroutine of the agent
@@ -66,15 +77,26 @@ func (l *life) step(what string) {
 // append.
 type mortalJournal struct {
 	*journal.Journal
+	node *Node
 	life *life
 }
 
 func (m mortalJournal) Append(r ...maint.Record) error {
 	what := "append " + string(r[0].Kind) + " " + r[0].Step
 	m.life.step("before " + what)
+	if err := m.node.failing.Load(); err != nil {
+		return *err
+	}
 	err := m.Journal.Append(r...)
 	m.life.step("after " + what)
 	return err
+}
+
+func (m mortalJournal) Health() error {
+	if err := m.node.failing.Load(); err != nil {
+		return *err
+	}
+	return m.Journal.Health()
 }
 
 // World is hosts in memory with an agent each, every one the others' peer.
@@ -87,6 +109,13 @@ type World struct {
 // milliseconds, and starts their agents. edit may change a node's
 // configuration before its agent starts.
 func New(t testing.TB, log *slog.Logger, edit func(*config.Config), names ...string) *World {
+	t.Helper()
+	return NewOn(t, log, nil, edit, names...)
+}
+
+// NewOn is New on hosts that are described by name, as the defaults have it
+// where they are not.
+func NewOn(t testing.TB, log *slog.Logger, hosts map[string]hypervisortest.HostOptions, edit func(*config.Config), names ...string) *World {
 	t.Helper()
 	w := &World{World: hypervisortest.NewWorld()}
 	t.Cleanup(w.Close)
@@ -108,7 +137,7 @@ func New(t testing.TB, log *slog.Logger, edit func(*config.Config), names ...str
 		check(t, l.Close())
 	}
 	for _, name := range names {
-		n := &Node{t: t, log: log.With("host", name), CA: ca, Host: w.AddHost(name, hypervisortest.HostOptions{})}
+		n := &Node{t: t, log: log.With("host", name), CA: ca, Host: w.AddHost(name, hosts[name])}
 		home := filepath.Join(dir, name)
 		check(t, os.Mkdir(home, 0o700))
 		n.Config = config.Config{
@@ -117,8 +146,8 @@ func New(t testing.TB, log *slog.Logger, edit func(*config.Config), names ...str
 			TLS:       config.TLS{CA: ca.CertFile("ca"), Cert: ca.CertFile(name), Key: ca.KeyFile(name)},
 			Access:    config.Access{OperatorCerts: []string{"ops"}, ViewerCerts: []string{"eyes"}},
 			Limits:    config.Limits{MigrationsOut: 4, MigrationsIn: 4},
-			Migration: config.Migration{Timeout: config.Duration(time.Minute)},
-			Journal:   config.Journal{Keep: config.Duration(time.Hour)},
+			Migration: config.Migration{Timeout: config.Duration{Duration: time.Minute}},
+			Journal:   config.Journal{Keep: config.Duration{Duration: time.Hour}},
 			Peers:     make(map[string]config.Peer),
 		}
 		for _, peer := range names {
@@ -147,7 +176,7 @@ func (n *Node) Start(hook func(what string)) {
 	check(n.t, err)
 	id, err := api.LoadIdentity(n.Config.TLS.CA, n.Config.TLS.Cert, n.Config.TLS.Key)
 	check(n.t, err)
-	n.Agent = agent.New(n.Config, "test", mortalHost{n.Host, n.life}, mortalJournal{n.journal, n.life}, id.Client, n.log)
+	n.Agent = agent.New(n.Config, "test", mortalHost{n.Host, n.life}, mortalJournal{n.journal, n, n.life}, id.Client, n.log)
 	n.servers = api.NewServers(n.log)
 	who := api.Access{OperatorCerts: n.Config.Access.OperatorCerts, ViewerCerts: n.Config.Access.ViewerCerts}
 	for name := range n.Config.Peers {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -103,10 +104,7 @@ func (c *Client) Watch(ctx context.Context, id maint.OpID, f func(maint.Op)) (ma
 	for op.State != maint.OpEnded {
 		op = maint.Op{}
 		if err := d.Decode(&op); err != nil {
-			if ctx.Err() != nil {
-				return op, ctx.Err()
-			}
-			return op, c.unreachable(err)
+			return op, c.unreachable(ctx, err)
 		}
 		f(op)
 	}
@@ -159,7 +157,7 @@ func (c *Client) call(ctx context.Context, method, path string, body, answer any
 		return err
 	}
 	if err := json.NewDecoder(resp.Body).Decode(answer); err != nil {
-		return c.unreachable(fmt.Errorf("its answer to %s %s cannot be read: %w", method, path, err))
+		return c.unreachable(ctx, fmt.Errorf("its answer to %s %s cannot be read: %w", method, path, err))
 	}
 	return nil
 }
@@ -180,7 +178,7 @@ func (c *Client) do(ctx context.Context, method, path string, body any) (*http.R
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
-		return nil, c.unreachable(err)
+		return nil, c.unreachable(ctx, err)
 	}
 	if resp.StatusCode == http.StatusOK {
 		return resp, nil
@@ -188,7 +186,7 @@ func (c *Client) do(ctx context.Context, method, path string, body any) (*http.R
 	defer resp.Body.Close()
 	var f failure
 	if err := json.NewDecoder(io.LimitReader(resp.Body, maxBody)).Decode(&f); err != nil || f.Error == nil || len(f.Error.Problems) == 0 {
-		return nil, c.unreachable(fmt.Errorf("it answered %s", resp.Status))
+		return nil, c.unreachable(ctx, fmt.Errorf("it answered %s", resp.Status))
 	}
 	if f.Error.What == "" && len(f.Error.Problems) == 1 {
 		return nil, &f.Error.Problems[0]
@@ -196,6 +194,10 @@ func (c *Client) do(ctx context.Context, method, path string, body any) (*http.R
 	return nil, f.Error
 }
 
-func (c *Client) unreachable(err error) error {
+func (c *Client) unreachable(ctx context.Context, err error) error {
+	// A caller who stops waiting has learnt nothing about the other side.
+	if errors.Is(ctx.Err(), context.Canceled) {
+		return fmt.Errorf("gave up asking %s: %w", c.name, ctx.Err())
+	}
 	return maint.Problemf(maint.CodePeerDown, c.name, c.help, "cannot be reached: %v", err)
 }

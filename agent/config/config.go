@@ -102,9 +102,9 @@ func defaults() Config {
 		API:       API{Socket: "/run/belay/belayd.sock"},
 		Access:    Access{Operators: []string{"@libvirt"}, Viewers: []string{"*"}},
 		Libvirt:   Libvirt{URI: "qemu:///system"},
-		Limits:    Limits{MemoryReserve: 512 << 20, MigrationsOut: 4, MigrationsIn: 4},
-		Migration: Migration{Timeout: Duration(30 * time.Minute)},
-		Journal:   Journal{Keep: Duration(90 * 24 * time.Hour)},
+		Limits:    Limits{MemoryReserve: Size{512 << 20}, MigrationsOut: 4, MigrationsIn: 4},
+		Migration: Migration{Timeout: Duration{30 * time.Minute}},
+		Journal:   Journal{Keep: Duration{90 * 24 * time.Hour}},
 	}
 }
 
@@ -208,8 +208,11 @@ func (c *Config) check() error {
 	if c.Limits.MigrationsIn < 1 || c.Limits.MigrationsIn > 8 {
 		bad("limits.migrations_in", "%d is not between 1 and 8", c.Limits.MigrationsIn)
 	}
-	if c.Migration.Timeout <= 0 {
+	if c.Migration.Timeout.Duration <= 0 {
 		bad("migration.timeout", "must be longer than 0")
+	}
+	if c.Journal.Keep.Duration <= 0 {
+		bad("journal.keep", "must be longer than 0")
 	}
 	for name, p := range c.Peers {
 		key := "peers." + name

@@ -6,23 +6,32 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/pelletier/go-toml/v2/unstable"
 )
 
+// Duration and Size are structs, so that TOML's integers do not fit them: a
+// number without its unit is a mistake.
+
 // Duration is a time.Duration written as "30m" or "1h30m".
-type Duration time.Duration
+type Duration struct {
+	time.Duration `toml:"-"`
+}
 
 // UnmarshalText implements encoding.TextUnmarshaler.
 func (d *Duration) UnmarshalText(b []byte) error {
 	v, err := time.ParseDuration(string(b))
 	if err != nil {
-		return fmt.Errorf("%q is not a duration such as \"30m\" or \"90s\"", b)
+		return refuse(b, "duration such as \"30m\" or \"90s\"")
 	}
-	*d = Duration(v)
+	d.Duration = v
 	return nil
 }
 
 // Size is a number of bytes written as "512MiB" or "64GiB".
-type Size uint64
+type Size struct {
+	Bytes uint64 `toml:"-"`
+}
 
 // UnmarshalText implements encoding.TextUnmarshaler.
 func (s *Size) UnmarshalText(b []byte) error {
@@ -36,10 +45,16 @@ func (s *Size) UnmarshalText(b []byte) error {
 		if err != nil || n > (1<<63)>>shift {
 			break
 		}
-		*s = Size(n << shift)
+		s.Bytes = n << shift
 		return nil
 	}
-	return fmt.Errorf("%q is not a size such as \"512MiB\" or \"64GiB\"", text)
+	return refuse(b, "size such as \"512MiB\" or \"64GiB\"")
+}
+
+// refuse says that text is not what it should be. go-toml finds the line and
+// the setting of this kind of error by the place of text in the document.
+func refuse(text []byte, what string) error {
+	return unstable.NewParserError(text, "%q is not a %s", text, what)
 }
 
 // suggest names the setting that was probably meant, or nothing.

@@ -128,7 +128,15 @@ func (r *runner) failed(life, op context.Context, step string, err error, commit
 	case errors.As(err, &refusal):
 		end.Problems = refusal.Problems
 	default:
-		end.Problems = []maint.Problem{*maint.AsProblem(err, maint.CodeFailed, "step "+step)}
+		code := maint.CodeFailed
+		switch cause := context.Cause(op); {
+		case committed: // what ended op does not concern the step any more
+		case errors.Is(cause, ErrAborted):
+			code = maint.CodeAborted
+		case errors.Is(cause, context.DeadlineExceeded):
+			code = maint.CodeTimeout
+		}
+		end.Problems = []maint.Problem{*maint.AsProblem(err, code, "step "+step)}
 	}
 	switch {
 	case errors.As(err, &stuck):

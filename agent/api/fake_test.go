@@ -1,0 +1,177 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	"belay/agent/maint"
+)
+
+var quiet = slog.New(slog.DiscardHandler)
+
+// fakeAgent answers with what it is given and remembers what it was asked.
+type fakeAgent struct {
+	err     error // given by every call
+	records []maint.Record
+	watched []maint.Op // what Watch tells
+	cut     error      // what Watch ends with
+
+	mu    sync.Mutex
+	calls []string // "Migrate root"
+}
+
+func (f *fakeAgent) called(what, who string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if who != "" {
+		what += " " + who
+	}
+	f.calls = append(f.calls, what)
+	return f.err
+}
+
+// taken returns the calls since the last time.
+func (f *fakeAgent) taken() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	calls := f.calls
+	f.calls = nil
+	return calls
+}
+
+func (f *fakeAgent) Status(context.Context) (maint.Status, error) {
+	return maint.Status{Version: "fake"}, f.called("Status", "")
+}
+
+func (f *fakeAgent) Inventory(context.Context) (maint.Inventory, error) {
+	return maint.Inventory{}, f.called("Inventory", "")
+}
+
+func (f *fakeAgent) Doctor(context.Context) ([]maint.Check, error) {
+	return nil, f.called("Doctor", "")
+}
+
+func (f *fakeAgent) Ops(context.Context) ([]maint.Op, error) { return nil, f.called("Ops", "") }
+
+func (f *fakeAgent) Op(_ context.Context, id maint.OpID) (maint.Op, error) {
+	return maint.Op{ID: id}, f.called("Op", string(id))
+}
+
+func (f *fakeAgent) Records(_ context.Context, id maint.OpID) ([]maint.Record, error) {
+	return append([]maint.Record(nil), f.records...), f.called("Records", string(id))
+}
+
+func (f *fakeAgent) Watch(_ context.Context, id maint.OpID, tell func(maint.Op) error) error {
+	if err := f.called("Watch", string(id)); err != nil {
+		return err
+	}
+	for _, op := range f.watched {
+		if err := tell(op); err != nil {
+			return err
+		}
+	}
+	return f.cut
+}
+
+func (f *fakeAgent) Migrate(_ context.Context, by string, r maint.MigrateRequest) (maint.Op, error) {
+	return maint.Op{ID: "mig-1", By: by, Guest: r.Guest, Peer: r.To}, f.called("Migrate", by)
+}
+
+func (f *fakeAgent) Abort(_ context.Context, by string, id maint.OpID) (maint.Op, error) {
+	return maint.Op{ID: id}, f.called("Abort "+string(id), by)
+}
+
+func (f *fakeAgent) Check(_ context.Context, from string, a maint.Arrival) ([]maint.Problem, error) {
+	return nil, f.called("Check", from)
+}
+
+func (f *fakeAgent) Reserve(_ context.Context, from string, a maint.Arrival) error {
+	return f.called("Reserve "+string(a.Op), from)
+}
+
+func (f *fakeAgent) Release(_ context.Context, from string, id maint.OpID) error {
+	return f.called("Release "+string(id), from)
+}
+
+func (f *fakeAgent) View(_ context.Context, uuid string) (maint.View, error) {
+	return maint.View{}, f.called("View", uuid)
+}
+
+func (f *fakeAgent) Settle(_ context.Context, from string, s maint.Settlement) error {
+	return f.called("Settle "+string(s.Op), from)
+}
+
+func (f *fakeAgent) CompletedJob(_ context.Context, uuid string) (maint.Job, error) {
+	return maint.Job{}, f.called("CompletedJob", uuid)
+}
+
+func (f *fakeAgent) Greeting(context.Context) (Greeting, error) {
+	return Greeting{Version: "fake"}, f.called("Greeting", "")
+}
+
+// as identifies everybody as one caller.
+func as(name string, role maint.Role) Identify {
+	return func(*http.Request) Caller { return Caller{Name: name, Role: role} }
+}
+
+// serveUnix serves f on a unix socket that everybody can reach.
+func serveUnix(t *testing.T, f Agent, who Access) (socket string) {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "api") // short, for the socket's sake
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	socket = filepath.Join(dir, "sock")
+	s := NewServers(quiet)
+	if err := s.ListenUnix(socket, f, who); err != nil {
+		t.Fatal(err)
+	}
+	serve(t, s)
+	return socket
+}
+
+// serveTLS serves f to certificates and returns its address.
+func serveTLS(t *testing.T, f Agent, who Access, id Identity) (address string) {
+	t.Helper()
+	s := NewServers(quiet)
+	if err := s.ListenTLS("127.0.0.1:0", id, f, who); err != nil {
+		t.Fatal(err)
+	}
+	serve(t, s)
+	return s.all[0].listener.Addr().String()
+}
+
+func serve(t *testing.T, s *Servers) {
+	failed := make(chan error, 1)
+	s.Serve(failed)
+	t.Cleanup(func() {
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel()
+		s.Close(ctx)
+		select {
+		case err := <-failed:
+			t.Error("a server failed:", err)
+		default:
+		}
+	})
+}
+
+// problemOf gives the one problem in err.
+func problemOf(t *testing.T, err error) *maint.Problem {
+	t.Helper()
+	var p *maint.Problem
+	if !errors.As(err, &p) {
+		t.Fatalf("want a *maint.Problem, there is %T: %v", err, err)
+	}
+	return p
+}

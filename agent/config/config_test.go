@@ -1,0 +1,369 @@
+package config
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// files writes a configuration into a fresh folder and returns its main file,
+// belayd.toml; names are paths relative to it.
+func files(t *testing.T, texts map[string]string) (main string) {
+	t.Helper()
+	dir := t.TempDir()
+	for name, text := range texts {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return filepath.Join(dir, "belayd.toml")
+}
+
+// one is a configuration of one file.
+func one(t *testing.T, text string) (main string) {
+	t.Helper()
+	return files(t, map[string]string{"belayd.toml": text})
+}
+
+// tlsFiles is what every configuration with peers needs.
+const tlsFiles = "[tls]\nca='/ca'\ncert='/cert'\nkey='/key'\n"
+
+func TestDefaults(t *testing.T) {
+	t.Parallel()
+	hostname, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := Load(one(t, ""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Config{
+		Host: hostname, StateDir: "/var/lib/belay",
+		API:       API{Socket: "/run/belay/belayd.sock"},
+		Access:    Access{Operators: []string{"@libvirt"}, Viewers: []string{"*"}},
+		Libvirt:   Libvirt{URI: "qemu:///system"},
+		Limits:    Limits{MemoryReserve: Size{512 << 20}, MigrationsOut: 4, MigrationsIn: 4},
+		Migration: Migration{Timeout: Duration{30 * time.Minute}},
+		Journal:   Journal{Keep: Duration{90 * 24 * time.Hour}},
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Error(d)
+	}
+}
+
+func TestEverySetting(t *testing.T) {
+	t.Parallel()
+	got, err := Load(one(t, `
+host = "host-a"
+state_dir = "/state"
+[api]
+socket = "/sock"
+listen = "[::]:7443"
+metrics = "127.0.0.1:9100"
+[tls]
+ca = "/ca.pem"
+cert = "/cert.pem"
+key = "/key.pem"
+[access]
+operators = ["ada", "@ops"]
+viewers = []
+operator_certs = ["ops-laptop"]
+viewer_certs = ["wall"]
+[libvirt]
+socket = "/run/libvirt/virtqemud-sock"
+uri = "qemu:///session"
+[limits]
+guest_memory = "64GiB"
+memory_reserve = "1 TiB"
+migrations_out = 1
+migrations_in = 8
+[migration]
+timeout = "1h30m"
+bandwidth_mib_s = 500
+tls = true
+[journal]
+keep = "24h"
+[peers.host-b]
+address = "192.0.2.2:7443"
+libvirt_uri = "qemu+tls://host-b/system"
+migrate_uri = "tcp://192.0.2.2"
+[peers.host-c]
+address = "host-c:7443"
+cert_name = "c.example.net"
+libvirt_uri = "qemu+ssh://root@host-c/system"
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Config{
+		Host: "host-a", StateDir: "/state",
+		API: API{Socket: "/sock", Listen: "[::]:7443", Metrics: "127.0.0.1:9100"},
+		TLS: TLS{CA: "/ca.pem", Cert: "/cert.pem", Key: "/key.pem"},
+		Access: Access{Operators: []string{"ada", "@ops"}, Viewers: []string{},
+			OperatorCerts: []string{"ops-laptop"}, ViewerCerts: []string{"wall"}},
+		Libvirt:   Libvirt{Socket: "/run/libvirt/virtqemud-sock", URI: "qemu:///session"},
+		Limits:    Limits{GuestMemory: Size{64 << 30}, MemoryReserve: Size{1 << 40}, MigrationsOut: 1, MigrationsIn: 8},
+		Migration: Migration{Timeout: Duration{90 * time.Minute}, BandwidthMiBs: 500, TLS: true},
+		Journal:   Journal{Keep: Duration{24 * time.Hour}},
+		Peers: map[string]Peer{
+			"host-b": {Address: "192.0.2.2:7443", CertName: "host-b", LibvirtURI: "qemu+tls://host-b/system", MigrateURI: "tcp://192.0.2.2"},
+			"host-c": {Address: "host-c:7443", CertName: "c.example.net", LibvirtURI: "qemu+ssh://root@host-c/system"},
+		},
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Error(d)
+	}
+}
+
+// TestMistakes says what a person reads who has made a mistake: always the
+// file, the line and the key.
+func TestMistakes(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name, text string
+		want       []string // each is in the error
+	}{
+		{"typo", "[limits]\nmigration_out = 2\n",
+			[]string{"belayd.toml:2", `"limits.migration_out"`, `did you mean "migrations_out"?`}},
+		{"typo in a peer", "[peers.host-b]\n\nadress = 'b:1'\n",
+			[]string{"belayd.toml:3", `"peers.host-b.adress"`, `did you mean "address"?`}},
+		{"typo of a section", "[acess]\noperators = []\n",
+			[]string{"belayd.toml:1", `"acess`, `did you mean "access"?`}},
+		{"several typos", "hots = 'a'\n[api]\nlisten = 'a:1'\nsokcet = '/s'\n",
+			[]string{"belayd.toml:1", `"hots"`, `did you mean "host"?`, "belayd.toml:4", `"api.sokcet"`, `did you mean "socket"?`}},
+		{"nothing like it", "[api]\nfrobnicate = true\n",
+			[]string{"belayd.toml:2", `there is no setting "api.frobnicate"`}},
+		{"below a value", "[api.listen]\nport = 1\n",
+			[]string{"belayd.toml:", "api.listen"}},
+		{"number for text", "\nhost = 5\n",
+			[]string{"belayd.toml:2", `"host"`}},
+		{"text for number", "[limits]\nmigrations_in = 'two'\n",
+			[]string{"belayd.toml:2", `"limits.migrations_in"`}},
+		{"text for list", "[access]\noperators = 'ada'\n",
+			[]string{"belayd.toml:2", `"access.operators"`}},
+		{"text for truth", "[migration]\ntls = 'yes'\n",
+			[]string{"belayd.toml:2", `"migration.tls"`}},
+		{"negative bandwidth", "[migration]\nbandwidth_mib_s = -1\n",
+			[]string{"belayd.toml:2", `"migration.bandwidth_mib_s"`}},
+		{"bad duration", "[migration]\n\ntimeout = 'soon'\n",
+			[]string{"belayd.toml:3", `"migration.timeout"`, `"soon" is not a duration such as "30m"`}},
+		{"duration without unit", "[journal]\nkeep = 90\n",
+			[]string{"belayd.toml:2", `"journal.keep"`}},
+		{"bad size", "[limits]\nguest_memory = '64GB'\n",
+			[]string{"belayd.toml:2", `"limits.guest_memory"`, `"64GB" is not a size such as "512MiB"`}},
+		{"size without unit", "[limits]\nmemory_reserve = 512\n",
+			[]string{"belayd.toml:2", `"limits.memory_reserve"`, `"512" is not a size such as "512MiB"`}},
+		{"size as a table", "[limits.memory_reserve]\nbytes = 512\n",
+			[]string{"belayd.toml:2", `"limits.memory_reserve.bytes"`}},
+		{"size beyond all memory", "[limits]\nguest_memory = '99999999999TiB'\n",
+			[]string{"belayd.toml:2", `"limits.guest_memory"`, "is not a size"}},
+		{"not TOML", "host = 'a'\n[limits\n",
+			[]string{"belayd.toml:2"}},
+		{"twice", "host = 'a'\nhost = 'b'\n",
+			[]string{"belayd.toml", "host"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			_, err := Load(one(t, c.text))
+			if err == nil {
+				t.Fatal("no error")
+			}
+			for _, want := range c.want {
+				if !strings.Contains(err.Error(), want) {
+					t.Errorf("%q is not in the error: %v", want, err)
+				}
+			}
+		})
+	}
+}
+
+func TestDropIns(t *testing.T) {
+	t.Parallel()
+	got, err := Load(files(t, map[string]string{
+		"belayd.toml": tlsFiles + `
+[access]
+operators = ["ada"]
+[limits]
+migrations_out = 1
+[peers.host-b]
+address = "b:7443"
+cert_name = "b.example.net"
+libvirt_uri = "qemu+tls://b/system"
+`,
+		"belayd.d/20-later.toml":   "[limits]\nmigrations_out = 3\n[access]\noperators = ['grace']\n",
+		"belayd.d/10-earlier.toml": "[limits]\nmigrations_out = 2\nmigrations_in = 2\n",
+		"belayd.d/30-peers.toml": `
+[peers.host-b]
+migrate_uri = "tcp://198.51.100.2"
+[peers.host-c]
+address = "c:7443"
+libvirt_uri = "qemu+tls://c/system"
+`,
+		"belayd.d/40-notes.txt": "not a drop-in",
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Limits.MigrationsOut != 3 || got.Limits.MigrationsIn != 2 {
+		t.Errorf("limits are %+v: the later drop-in does not win", got.Limits)
+	}
+	if d := cmp.Diff([]string{"grace"}, got.Access.Operators); d != "" {
+		t.Errorf("a list is to be replaced, not added to:\n%s", d)
+	}
+	want := map[string]Peer{
+		"host-b": {Address: "b:7443", CertName: "b.example.net", LibvirtURI: "qemu+tls://b/system", MigrateURI: "tcp://198.51.100.2"},
+		"host-c": {Address: "c:7443", CertName: "host-c", LibvirtURI: "qemu+tls://c/system"},
+	}
+	if d := cmp.Diff(want, got.Peers); d != "" {
+		t.Errorf("peers do not merge by key:\n%s", d)
+	}
+}
+
+func TestMistakeInDropInNamesTheDropIn(t *testing.T) {
+	t.Parallel()
+	_, err := Load(files(t, map[string]string{
+		"belayd.toml":         "host = 'host-a'\n",
+		"belayd.d/50-me.toml": "\n\nhots = 'host-b'\n",
+	}))
+	if err == nil || !strings.Contains(err.Error(), "belayd.d/50-me.toml:3: ") {
+		t.Errorf("the error does not name the drop-in and its line: %v", err)
+	}
+}
+
+func TestAbsentFile(t *testing.T) {
+	t.Parallel()
+	main := filepath.Join(t.TempDir(), "absent.toml")
+	_, err := Load(main)
+	if err == nil || !strings.Contains(err.Error(), main) {
+		t.Errorf("the error does not name the file: %v", err)
+	}
+}
+
+// TestFolderAsFile: a folder where the file should be is no empty file.
+func TestFolderAsFile(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if _, err := Load(dir); err == nil || !strings.Contains(err.Error(), dir) {
+		t.Errorf("the error does not name the folder: %v", err)
+	}
+}
+
+func TestRefusals(t *testing.T) {
+	t.Parallel()
+	const peer = tlsFiles + "[peers.host-b]\naddress='b:1'\nlibvirt_uri='qemu+tls://b/system'\n"
+	for _, c := range []struct{ name, text, want string }{
+		{"empty host", "host=''", "configuration: host: is empty"},
+		{"relative state folder", "state_dir='state'", `configuration: state_dir: "state" is not an absolute path`},
+		{"relative socket", "[api]\nsocket='sock'", `configuration: api.socket: "sock" is not an absolute path`},
+		{"listen without port", tlsFiles + "[api]\nlisten='0.0.0.0'", `configuration: api.listen: "0.0.0.0" is not host:port`},
+		{"metrics without port", "[api]\nmetrics='9100'", `configuration: api.metrics: "9100" is not host:port`},
+		{"listen without CA", "[tls]\ncert='/c'\nkey='/k'\n[api]\nlisten=':1'", "configuration: tls.ca: is needed"},
+		{"peers without certificate", strings.Replace(peer, "cert='/cert'", "", 1), "configuration: tls.cert: is needed"},
+		{"peers without key", strings.Replace(peer, "key='/key'", "", 1), "configuration: tls.key: is needed"},
+		{"no migrations out", "[limits]\nmigrations_out=0", "configuration: limits.migrations_out: 0 is not between 1 and 8"},
+		{"too many migrations out", "[limits]\nmigrations_out=9", "configuration: limits.migrations_out: 9 is not"},
+		{"no migrations in", "[limits]\nmigrations_in=-1", "configuration: limits.migrations_in: -1 is not"},
+		{"too many migrations in", "[limits]\nmigrations_in=9", "configuration: limits.migrations_in: 9 is not"},
+		{"no time", "[migration]\ntimeout='0s'", "configuration: migration.timeout: must be longer than 0"},
+		{"negative time", "[migration]\ntimeout='-5m'", "configuration: migration.timeout: must be longer than 0"},
+		{"negative history", "[journal]\nkeep='-1h'", "configuration: journal.keep: "},
+		{"itself as peer", "host='host-b'\n" + peer, "configuration: peers.host-b: is this host's own name"},
+		{"peer without address", strings.Replace(peer, "b:1", "", 1), `configuration: peers.host-b.address: "" is not host:port`},
+		{"peer without URI", strings.Replace(peer, "qemu+tls://b/system", "", 1), `configuration: peers.host-b.libvirt_uri: "" is not`},
+		{"peer's URI is local", strings.Replace(peer, "qemu+tls://b/system", "qemu:///system", 1), `configuration: peers.host-b.libvirt_uri: "qemu:///system" is not`},
+		{"peer's URI has no host", strings.Replace(peer, "qemu+tls://b/system", "qemu+unix:///system", 1), "configuration: peers.host-b.libvirt_uri: "},
+		{"peer's URI is none", strings.Replace(peer, "qemu+tls://b/system", "qemu+tls://%zz", 1), "configuration: peers.host-b.libvirt_uri: "},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			_, err := Load(one(t, c.text))
+			if err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("want %q in the error: %v", c.want, err)
+			}
+			if err != nil && strings.Count(err.Error(), "\n") > 0 {
+				t.Errorf("there is one mistake, and more are told:\n%v", err)
+			}
+		})
+	}
+	if _, err := Load(one(t, peer)); err != nil {
+		t.Errorf("what the mistakes are made from is wrong itself: %v", err)
+	}
+}
+
+func TestAllRefusalsAtOnce(t *testing.T) {
+	t.Parallel()
+	_, err := Load(one(t, `
+host = ""
+state_dir = "state"
+[api]
+listen = "nonsense"
+[limits]
+migrations_in = 99
+[migration]
+timeout = "0s"
+[peers.host-b]
+address = "nonsense"
+`))
+	if err == nil {
+		t.Fatal("no error")
+	}
+	var got []string
+	for line := range strings.Lines(err.Error()) {
+		_, rest, _ := strings.Cut(line, "configuration: ")
+		key, _, _ := strings.Cut(rest, ": ")
+		got = append(got, key)
+	}
+	want := []string{"api.listen", "host", "limits.migrations_in", "migration.timeout", "peers.host-b.address",
+		"peers.host-b.libvirt_uri", "state_dir", "tls.ca", "tls.cert", "tls.key"}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("%s\n%v", d, err)
+	}
+}
+
+func TestSize(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]uint64{"0KiB": 0, "1KiB": 1 << 10, "512MiB": 512 << 20, "64 GiB": 64 << 30, "3TiB": 3 << 40} {
+		var s Size
+		if err := s.UnmarshalText([]byte(text)); err != nil || s.Bytes != want {
+			t.Errorf("%s is read as %d, %v", text, s.Bytes, err)
+		}
+	}
+	for _, text := range []string{"", "MiB", "-1MiB", "1.5GiB", "1", "1MB", "0x10MiB", "1 MiB B", "18446744073709551615KiB"} {
+		s := Size{7}
+		if err := s.UnmarshalText([]byte(text)); err == nil || s.Bytes != 7 {
+			t.Errorf("%q is read as %d, %v", text, s.Bytes, err)
+		}
+	}
+}
+
+// FuzzDecode: whatever is in a file, it is read or refused, and a refusal
+// names the file.
+func FuzzDecode(f *testing.F) {
+	for _, s := range []string{
+		"", "host = 'a'", "hots = 'a'", "[peers.b]\naddress = 'b:1'", "[limits]\nguest_memory = '64GiB'",
+		"[peers]\nb = 1", "peers = []", "[[peers]]", "[api.listen]\nx = 1", "a.b.c.d = 1", "[migration]\ntimeout = 5",
+		"[limits]\nguest_memory = 1_0", "[limits]\nguest_memory = true", "limits.guest_memory = 0x1F", "journal = {keep = 1e3}", "journal.keep = [1]", "journal.keep = nan",
+		"\x00", "\"\" = 1", "[\"\"]\n\"\" = 1", "host = \"\\uD800\"", "[access]\noperators = [1]", "1979-05-27 = 1979-05-27",
+	} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		c := defaults()
+		if err := decode("the-file.toml", b, &c); err != nil {
+			if !strings.Contains(err.Error(), "the-file.toml") {
+				t.Errorf("the file is not named: %v", err)
+			}
+			return
+		}
+		_ = c.check()
+	})
+}

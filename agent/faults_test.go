@@ -1,0 +1,729 @@
+package agent_test
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"belay/agent"
+	"belay/agent/agenttest"
+	"belay/agent/api"
+	"belay/agent/config"
+	"belay/agent/journal"
+	"belay/agent/maint"
+	"belay/hypervisor/hypervisortest"
+)
+
+// patience is far more than anything here takes.
+const patience = 30 * time.Second
+
+// toB asks for web-1 to go to b.
+var toB = maint.MigrateRequest{Guest: "web-1", To: "b"}
+
+// autostarted is how web-1 is kept, so that it can be told whether it still is.
+func autostarted(g *maint.Guest) { g.Autostart = true }
+
+// ends checks how an operation on web-1 has ended, that this is what both
+// hosts show, and that the record tells the same.
+func ends(t *testing.T, w *agenttest.World, op maint.Op, uuid string, want maint.Outcome, code maint.Code) {
+	t.Helper()
+	if op.State != maint.OpEnded || op.Outcome != want {
+		t.Fatalf("the operation is %s, %q, want %q: %+v", op.State, op.Outcome, want, op.Problems)
+	}
+	if code == "" && len(op.Problems) > 0 || code != "" && !slices.ContainsFunc(op.Problems, func(p maint.Problem) bool { return p.Code == code }) {
+		t.Errorf("want problem %q, there are %+v", code, op.Problems)
+	}
+	where := "a"
+	if want == maint.OutcomeDone || want == maint.OutcomePartly {
+		where = "b"
+	}
+	running, defined := places(t, w, uuid)
+	if running != where {
+		t.Errorf("%q, and it runs on %q, want %q", op.Outcome, running, where)
+	}
+	if defined != where+"+autostart" {
+		t.Errorf("%q, and it is defined on %q, want %s alone, with autostart", op.Outcome, defined, where)
+	}
+	if (op.Move != nil) != (want == maint.OutcomeDone) {
+		t.Errorf("%q, and the record of the move is %+v", op.Outcome, op.Move)
+	}
+	recs, err := w.Nodes[0].Client.Records(ctxFor(t, patience), op.ID)
+	if err != nil || len(recs) == 0 {
+		t.Fatalf("it has %d records, %v", len(recs), err)
+	}
+	if last := recs[len(recs)-1]; last.Kind != maint.RecEnded || !strings.Contains(string(last.Data), `"`+string(want)+`"`) {
+		t.Errorf("the last record is %s %s", last.Kind, last.Data)
+	}
+	if want == maint.OutcomeBlocked && slices.ContainsFunc(recs, func(r maint.Record) bool { return r.Step == "perform" && r.Kind == maint.RecStepNote }) {
+		t.Error("blocked is before any effect, and a copy was begun")
+	}
+}
+
+// move asks for web-1 to go to b and waits for the end.
+func move(t *testing.T, w *agenttest.World) maint.Op {
+	t.Helper()
+	ctx := ctxFor(t, patience)
+	op, err := w.Nodes[0].Client.Migrate(ctx, toB)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return await(t, ctx, w.Nodes[0], op.ID)
+}
+
+// refusal gives the codes of a refusal.
+func refusal(t *testing.T, err error) (codes []maint.Code) {
+	t.Helper()
+	var r *maint.Refusal
+	if !errors.As(err, &r) {
+		t.Fatalf("want a refusal, there is %T: %v", err, err)
+	}
+	for _, p := range r.Problems {
+		codes = append(codes, p.Code)
+	}
+	return codes
+}
+
+// TestBlocked is what the destination does not let in.
+func TestBlocked(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name  string
+		hosts map[string]hypervisortest.HostOptions
+		edit  func(*config.Config)
+		world func(w *agenttest.World, uuid string)
+		want  []maint.Code
+	}{
+		{"too small", nil, func(c *config.Config) { c.Limits.GuestMemory.Bytes = 100 << 20 }, nil, []maint.Code{maint.CodeNoRoom}},
+		{"no memory", map[string]hypervisortest.HostOptions{"b": {MemoryBytes: 100 << 20}}, nil, nil, []maint.Code{maint.CodeNoRoom}},
+		{"other CPU", map[string]hypervisortest.HostOptions{"b": {CannotRun: []string{"qemu64"}}}, nil, nil, []maint.Code{maint.CodeCPU}},
+		{"older QEMU", map[string]hypervisortest.HostOptions{"b": {MachineTypes: []string{"pc-q35-6.0"}}}, nil, nil, []maint.Code{maint.CodeMachineType}},
+		{"same host UUID", map[string]hypervisortest.HostOptions{"a": {UUID: "00000000-0000-4000-8000-0000000000aa"}, "b": {UUID: "00000000-0000-4000-8000-0000000000aa"}},
+			nil, nil, []maint.Code{maint.CodeSameHost}},
+		{"name taken", nil, nil, func(w *agenttest.World, _ string) { w.Nodes[1].Host.PutGuest("web-1") }, []maint.Code{maint.CodeNameTaken}},
+		{"inactive definition there", nil, nil, func(w *agenttest.World, uuid string) {
+			w.Nodes[1].Host.PutGuest("web-1", func(g *maint.Guest) { g.UUID, g.State, g.Persistent = uuid, maint.GuestShutoff, false })
+		}, []maint.Code{maint.CodeNameTaken}},
+		{"belayd there is down", nil, nil, func(w *agenttest.World, _ string) { w.Nodes[1].Stop() }, []maint.Code{maint.CodePeerDown}},
+		{"libvirt there is down", nil, nil, func(w *agenttest.World, _ string) { w.Nodes[1].Host.KillLibvirt() }, []maint.Code{maint.CodeHypervisorDown}},
+		{"all at once", map[string]hypervisortest.HostOptions{"b": {CannotRun: []string{"qemu64"}, Arch: "aarch64", MemoryBytes: 1}}, nil,
+			func(w *agenttest.World, uuid string) {
+				w.Nodes[1].Host.PutGuest("web-1")
+				w.Nodes[0].Host.Pause(t, uuid)
+			},
+			[]maint.Code{maint.CodeGuestPaused, maint.CodeNameTaken, maint.CodeDomainType, maint.CodeCPU, maint.CodeNoRoom}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			w := agenttest.NewOn(t, quiet(t), c.hosts, c.edit, "a", "b")
+			uuid := w.Nodes[0].Host.PutGuest("web-1", autostarted)
+			if c.world != nil {
+				c.world(w, uuid)
+			}
+			op := move(t, w)
+			var got []maint.Code
+			for _, p := range op.Problems {
+				if p.Remedy == "" {
+					t.Errorf("no remedy: %+v", p)
+				}
+				got = append(got, p.Code)
+			}
+			if op.Outcome != maint.OutcomeBlocked || !slices.Equal(got, c.want) {
+				t.Fatalf("%q for %v, want %v", op.Outcome, got, c.want)
+			}
+			if c.name == "all at once" {
+				w.Nodes[0].Host.Resume(t, uuid) // it was not Belay that paused it
+			}
+			ends(t, w, op, uuid, maint.OutcomeBlocked, c.want[0])
+		})
+	}
+}
+
+// TestFailsInMidCopy is what goes wrong while the guest is on its way.
+func TestFailsInMidCopy(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name  string
+		phase hypervisortest.Phase
+		world func(t *testing.T, w *agenttest.World, uuid string)
+		after func(w *agenttest.World) // once the operation has ended
+		want  maint.Outcome
+		code  maint.Code
+	}{
+		{"destination's libvirt is killed", hypervisortest.PhaseCopying,
+			func(_ *testing.T, w *agenttest.World, _ string) { w.Nodes[1].Host.KillLibvirt() },
+			func(w *agenttest.World) { w.Nodes[1].Host.RestartLibvirt() }, maint.OutcomeFailed, maint.CodeFailed},
+		{"destination's libvirt is restarted", hypervisortest.PhaseSuspended,
+			func(_ *testing.T, w *agenttest.World, _ string) {
+				w.Nodes[1].Host.KillLibvirt()
+				w.Nodes[1].Host.RestartLibvirt()
+			},
+			nil, maint.OutcomeFailed, maint.CodeFailed},
+		{"source's libvirt is killed and comes back", hypervisortest.PhaseCopying,
+			func(_ *testing.T, w *agenttest.World, _ string) { killAndReturn(w, w.Nodes[0]) }, nil, maint.OutcomeFailed, maint.CodeFailed},
+		{"source's libvirt is killed in the blackout", hypervisortest.PhaseSuspended,
+			func(_ *testing.T, w *agenttest.World, _ string) { killAndReturn(w, w.Nodes[0]) }, nil, maint.OutcomeFailed, maint.CodeFailed},
+		{"connections to the source's libvirt are cut", hypervisortest.PhaseCopying,
+			func(_ *testing.T, w *agenttest.World, _ string) { w.Nodes[0].Host.DropConnections() }, nil, maint.OutcomeDone, ""},
+		{"destination's QEMU dies", hypervisortest.PhaseCopying,
+			func(t *testing.T, w *agenttest.World, uuid string) { w.Nodes[1].Host.KillQEMU(t, uuid) }, nil, maint.OutcomeFailed, maint.CodeFailed},
+		{"destination's QEMU dies in the blackout", hypervisortest.PhaseSuspended,
+			func(t *testing.T, w *agenttest.World, uuid string) { w.Nodes[1].Host.KillQEMU(t, uuid) }, nil, maint.OutcomeFailed, maint.CodeFailed},
+		{"destination's belayd is restarted", hypervisortest.PhaseCopying,
+			func(_ *testing.T, w *agenttest.World, _ string) { w.Nodes[1].Stop(); w.Nodes[1].Start(nil) }, nil, maint.OutcomeDone, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			w := agenttest.New(t, quiet(t), nil, "a", "b")
+			uuid := w.Nodes[0].Host.PutGuest("web-1", autostarted)
+			var once sync.Once // a copy is begun again where that makes sense
+			w.OnPhase(func(uuid string, p hypervisortest.Phase) {
+				if p == c.phase {
+					once.Do(func() { c.world(t, w, uuid) })
+				}
+			})
+			op := move(t, w)
+			if c.after != nil {
+				c.after(w)
+			}
+			ends(t, w, op, uuid, c.want, c.code)
+			res, err := w.Nodes[1].Client.Status(ctxFor(t, patience))
+			if err != nil || len(res.Reservations) > 0 {
+				t.Errorf("the destination still keeps room: %+v, %v", res.Reservations, err)
+			}
+		})
+	}
+}
+
+// killAndReturn kills a node's libvirt and starts it again as soon as its
+// agent has met that.
+func killAndReturn(w *agenttest.World, n *agenttest.Node) {
+	n.Host.KillLibvirt()
+	var once sync.Once
+	w.OnCall(func(c hypervisortest.Call) {
+		if c.Host == n.Host.Name() && c.Op == "Guest" && c.Done {
+			once.Do(n.Host.RestartLibvirt)
+		}
+	})
+}
+
+// TestLeftover: the source's libvirt dies before it can clear away what has
+// moved. The guest runs on the destination; a person is told of the rest.
+func TestLeftover(t *testing.T) {
+	t.Parallel()
+	w := agenttest.New(t, quiet(t), nil, "a", "b")
+	uuid := w.Nodes[0].Host.PutGuest("web-1", autostarted)
+	w.OnPhase(func(_ string, p hypervisortest.Phase) {
+		if p == hypervisortest.PhaseResumed {
+			killAndReturn(w, w.Nodes[0])
+		}
+	})
+	op := move(t, w)
+	if op.Outcome != maint.OutcomePartly || len(op.Problems) != 1 || op.Problems[0].Code != maint.CodeLeftover {
+		t.Fatalf("%q, %+v", op.Outcome, op.Problems)
+	}
+	if !strings.Contains(op.Problems[0].Remedy, "make sure that it runs on b, then on a: virsh destroy web-1") {
+		t.Errorf("the remedy is %q", op.Problems[0].Remedy)
+	}
+	if running, _ := places(t, w, uuid); running != "b" {
+		t.Errorf("it runs on %q", running)
+	}
+	if g, err := w.Nodes[0].Host.Guest(ctxFor(t, patience), uuid); err != nil || g.State != maint.GuestPaused {
+		t.Errorf("the agent has touched the leftover: %+v, %v", g, err)
+	}
+}
+
+// TestAbortInEveryPhase aborts and waits until the wish has reached libvirt
+// before the migration goes on.
+func TestAbortInEveryPhase(t *testing.T) {
+	t.Parallel()
+	for phase, want := range map[hypervisortest.Phase]maint.Outcome{
+		hypervisortest.PhaseCopying:   maint.OutcomeAborted,
+		hypervisortest.PhaseSuspended: maint.OutcomeAborted,
+		hypervisortest.PhaseResumed:   maint.OutcomeDone,
+	} {
+		t.Run(string(phase), func(t *testing.T) {
+			t.Parallel()
+			w := agenttest.New(t, quiet(t), nil, "a", "b")
+			uuid := w.Nodes[0].Host.PutGuest("web-1", autostarted)
+			asked := make(chan struct{})
+			var once sync.Once
+			w.OnCall(func(c hypervisortest.Call) {
+				if c.Op == "AbortJob" && c.Done {
+					once.Do(func() { close(asked) })
+				}
+			})
+			w.OnPhase(func(_ string, p hypervisortest.Phase) {
+				if p != phase {
+					return
+				}
+				abortAll(t, w.Nodes[0])
+				select {
+				case <-asked:
+				case <-time.After(patience):
+					t.Error("libvirt was never asked to cancel the job")
+				}
+			})
+			op := move(t, w)
+			code := maint.CodeAborted
+			if want == maint.OutcomeDone {
+				code = ""
+			}
+			ends(t, w, op, uuid, want, code)
+			if op.AbortBy != "root" {
+				t.Errorf("the abort is by %q", op.AbortBy)
+			}
+			if want == maint.OutcomeDone && !slices.ContainsFunc(op.Steps, func(s maint.Step) bool {
+				return slices.ContainsFunc(s.Notes, func(n string) bool { return strings.Contains(n, "had already moved when") })
+			}) {
+				t.Errorf("nothing says why the abort came to nothing: %+v", op.Steps)
+			}
+		})
+	}
+}
+
+// abortAll aborts every operation that runs. It is called from a World's hooks.
+func abortAll(t *testing.T, n *agenttest.Node) {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	ops, err := n.Client.Ops(ctx)
+	if err != nil {
+		t.Error(err)
+	}
+	for _, op := range ops {
+		if _, err := n.Client.Abort(ctx, op.ID); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestAbortBeforeTheCopy aborts while the hosts are being asked, and while the
+// destination is about to promise room.
+func TestAbortBeforeTheCopy(t *testing.T) {
+	t.Parallel()
+	t.Run("preflight", func(t *testing.T) {
+		t.Parallel()
+		w := agenttest.New(t, quiet(t), nil, "a", "b")
+		uuid := w.Nodes[0].Host.PutGuest("web-1", autostarted)
+		w.OnCall(func(c hypervisortest.Call) {
+			if c.Op == "DryRun" && !c.Done {
+				abortAll(t, w.Nodes[0])
+			}
+		})
+		ends(t, w, abortedQuietly(t, move(t, w)), uuid, maint.OutcomeAborted, "")
+	})
+	t.Run("reserve", func(t *testing.T) {
+		t.Parallel()
+		w := agenttest.New(t, quiet(t), nil, "a", "b")
+		uuid := w.Nodes[0].Host.PutGuest("web-1", autostarted)
+		w.Nodes[1].Stop()
+		w.Nodes[1].Start(func(what string) {
+			if strings.HasPrefix(what, "before append reserved") {
+				abortAll(t, w.Nodes[0])
+			}
+		})
+		ends(t, w, abortedQuietly(t, move(t, w)), uuid, maint.OutcomeAborted, "")
+		s, err := w.Nodes[1].Client.Status(ctxFor(t, patience))
+		if err != nil || len(s.Reservations) > 0 {
+			t.Errorf("the destination still keeps room: %+v, %v", s.Reservations, err)
+		}
+	})
+}
+
+// abortedQuietly checks that an aborted operation blames nobody, and takes
+// its problems away.
+func abortedQuietly(t *testing.T, op maint.Op) maint.Op {
+	t.Helper()
+	for _, p := range op.Problems {
+		if p.Code != maint.CodeAborted {
+			t.Errorf("aborted on request, and the record says %+v", p)
+		}
+	}
+	op.Problems = nil
+	return op
+}
+
+func TestDeadline(t *testing.T) {
+	t.Parallel()
+	w := agenttest.New(t, quiet(t), nil, "a", "b")
+	uuid := w.Nodes[0].Host.PutGuest("web-1", autostarted)
+	w.Nodes[0].Host.HoldCopies()
+	ctx := ctxFor(t, patience)
+	r := toB
+	r.Timeout = 300 * time.Millisecond
+	op, err := w.Nodes[0].Client.Migrate(ctx, r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ends(t, w, await(t, ctx, w.Nodes[0], op.ID), uuid, maint.OutcomeFailed, maint.CodeTimeout)
+}
+
+func TestSameGuestTwiceAtOnce(t *testing.T) {
+	t.Parallel()
+	w := agenttest.New(t, quiet(t), nil, "a", "b")
+	uuid := w.Nodes[0].Host.PutGuest("web-1", autostarted)
+	w.Nodes[0].Host.HoldCopies()
+	ctx := ctxFor(t, patience)
+	const askers = 8
+	var asking sync.WaitGroup
+	ops, errs := make([]maint.Op, askers), make([]error, askers)
+	for i := range askers {
+		asking.Go(func() { ops[i], errs[i] = w.Nodes[0].Client.Migrate(ctx, toB) })
+	}
+	asking.Wait()
+	var admitted []maint.OpID
+	for i, err := range errs {
+		if err == nil {
+			admitted = append(admitted, ops[i].ID)
+		}
+	}
+	if len(admitted) != 1 {
+		t.Fatalf("admitted are %v", admitted)
+	}
+	for _, err := range errs {
+		if err == nil {
+			continue
+		}
+		if got := refusal(t, err); !slices.Equal(got, []maint.Code{maint.CodeBusy}) {
+			t.Errorf("refused for %v", got)
+		}
+		if !strings.Contains(err.Error(), string(admitted[0])) || !strings.Contains(err.Error(), "begun by root") {
+			t.Errorf("the refusal does not name the operation and who began it: %v", err)
+		}
+	}
+	w.Nodes[0].Host.ReleaseCopies()
+	ends(t, w, await(t, ctx, w.Nodes[0], admitted[0]), uuid, maint.OutcomeDone, "")
+}
+
+// copying gives a channel that has a guest's UUID when its copy has begun.
+func copying(w *agenttest.World) <-chan string {
+	begun := make(chan string, 16)
+	w.OnPhase(func(uuid string, p hypervisortest.Phase) {
+		if p == hypervisortest.PhaseCopying {
+			begun <- uuid
+		}
+	})
+	return begun
+}
+
+func TestLimits(t *testing.T) {
+	t.Parallel()
+	t.Run("out", func(t *testing.T) {
+		t.Parallel()
+		w := agenttest.New(t, quiet(t), func(c *config.Config) { c.Limits.MigrationsOut = 1 }, "a", "b")
+		source := w.Nodes[0]
+		uuid := source.Host.PutGuest("web-1", autostarted)
+		source.Host.PutGuest("web-2")
+		source.Host.HoldCopies()
+		ctx := ctxFor(t, patience)
+		op, err := source.Client.Migrate(ctx, toB)
+		if err != nil {
+			t.Fatal(err)
+		}
+		second := maint.MigrateRequest{Guest: "web-2", To: "b"}
+		_, err = source.Client.Migrate(ctx, second)
+		if got := refusal(t, err); !slices.Equal(got, []maint.Code{maint.CodeHostBusy}) {
+			t.Errorf("refused for %v", got)
+		}
+		source.Host.ReleaseCopies()
+		ends(t, w, await(t, ctx, source, op.ID), uuid, maint.OutcomeDone, "")
+		if op, err = source.Client.Migrate(ctx, second); err != nil {
+			t.Fatalf("there is room again: %v", err)
+		}
+		if op = await(t, ctx, source, op.ID); op.Outcome != maint.OutcomeDone {
+			t.Errorf("%+v", op)
+		}
+	})
+	// What fits the destination one at a time, and not both.
+	for name, c := range map[string]struct {
+		edit func(*config.Config)
+		want maint.Code
+	}{
+		"in":     {func(c *config.Config) { c.Limits.MigrationsIn = 1 }, maint.CodeHostBusy},
+		"memory": {func(c *config.Config) { c.Limits.GuestMemory.Bytes = 300 << 20 }, maint.CodeNoRoom},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := agenttest.New(t, quiet(t), c.edit, "a", "b")
+			source := w.Nodes[0]
+			uuids := map[string]string{"web-1": source.Host.PutGuest("web-1", autostarted), "web-2": source.Host.PutGuest("web-2", autostarted)}
+			source.Host.HoldCopies()
+			ctx := ctxFor(t, patience)
+			ended := make(chan maint.Op, 2)
+			for guest := range uuids {
+				op, err := source.Client.Migrate(ctx, maint.MigrateRequest{Guest: guest, To: "b"})
+				if err != nil {
+					t.Fatal(err)
+				}
+				go func() {
+					op, err := source.Client.Watch(ctx, op.ID, func(maint.Op) {})
+					if err != nil {
+						t.Error(err)
+					}
+					ended <- op
+				}()
+			}
+			first := <-ended // the other one is being copied, and held
+			ends(t, w, first, uuids[first.Guest], maint.OutcomeBlocked, c.want)
+			source.Host.ReleaseCopies()
+			second := <-ended
+			ends(t, w, second, uuids[second.Guest], maint.OutcomeDone, "")
+		})
+	}
+}
+
+// TestStopInMidCopy: an agent that is stopped leaves the copy to libvirt, and
+// takes it up again when it is back, whether or not that has ended by then.
+func TestStopInMidCopy(t *testing.T) {
+	t.Parallel()
+	for name, during := range map[string]bool{"back in time": true, "back late": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := agenttest.New(t, quiet(t), nil, "a", "b")
+			source := w.Nodes[0]
+			uuid := source.Host.PutGuest("web-1", autostarted)
+			source.Host.HoldCopies()
+			stopped := make(chan struct{})
+			begun := make(chan struct{})
+			w.OnPhase(func(_ string, p hypervisortest.Phase) {
+				switch p {
+				case hypervisortest.PhaseCopying:
+					close(begun)
+				case hypervisortest.PhaseStopped:
+					close(stopped)
+				}
+			})
+			ctx := ctxFor(t, patience)
+			op, err := source.Client.Migrate(ctx, toB)
+			if err != nil {
+				t.Fatal(err)
+			}
+			<-begun
+			source.Stop()
+			if during {
+				source.Start(nil)
+				source.Host.ReleaseCopies()
+			} else {
+				source.Host.ReleaseCopies()
+				<-stopped
+				source.Start(nil)
+			}
+			op = await(t, ctx, source, op.ID)
+			ends(t, w, op, uuid, maint.OutcomeDone, "")
+			if op.Resumed != 1 || op.Move.Downtime <= 0 {
+				t.Errorf("resumed %d times, measured %+v", op.Resumed, op.Move)
+			}
+		})
+	}
+}
+
+var errFull = errors.New("write: no space left on device")
+
+func TestJournalFull(t *testing.T) {
+	t.Parallel()
+	t.Run("source", func(t *testing.T) {
+		t.Parallel()
+		w := agenttest.New(t, quiet(t), nil, "a", "b")
+		source := w.Nodes[0]
+		uuid := source.Host.PutGuest("web-1", autostarted)
+		begun := copying(w)
+		source.FailJournal(errFull)
+		ctx := ctxFor(t, patience)
+		_, err := source.Client.Migrate(ctx, toB)
+		if got := refusal(t, err); !slices.Equal(got, []maint.Code{maint.CodeJournal}) || !strings.Contains(err.Error(), "nothing was begun") {
+			t.Errorf("refused for %v: %v", got, err)
+		}
+		s, err := source.Client.Status(ctx)
+		if err != nil || len(s.Operations) > 0 || !slices.ContainsFunc(s.Conditions, func(c maint.Condition) bool { return c.Code == maint.CodeJournal }) {
+			t.Errorf("the status is %+v, %v", s, err)
+		}
+		if len(begun) > 0 {
+			t.Error("a copy was begun that is written down nowhere")
+		}
+		source.FailJournal(nil)
+		ends(t, w, move(t, w), uuid, maint.OutcomeDone, "")
+	})
+	t.Run("source, in the middle", func(t *testing.T) {
+		t.Parallel()
+		w := agenttest.New(t, quiet(t), nil, "a", "b")
+		source := w.Nodes[0]
+		uuid := source.Host.PutGuest("web-1", autostarted)
+		source.Stop()
+		var failed atomic.Bool
+		source.Start(func(what string) {
+			switch what {
+			case "before append step-done perform": // the guest has moved
+				if failed.CompareAndSwap(false, true) {
+					source.FailJournal(errFull)
+				}
+			case "before append step-start perform": // it is tried again
+				source.FailJournal(nil)
+			}
+		})
+		op := move(t, w)
+		if !failed.Load() {
+			t.Fatal("the journal never failed")
+		}
+		ends(t, w, op, uuid, maint.OutcomeDone, "")
+	})
+	t.Run("destination", func(t *testing.T) {
+		t.Parallel()
+		w := agenttest.New(t, quiet(t), nil, "a", "b")
+		uuid := w.Nodes[0].Host.PutGuest("web-1", autostarted)
+		begun := copying(w)
+		w.Nodes[1].FailJournal(errFull)
+		ends(t, w, move(t, w), uuid, maint.OutcomeFailed, maint.CodeJournal)
+		if len(begun) > 0 {
+			t.Error("a copy was begun without room being promised")
+		}
+	})
+}
+
+// peerOf is name's way to node n, as name's belayd has it.
+func peerOf(t *testing.T, n *agenttest.Node, name string) *api.Client {
+	t.Helper()
+	id, err := api.LoadIdentity(n.CA.CertFile("ca"), n.CA.CertFile(name), n.CA.KeyFile(name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	id.Client.ServerName = n.Host.Name()
+	c := api.NewTLS(n.Host.Name(), n.Config.API.Listen, id.Client)
+	t.Cleanup(c.Close)
+	return c
+}
+
+// TestPeersKeepToTheirOwn: a peer may touch what it has reserved, and nothing
+// else.
+func TestPeersKeepToTheirOwn(t *testing.T) {
+	t.Parallel()
+	w := agenttest.New(t, quiet(t), nil, "a", "b", "c")
+	ctx := ctxFor(t, patience)
+	b := w.Nodes[1]
+	mine := b.Host.PutGuest("theirs")
+	other := b.Host.PutGuest("not-theirs")
+	fromA, fromC := peerOf(t, b, "a"), peerOf(t, b, "c")
+	arrival := maint.Arrival{Op: "mig-1", Guest: "web-1", GuestUUID: "10000000-0000-4000-8000-00000000abcd",
+		MemoryBytes: 64 << 20, Arch: "x86_64", DomainType: "qemu", HostUUID: "of-a"}
+	if err := fromA.Reserve(ctx, arrival); err != nil {
+		t.Fatal(err)
+	}
+	otherGuest := arrival
+	otherGuest.GuestUUID = "10000000-0000-4000-8000-00000000dcba"
+	settlement := func(op maint.OpID, uuid string) maint.Settlement {
+		return maint.Settlement{Op: op, GuestUUID: uuid, Autostart: true, Persistent: true}
+	}
+	for what, err := range map[string]error{
+		"another peer renews it":                         fromC.Reserve(ctx, arrival),
+		"it is renewed for another guest":                fromA.Reserve(ctx, otherGuest),
+		"another peer gives it up":                       fromC.Release(ctx, "mig-1"),
+		"another peer settles its guest":                 fromC.Settle(ctx, settlement("mig-1", arrival.GuestUUID)),
+		"its peer settles a guest that was here before":  fromA.Settle(ctx, settlement("mig-1", other)),
+		"a guest is settled without any reservation":     fromA.Settle(ctx, settlement("mig-2", mine)),
+		"a guest is settled without naming an operation": fromA.Settle(ctx, settlement("", mine)),
+	} {
+		var p *maint.Problem
+		if !errors.As(err, &p) || p.Code != maint.CodeForbidden {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	for _, uuid := range []string{mine, other} {
+		if g, err := b.Host.Guest(ctx, uuid); err != nil || g.Autostart {
+			t.Errorf("a guest was changed: %+v, %v", g, err)
+		}
+	}
+	s, err := b.Client.Status(ctx)
+	if err != nil || len(s.Reservations) != 1 || s.Reservations[0].From != "a" || s.Reservations[0].GuestUUID != arrival.GuestUUID {
+		t.Errorf("the reservations are %+v, %v", s.Reservations, err)
+	}
+
+	// What its own guest may become: itself alone.
+	b.Host.PutGuest("web-1", func(g *maint.Guest) { g.UUID, g.Persistent = arrival.GuestUUID, false })
+	wrong := settlement("mig-1", arrival.GuestUUID)
+	for _, xml := range []string{"<domain><uuid>" + other + "</uuid></domain>", "<domain>", "not XML"} {
+		wrong.XML = xml
+		var p *maint.Problem
+		if err := fromA.Settle(ctx, wrong); !errors.As(err, &p) || p.Code != maint.CodeBadRequest {
+			t.Errorf("a definition %q is sent along: %v", xml, err)
+		}
+	}
+	if err := fromA.Release(ctx, "mig-1"); err != nil {
+		t.Error(err)
+	}
+	if err := fromA.Release(ctx, "mig-1"); err != nil {
+		t.Error("a second release is a failure:", err)
+	}
+}
+
+// TestBadArrivals: what a peer sends is not believed.
+func TestBadArrivals(t *testing.T) {
+	t.Parallel()
+	w := agenttest.New(t, quiet(t), nil, "a", "b")
+	ctx := ctxFor(t, patience)
+	fromA := peerOf(t, w.Nodes[1], "a")
+	good := maint.Arrival{Op: "mig-1", Guest: "web-1", GuestUUID: "10000000-0000-4000-8000-00000000abcd", MemoryBytes: 1 << 20, DomainType: "qemu"}
+	for what, edit := range map[string]func(*maint.Arrival){
+		"long ID":         func(a *maint.Arrival) { a.Op = maint.OpID(strings.Repeat("x", 129)) },
+		"no UUID":         func(a *maint.Arrival) { a.GuestUUID = "" },
+		"no name":         func(a *maint.Arrival) { a.Guest = "" },
+		"no memory":       func(a *maint.Arrival) { a.MemoryBytes = 0 },
+		"too much memory": func(a *maint.Arrival) { a.MemoryBytes = 1<<64 - 1 },
+		"no domain type":  func(a *maint.Arrival) { a.DomainType = "" },
+	} {
+		a := good
+		edit(&a)
+		_, check := fromA.Check(ctx, a)
+		for _, err := range []error{check, fromA.Reserve(ctx, a)} {
+			var p *maint.Problem
+			if !errors.As(err, &p) || p.Code != maint.CodeBadRequest {
+				t.Errorf("%s: %v", what, err)
+			}
+		}
+	}
+	if ps, err := fromA.Check(ctx, good); err != nil || len(ps) > 0 {
+		t.Errorf("what the wrong ones are made from is refused: %v, %v", ps, err)
+	}
+}
+
+// TestReservationLapses: room is kept for as long as the source is heard of.
+func TestReservationLapses(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		w := hypervisortest.NewWorld()
+		defer w.Close()
+		j, err := journal.Open(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer j.Close()
+		cfg := config.Config{Host: "b", StateDir: dir, Limits: config.Limits{MigrationsIn: 1}, Journal: config.Journal{Keep: config.Duration{Duration: time.Hour}}}
+		a := agent.New(cfg, "test", w.AddHost("b", hypervisortest.HostOptions{}), j, nil, quiet(t))
+		ctx, stop := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() { defer close(ended); _ = a.Run(ctx) }()
+		defer func() { stop(); <-ended }()
+
+		first := maint.Arrival{Op: "mig-1", Guest: "web-1", GuestUUID: "10000000-0000-4000-8000-000000000001", MemoryBytes: 1 << 20, DomainType: "qemu"}
+		second := maint.Arrival{Op: "mig-2", Guest: "web-2", GuestUUID: "10000000-0000-4000-8000-000000000002", MemoryBytes: 1 << 20, DomainType: "qemu"}
+		reserve := func(r maint.Arrival, want bool) {
+			t.Helper()
+			if err := a.Reserve(ctx, "a", r); (err == nil) != want {
+				t.Errorf("reserving for %s: %v", r.Guest, err)
+			}
+		}
+		reserve(first, true)
+		reserve(second, false)
+		time.Sleep(60 * time.Second)
+		reserve(first, true) // renewed
+		time.Sleep(60 * time.Second)
+		reserve(second, false)
+		time.Sleep(31 * time.Second) // nobody has renewed it
+		reserve(second, true)
+		reserve(first, false) // who comes back too late stands in line
+	})
+}
