@@ -38,7 +38,7 @@ func (a *Agent) Check(ctx context.Context, from string, r maint.Arrival) ([]main
 	host.Name = a.cfg.Host
 	kept, _ := a.promises(from, r)
 	room := migrate.Room{Host: host, Guests: guests, Reservations: kept,
-		MemoryLimit:  a.cfg.Limits.GuestMemory.Bytes, MemoryReserve: a.cfg.Limits.MemoryReserve.Bytes}
+		MemoryLimit: a.cfg.Limits.GuestMemory.Bytes, MemoryReserve: a.cfg.Limits.MemoryReserve.Bytes}
 	ps := migrate.CheckArrival(ctx, r, room, a.hyp)
 	for _, op := range a.journal.Ops() {
 		if op.State != maint.OpEnded && op.GuestUUID == r.GuestUUID {

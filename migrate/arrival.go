@@ -3,6 +3,7 @@ package migrate
 import (
 	"context"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 
@@ -83,36 +84,55 @@ func CheckArrival(ctx context.Context, a maint.Arrival, room Room, cpu CPUCompar
 }
 
 func checkMemory(a maint.Arrival, room Room) []maint.Problem {
-	var used, expected uint64
+	// claimed is what guests here and on their way may use; expected is what
+	// of that is not taken yet. A guest that is being copied here is among the
+	// guests, paused, but most of its memory is still free.
+	var claimed, expected uint64
+	states := make(map[string]maint.GuestState)
 	for _, g := range room.Guests {
+		states[g.UUID] = g.State
 		if g.State.Active() {
-			used += g.MemoryBytes + overhead
+			claimed = plus(claimed, g.MemoryBytes, overhead)
 		}
-	}
-	here := func(uuid string) bool {
-		return slices.ContainsFunc(room.Guests, func(g maint.Guest) bool { return g.UUID == uuid && g.State == maint.GuestRunning })
 	}
 	for _, r := range room.Reservations {
-		if r.Op != a.Op && !here(r.GuestUUID) {
-			expected += r.MemoryBytes + overhead
+		if r.Op == a.Op {
+			continue
+		}
+		if !states[r.GuestUUID].Active() {
+			claimed = plus(claimed, r.MemoryBytes, overhead)
+		}
+		if states[r.GuestUUID] != maint.GuestRunning {
+			expected = plus(expected, r.MemoryBytes, overhead)
 		}
 	}
-	need := a.MemoryBytes + overhead
+	need := plus(a.MemoryBytes, overhead)
 	var ps []maint.Problem
-	if free := minus(room.Host.FreeMemoryBytes, room.MemoryReserve+expected); need > free {
+	if free := minus(room.Host.FreeMemoryBytes, plus(room.MemoryReserve, expected)); need > free {
 		ps = append(ps, *maint.Problemf(maint.CodeNoRoom, "host "+room.Host.Name,
 			"free memory there, or choose another peer",
 			"has %s free for guests, the guest needs %s (free %s, kept for the host %s, promised to other arrivals %s)",
 			MiB(free), MiB(need), MiB(room.Host.FreeMemoryBytes), MiB(room.MemoryReserve), MiB(expected)))
 	}
-	if left := minus(room.MemoryLimit, used+expected); room.MemoryLimit > 0 && need > left {
+	if left := minus(room.MemoryLimit, claimed); room.MemoryLimit > 0 && need > left {
 		ps = append(ps, *maint.Problemf(maint.CodeNoRoom, "host "+room.Host.Name,
-			"raise guest_memory_limit there, or choose another peer",
-			"its guest_memory_limit of %s leaves %s, the guest needs %s", MiB(room.MemoryLimit), MiB(left), MiB(need)))
+			"raise limits.guest_memory there, or choose another peer",
+			"its limits.guest_memory of %s leaves %s, the guest needs %s", MiB(room.MemoryLimit), MiB(left), MiB(need)))
 	}
 	return ps
 }
 
+// plus adds, and stays at the largest number where the sum is larger.
+func plus(terms ...uint64) (sum uint64) {
+	for _, t := range terms {
+		if sum += t; sum < t {
+			return math.MaxUint64
+		}
+	}
+	return sum
+}
+
+// minus subtracts, and stays at 0 where the difference is less.
 func minus(a, b uint64) uint64 {
 	if b > a {
 		return 0

@@ -149,7 +149,10 @@ func (m *Migration) Preflight(ctx context.Context, s Scratch) error {
 		return err
 	}
 	there, err := m.Destination.Check(ctx, b.Arrival)
-	if err != nil {
+	switch {
+	case err != nil && ctx.Err() != nil: // we gave up, which is not the peer's fault
+		return fmt.Errorf("cannot ask %s for guest %s: %w", m.To, m.Guest, err)
+	case err != nil:
 		add(maint.AsProblem(err, maint.CodePeerDown, "peer "+m.To))
 	}
 	problems = append(problems, there...)

@@ -42,8 +42,8 @@ var endpoints = []struct {
 	{"POST", "/v1/peer/settlements", `{"op":"ID"}`, "peer", "Settle ID me"},
 }
 
-// real puts values into a path's wildcards.
-func real(path string) string {
+// filled puts values into a path's wildcards.
+func filled(path string) string {
 	return strings.NewReplacer("{id}", "ID", "{uuid}", "UUID").Replace(path)
 }
 
@@ -54,7 +54,7 @@ func TestEveryRouteForEveryRole(t *testing.T) {
 			t.Run(fmt.Sprintf("%s %s as %q", e.method, e.path, role), func(t *testing.T) {
 				t.Parallel()
 				f := &fakeAgent{}
-				w := ask(Handler(f, as("me", role), quiet), e.method, real(e.path), e.body)
+				w := ask(Handler(f, as("me", role), quiet), e.method, filled(e.path), e.body)
 				if slices.Contains(strings.Fields(e.may), string(role)) {
 					if w.Code != http.StatusOK {
 						t.Errorf("refused with %d: %s", w.Code, w.Body)
@@ -98,7 +98,7 @@ func TestWrongMethod(t *testing.T) {
 	}
 	for path, methods := range allowed {
 		f := &fakeAgent{}
-		w := ask(Handler(f, as("me", maint.RoleOperator), quiet), "PATCH", real(path), "{}")
+		w := ask(Handler(f, as("me", maint.RoleOperator), quiet), "PATCH", filled(path), "{}")
 		if p := refused(t, w, http.StatusMethodNotAllowed); p.Code != maint.CodeMethodNotAllowed {
 			t.Errorf("PATCH %s: %+v", path, p)
 		}

@@ -51,7 +51,7 @@ func TestNotBelayd(t *testing.T) {
 		"a web page":         func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "<html>") },
 		"half an answer":     func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, `{"version":"1`) },
 		"nothing":            func(http.ResponseWriter, *http.Request) {},
-		"a proxy's error":    func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "bad gateway", 502) },
+		"a proxy's error":    func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "bad gateway", http.StatusBadGateway) },
 		"error without one":  func(w http.ResponseWriter, _ *http.Request) { reply(w, 409, failure{}) },
 		"error without text": func(w http.ResponseWriter, _ *http.Request) { reply(w, 409, failure{&maint.Refusal{}}) },
 		"hanging up":         func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) },

@@ -298,10 +298,10 @@ func TestLoadIdentity(t *testing.T) {
 	}{
 		{"absent CA", absent, cert, key, "cannot read tls.ca: open " + absent, true},
 		{"empty CA", empty, cert, key, "cannot read tls.ca: " + empty + " has no certificate", false},
-		{"absent certificate", root, absent, key, "cannot read tls.cert and tls.key: open " + absent, true},
-		{"absent key", root, cert, absent, "cannot read tls.cert and tls.key: open " + absent, true},
-		{"empty key", root, cert, empty, "cannot read tls.cert and tls.key: ", false},
-		{"key of another", root, cert, ca.KeyFile("host-b"), "cannot read tls.cert and tls.key: ", false},
+		{"absent certificate", root, absent, key, "cannot read tls.cert " + absent + " and tls.key " + key + ": open " + absent, true},
+		{"absent key", root, cert, absent, "cannot read tls.cert " + cert + " and tls.key " + absent + ": open " + absent, true},
+		{"empty key", root, cert, empty, "cannot read tls.cert " + cert + " and tls.key " + empty + ": ", false},
+		{"key of another", root, cert, ca.KeyFile("host-b"), "cannot read tls.cert " + cert + " and tls.key " + ca.KeyFile("host-b") + ": ", false},
 	} {
 		_, err := LoadIdentity(c.ca, c.cert, c.key)
 		if err == nil || !strings.HasPrefix(err.Error(), c.want) || errors.Is(err, fs.ErrNotExist) != c.notExist {

@@ -43,7 +43,7 @@ func LoadIdentity(ca, cert, key string) (Identity, error) {
 		return &c, err
 	}
 	if _, err := pair(); err != nil {
-		return refuse("cert and tls.key", err)
+		return refuse("cert "+cert+" and tls.key "+key, err)
 	}
 	return Identity{
 		Server: &tls.Config{MinVersion: tls.VersionTLS13, ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert,

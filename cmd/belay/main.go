@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/signal"
 
@@ -158,6 +159,10 @@ func exitCode(w io.Writer, err error) int {
 		}
 		return exitFailed
 	case errors.Is(err, context.Canceled):
+		fmt.Fprintf(w, "belay: interrupted before belayd had answered; what it has begun goes on, see 'belay ops list'\n")
+		return exitFailed
+	case errors.As(err, new(*fs.PathError)): // what was to be written could not be
+		fmt.Fprintf(w, "belay: %v\n", err)
 		return exitFailed
 	}
 	// What is left are cobra's own complaints, such as an unknown command.

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -140,7 +139,8 @@ func tryKVM(ctx context.Context, img Image) error {
 	case timedOut:
 		return fmt.Errorf("the guest did not come up in %v", kvmTimeout)
 	}
-	return errors.Join(fmt.Errorf("QEMU ended: %w", waitErr), errors.New(strings.TrimSpace(stderr.String())))
+	said := strings.ReplaceAll(strings.TrimSpace(stderr.String()), "\n", "; ")
+	return fmt.Errorf("QEMU ended: %w: %s", waitErr, said)
 }
 
 // contains reads r until the marker or the end.

@@ -273,8 +273,8 @@ func key(deb string, files []guestFile) string {
 	return hex.EncodeToString(h.Sum(nil)[:8])
 }
 
-// initramfs packs the archive. It is not compressed: QEMU hands it over by DMA
-// in no time, while unpacking costs an emulated CPU most of a second.
+// initramfs packs the archive. It is not compressed: what gzip or zstd save in
+// loading, an emulated CPU spends on unpacking.
 func initramfs(k *kernelImage, files []guestFile) []byte {
 	var a archive
 	made := map[string]bool{".": true}

@@ -2,11 +2,8 @@ package guest_test
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"math"
-	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -40,8 +37,7 @@ func TestRulers(t *testing.T) {
 	for _, d := range []time.Duration{300 * time.Millisecond, time.Second} {
 		t.Run("pause "+d.String(), func(t *testing.T) { w.checkPause(t, ctx, h, c, s.Name, d) })
 	}
-	t.Run("loss", func(t *testing.T) { w.checkLoss(t, ctx, h, s.Name) })
-	t.Run("duplicates", func(t *testing.T) { w.checkDuplicates(t, ctx, h, s.Name) })
+	t.Run("path", func(t *testing.T) { w.checkPath(t, ctx, c, s.Name) })
 	t.Run("dirty rate", func(t *testing.T) { checkRate(t, ctx, c) })
 	t.Run("control", func(t *testing.T) { w.checkControl(t, ctx, h, c, s.Name) })
 }
@@ -150,69 +146,6 @@ func pause(ctx context.Context, h *lab.Host, name string, d time.Duration) (time
 	return 0, errors.New("virsh saw no STOP and RESUME")
 }
 
-// checkLoss drops a tenth on the host's uplink; the truth is what the queueing
-// discipline counted.
-func (w *world) checkLoss(t *testing.T, ctx context.Context, h *lab.Host, name string) {
-	m := w.obs.Mark()
-	if err := h.Netem(ctx, "netem", "loss", "10%"); err != nil {
-		t.Fatal(err)
-	}
-	w.await(t, ctx, name, 2000)
-	drops, err := uplinkDrops(ctx, h)
-	if err != nil {
-		t.Error(err)
-	}
-	if err := h.Netem(ctx); err != nil {
-		t.Fatal(err)
-	}
-	w.await(t, ctx, name, 20)
-	r := w.obs.Since(m, name)
-	share := float64(r.Lost) / (float64(r.Lost) + float64(r.Received))
-	t.Logf("lost %d of %d (%.1f %%); the uplink had dropped %d a moment before the end", r.Lost, int(r.Lost)+r.Received, 100*share, drops)
-	// Between the reading of the count and the end some more went.
-	if r.Lost+5 < drops || float64(r.Lost) > float64(drops)*1.1+20 || share < 0.05 || share > 0.15 {
-		t.Errorf("lost %d, the uplink dropped %d", r.Lost, drops)
-	}
-	if r.ReceiverDrops != 0 || r.Duplicated != 0 {
-		t.Errorf("%+v", r)
-	}
-}
-
-func uplinkDrops(ctx context.Context, h *lab.Host) (uint64, error) {
-	out, err := h.Command(ctx, "tc", "-s", "-j", "qdisc", "show", "dev", lab.Uplink).Output()
-	if err != nil {
-		return 0, fmt.Errorf("read drops of the uplink: %w", err)
-	}
-	var q []struct {
-		Kind  string `json:"kind"`
-		Drops uint64 `json:"drops"`
-	}
-	if err := json.Unmarshal(out, &q); err != nil {
-		return 0, fmt.Errorf("read drops of the uplink: %w", err)
-	}
-	for _, d := range q {
-		if d.Kind == "netem" {
-			return d.Drops, nil
-		}
-	}
-	return 0, fmt.Errorf("read drops of the uplink: no netem in %s", out)
-}
-
-func (w *world) checkDuplicates(t *testing.T, ctx context.Context, h *lab.Host, name string) {
-	if err := h.Netem(ctx, "netem", "duplicate", "20%"); err != nil {
-		t.Fatal(err)
-	}
-	m := w.obs.Mark()
-	w.await(t, ctx, name, 1000)
-	r := w.obs.Since(m, name)
-	if err := h.Netem(ctx); err != nil {
-		t.Fatal(err)
-	}
-	if share := float64(r.Duplicated) / float64(r.Received-r.Duplicated); share < 0.1 || share > 0.3 || r.Lost != 0 {
-		t.Errorf("a fifth came twice: %d of %d, lost %d", r.Duplicated, r.Received, r.Lost)
-	}
-}
-
 func checkRate(t *testing.T, ctx context.Context, c *guest.Control) {
 	const want = 20.0
 	if _, err := c.Dirty(ctx, probe.DirtySettings{RateMiBs: want, WorkingSetMiB: 16, Random: true}); err != nil {
@@ -296,9 +229,8 @@ func TestGuestMigrates(t *testing.T) {
 	ctx := timeout(t, time.Minute)
 	a, b := w.Hosts[0], w.Hosts[1]
 	s := w.spec("mover", 1)
-	s.Disk = filepath.Join(w.Shared, "mover.raw")
-	s.Shareable = true
-	if err := guest.CreateDisk(ctx, s.Disk, 16); err != nil {
+	var err error
+	if s.Disk, err = w.AddDisk(ctx, "mover", 16<<20); err != nil {
 		t.Fatal(err)
 	}
 	g, c := w.start(t, ctx, a, s)

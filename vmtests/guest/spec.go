@@ -44,14 +44,12 @@ type Spec struct {
 	Bridge    string       // default br0
 	Accel     Accel        // default TCG
 
-	// Disk is the path of an image, *.qcow2 or else raw, the same on every
-	// host; optional. It is opened with cache=none, as libvirt demands of
-	// disks that migrate.
+	// Disk is the path of a block device (below /dev) or of an image,
+	// *.qcow2 or else raw, the same on every host; optional. It is opened
+	// with cache=none, as libvirt demands of disks that migrate. It also
+	// demands that an image be on a file system which it knows to be shared;
+	// a block device it trusts to be the same everywhere.
 	Disk string
-	// Shareable marks a raw disk as shared by several writers. libvirt then
-	// migrates the guest without asking whether the disk's file system is
-	// one it knows to be shared (NFS and the like).
-	Shareable bool
 
 	Heartbeat  netip.AddrPort // where to send heartbeats, optional
 	IntervalUs int            // between heartbeats, default 1000
@@ -85,6 +83,9 @@ func (s Spec) withDefaults() (Spec, error) {
 	if s.Accel == "" {
 		s.Accel = TCG
 	}
+	if s.Accel != TCG && s.Accel != KVM {
+		return bad("unknown accelerator %q", s.Accel)
+	}
 	if s.IP.IsValid() && !s.IP.Addr().Is4() {
 		return bad("address %s is not IPv4", s.IP)
 	}
@@ -94,9 +95,6 @@ func (s Spec) withDefaults() (Spec, error) {
 	}
 	if s.Heartbeat.IsValid() && !s.Heartbeat.Addr().Is4() {
 		return bad("heartbeat address %s is not IPv4", s.Heartbeat)
-	}
-	if s.Shareable && s.diskFormat() != "raw" {
-		return bad("libvirt shares raw disks only")
 	}
 	return s, nil
 }
@@ -183,13 +181,10 @@ const domainXML = `<domain type='{{if eq .Accel "kvm"}}kvm{{else}}qemu{{end}}'>
     </interface>
 {{- end}}
 {{- if .Disk}}
-    <disk type='file' device='disk'>
+    <disk type='{{if .Block}}block{{else}}file{{end}}' device='disk'>
       <driver name='qemu' type='{{.Format}}' cache='none'/>
-      <source file='{{x .Disk}}'/>
+      <source {{if .Block}}dev{{else}}file{{end}}='{{x .Disk}}'/>
       <target dev='vda' bus='virtio'/>
-{{- if .Shareable}}
-      <shareable/>
-{{- end}}
     </disk>
 {{- end}}
     <memballoon model='none'/>
@@ -217,7 +212,8 @@ func (s Spec) XML(img Image) (string, error) {
 		Spec
 		Image                                         Image
 		Machine, Append, Console, Agent, Port, Format string
-	}{s, img, Machine, s.cmdline(), ConsolePath(s.Name), agentChannel, probe.PortName, s.diskFormat()})
+		Block                                         bool
+	}{s, img, Machine, s.cmdline(), ConsolePath(s.Name), agentChannel, probe.PortName, s.diskFormat(), strings.HasPrefix(s.Disk, "/dev/")})
 	if err != nil {
 		return "", fmt.Errorf("guest %q: %w", s.Name, err)
 	}

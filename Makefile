@@ -1,0 +1,51 @@
+# Belay. `make help` lists the targets; those that need programs install what
+# is missing (see scripts/deps).
+
+GO       ?= go
+BIN      := bin
+VERSION  := $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+LDFLAGS  := -s -w -X main.version=$(VERSION)
+# Tests that share one machine: as many packages at once as there are cores.
+TESTFLAGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help deps build demo test test-unit test-long lint bench man completion clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+deps: ## install what building and testing need and is missing (Debian)
+	@scripts/deps
+
+build: deps ## build belay and belayd into bin/
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/...
+
+demo: build ## two hosts, a guest, and its migration beside virsh's (needs root, under 5 minutes)
+	@BELAY_BIN=$(CURDIR)/$(BIN) $(GO) run ./vmtests/cmd/demo
+
+test: build ## all tests, with real libvirt and QEMU in a lab (needs root)
+	BELAY_BIN=$(CURDIR)/$(BIN) $(GO) test -timeout 14m $(TESTFLAGS) ./...
+
+test-unit: deps ## only the tests that need no lab
+	BELAY_LAB=skip $(GO) test $(TESTFLAGS) ./...
+
+test-long: build ## the long campaigns (an hour)
+	BELAY_BIN=$(CURDIR)/$(BIN) BELAY_LONG=1 $(GO) test -timeout 120m -count=1 -v -run '^Test' ./vmtests/ ./agent/
+
+lint: deps ## gofmt, vet, staticcheck
+	@unformatted=$$(gofmt -l .); if [ -n "$$unformatted" ]; then echo "gofmt would change:"; echo "$$unformatted"; exit 1; fi
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+
+bench: build ## the benchmarks of docs/benchmarks.md (needs root and a quiet machine)
+	BELAY_BIN=$(CURDIR)/$(BIN) $(GO) run ./vmtests/cmd/bench
+
+man: build ## man pages into bin/man
+	@mkdir -p $(BIN)/man && $(BIN)/belay man $(BIN)/man && ls $(BIN)/man
+
+completion: build ## shell completions into bin/completion
+	@mkdir -p $(BIN)/completion && for s in bash zsh fish; do $(BIN)/belay completion $$s >$(BIN)/completion/belay.$$s; done && ls $(BIN)/completion
+
+clean: ## remove what was built, labs that crashed, and the lab's caches
+	@[ ! -d /var/lib/belay-lab ] || $(GO) run ./vmtests/cmd/lab clean
+	rm -rf $(BIN) artifacts /var/cache/belay /var/cache/belay-lab
