@@ -363,6 +363,35 @@ func TestDeadline(t *testing.T) {
 	ends(t, w, await(t, ctx, w.Nodes[0], op.ID), uuid, maint.OutcomeFailed, maint.CodeTimeout)
 }
 
+// TestDeadlineWhileAsking: that an operation had no time left to wait is not
+// the fault of the host that it waited for.
+func TestDeadlineWhileAsking(t *testing.T) {
+	t.Parallel()
+	for name, frozen := range map[string]int{"source's libvirt": 0, "destination's libvirt": 1} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := agenttest.New(t, quiet(t), nil, "a", "b")
+			uuid := w.Nodes[0].Host.PutGuest("web-1", autostarted)
+			var once sync.Once
+			w.OnCall(func(c hypervisortest.Call) {
+				if c.Op == "DryRun" && c.Done {
+					once.Do(w.Nodes[frozen].Host.Freeze)
+				}
+			})
+			ctx := ctxFor(t, patience)
+			r := toB
+			r.Timeout = 300 * time.Millisecond
+			op, err := w.Nodes[0].Client.Migrate(ctx, r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			op = await(t, ctx, w.Nodes[0], op.ID)
+			w.Nodes[frozen].Host.Thaw()
+			ends(t, w, op, uuid, maint.OutcomeFailed, maint.CodeTimeout)
+		})
+	}
+}
+
 func TestSameGuestTwiceAtOnce(t *testing.T) {
 	t.Parallel()
 	w := agenttest.New(t, quiet(t), nil, "a", "b")

@@ -14,8 +14,8 @@ const (
 	// refreshEvery is how often everything is listed again although no
 	// event asked for it: free memory and agent states change silently.
 	refreshEvery = time.Minute
-	// refreshQuiet is how long a burst of events is collected.
-	refreshQuiet = 50 * time.Millisecond
+	// refreshAfter is how long after an event, so that a burst is one refresh.
+	refreshAfter = 50 * time.Millisecond
 	// refreshTimeout bounds one listing.
 	refreshTimeout = 20 * time.Second
 )
@@ -57,9 +57,9 @@ func (v *inventory) follow(ctx context.Context) {
 	defer cancel()
 	tick := time.NewTicker(refreshEvery)
 	defer tick.Stop()
-	quiet := time.NewTimer(0)
-	defer quiet.Stop()
-	for {
+	soon := time.NewTimer(0)
+	defer soon.Stop()
+	for due := true; ; {
 		select {
 		case e, open := <-events:
 			if !open {
@@ -67,8 +67,12 @@ func (v *inventory) follow(ctx context.Context) {
 				continue
 			}
 			v.log.Debug("libvirt event", "kind", e.Kind, "guest", e.Name, "change", e.Change, "detail", e.Detail)
-			quiet.Reset(refreshQuiet)
-		case <-quiet.C:
+			if !due { // a steady stream of events must not put it off
+				due = true
+				soon.Reset(refreshAfter)
+			}
+		case <-soon.C:
+			due = false
 			v.refresh(ctx)
 		case <-tick.C:
 			v.refresh(ctx)

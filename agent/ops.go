@@ -86,9 +86,14 @@ func (a *Agent) admit(what string, op maint.Op) error {
 	if a.life.Err() != nil {
 		return maint.Problemf(maint.CodeShuttingDown, "belayd on "+a.cfg.Host, "try again in a moment", "is shutting down")
 	}
+	open := 0
 	for id, l := range a.live {
+		running, _ := a.journal.Op(id)
+		if running.State == maint.OpEnded { // whoever watched it knows before the loop does
+			continue
+		}
+		open++
 		if l.guest == op.GuestUUID {
-			running, _ := a.journal.Op(id)
 			return refuse(what, maint.Problemf(maint.CodeBusy, "guest "+op.Guest,
 				fmt.Sprintf("wait for it (belay ops watch %s) or abort it (belay ops abort %s)", id, id),
 				"operation %s, begun by %s at %s, is at work on it", id, running.By, running.Started.Format(time.TimeOnly)))
@@ -100,10 +105,10 @@ func (a *Agent) admit(what string, op maint.Op) error {
 				"is arriving from %s (operation %s)", r.From, r.Op))
 		}
 	}
-	if len(a.live) >= a.cfg.Limits.MigrationsOut {
+	if open >= a.cfg.Limits.MigrationsOut {
 		return refuse(what, maint.Problemf(maint.CodeHostBusy, "host "+a.cfg.Host,
 			"wait for one to end (belay ops list), or raise limits.migrations_out",
-			"already runs %d operations, as many as limits.migrations_out allows", len(a.live)))
+			"already runs %d operations, as many as limits.migrations_out allows", open))
 	}
 	data, err := json.Marshal(op)
 	if err != nil {
@@ -127,7 +132,7 @@ func (a *Agent) Abort(ctx context.Context, by string, id maint.OpID) (maint.Op, 
 	}
 	err2 := a.inLoop(ctx, func() {
 		l := a.live[id]
-		if l == nil {
+		if now, _ := a.journal.Op(id); l == nil || now.State == maint.OpEnded {
 			err = maint.Problemf(maint.CodeEnded, "operation "+string(id), "", "has already ended")
 			return
 		}

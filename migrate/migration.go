@@ -195,7 +195,7 @@ func (m *Migration) Reserve(ctx context.Context, s Scratch) error {
 	if _, err := s.Load(PhasePreflight, &b); err != nil {
 		return err
 	}
-	return m.Destination.Reserve(ctx, b.Arrival)
+	return m.retry(ctx, restartGrace, func() error { return m.Destination.Reserve(ctx, b.Arrival) })
 }
 
 // Release gives the room up. An unreachable peer is no failure: the
@@ -215,7 +215,7 @@ func (m *Migration) Verify(ctx context.Context, s Scratch) error {
 		return err
 	}
 	settle := maint.Settlement{Op: m.Op, GuestUUID: m.UUID, Persistent: b.Persistent, Autostart: b.Autostart, XML: b.XML}
-	if err := m.retry(ctx, func() error { return m.Destination.Settle(ctx, settle) }); err != nil {
+	if err := m.retry(ctx, settleGrace, func() error { return m.Destination.Settle(ctx, settle) }); err != nil {
 		return maint.Problemf(maint.CodeUnverified, "guest "+m.Guest,
 			fmt.Sprintf("on %s: virsh dominfo %s; then set persistence and autostart as wanted (were: persistent %t, autostart %t)", m.To, m.Guest, b.Persistent, b.Autostart),
 			"runs on %s, but its definition there could not be settled: %v", m.To, err)
@@ -258,9 +258,9 @@ func (m *Migration) Measure(ctx context.Context) (maint.MoveResult, error) {
 	return r, nil
 }
 
-// retry calls f until it works, ctx ends or settleGrace has passed.
-func (m *Migration) retry(ctx context.Context, f func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, settleGrace)
+// retry calls f until it works, fails for good, ctx ends or d has passed.
+func (m *Migration) retry(ctx context.Context, d time.Duration, f func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, d)
 	defer cancel()
 	pause := 100 * time.Millisecond
 	for {

@@ -13,6 +13,9 @@ const (
 	// settleGrace is how long a host that cannot be asked, or a guest that
 	// is between two hosts, is waited for before a person is needed.
 	settleGrace = time.Minute
+	// restartGrace is how long a peer is waited for that answered a moment
+	// ago: a belayd that is being restarted is back within it.
+	restartGrace = 10 * time.Second
 	// lookTimeout bounds one look at one host.
 	lookTimeout = 10 * time.Second
 	// maxAttempts bounds how often a copy is begun: once, and again when
@@ -92,7 +95,7 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 				"%d copies to %s were begun and none succeeded; the guest runs on %s as before", a.Number, m.To, m.From)
 		}
 		// Once more before the effect: the peer answers, and still has room.
-		if err := m.Destination.Reserve(ctx, b.Arrival); err != nil {
+		if err := m.retry(ctx, restartGrace, func() error { return m.Destination.Reserve(ctx, b.Arrival) }); err != nil {
 			return err
 		}
 		a.Number++

@@ -3,6 +3,7 @@ package vmtests
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -286,6 +287,76 @@ func TestAgentsKilledInTheMiddle(t *testing.T) {
 		b.migrate(b.b, b.a)
 		b.isWhole(b.a)
 	}
+}
+
+// An agent, of one host or the other, dies with SIGKILL at a random moment of
+// a migration, whatever it is doing. Restarted, it ends the operation, and the
+// guest is whole on the one host where the record says it is.
+func TestAgentsKilledAtRandom(t *testing.T) {
+	t.Parallel()
+	b := newBed(t, lab.Config{TLS: true})
+	ctx := b.ctx(30 * time.Minute)
+	rounds := 4
+	if long() {
+		rounds = 60
+	}
+	from, to := b.a, b.b
+	for round := range rounds {
+		victim, after := b.Nodes[rand.IntN(2)], time.Duration(rand.Int64N(int64(2500*time.Millisecond)))
+		told := make(chan maint.OpID, 1)
+		go func() {
+			op, err := from.Client().Migrate(ctx, maint.MigrateRequest{Guest: "web-1", To: to.Name})
+			if err != nil { // killed before it could answer
+				op.ID = ""
+			}
+			told <- op.ID
+		}()
+		select {
+		case <-time.After(after):
+		case <-ctx.Done():
+			t.Fatal(ctx.Err())
+		}
+		if err := victim.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		if err := victim.Start(ctx); err != nil {
+			t.Fatal(err)
+		}
+		id := <-told
+		if id == "" {
+			if id = b.newest(from); id == "" {
+				b.isWhole(from)
+				continue
+			}
+		}
+		op := b.end(from, id)
+		t.Logf("round %d: %s killed after %s: %s, resumed %d times %v", round, victim.Name, after.Round(time.Millisecond), op.Outcome, op.Resumed, op.Problems)
+		switch op.Outcome {
+		case maint.OutcomeDone:
+			from, to = to, from
+		case maint.OutcomeFailed, maint.OutcomeBlocked:
+			if victim == from {
+				t.Fatal("the source's agent took the operation up again and did not bring it to its end")
+			}
+		default:
+			t.Fatalf("round %d: %+v", round, op)
+		}
+		b.isWhole(from)
+	}
+}
+
+// newest is the operation that a node began last and that has not ended, ""
+// when there is none.
+func (b *bed) newest(n *cluster.Node) maint.OpID {
+	b.t.Helper()
+	ops, err := n.Client().Ops(b.ctx(20 * time.Second))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	if len(ops) == 0 || ops[len(ops)-1].State == maint.OpEnded {
+		return ""
+	}
+	return ops[len(ops)-1].ID
 }
 
 // awaitGone waits until the guest no longer runs on n.

@@ -124,22 +124,19 @@ func (r *runner) failed(life, op context.Context, step string, err error, commit
 	end := maint.Ending{Outcome: maint.OutcomeFailed}
 	var refusal *maint.Refusal
 	var stuck *Stuck
+	errors.As(err, &stuck)
 	switch {
 	case errors.As(err, &refusal):
 		end.Problems = refusal.Problems
 	default:
-		code := maint.CodeFailed
-		switch cause := context.Cause(op); {
-		case committed: // what ended op does not concern the step any more
-		case errors.Is(cause, ErrAborted):
-			code = maint.CodeAborted
-		case errors.Is(cause, context.DeadlineExceeded):
-			code = maint.CodeTimeout
+		p := *maint.AsProblem(err, maint.CodeFailed, "step "+step)
+		if !committed && stuck == nil {
+			p = gaveUp(op, err, p)
 		}
-		end.Problems = []maint.Problem{*maint.AsProblem(err, code, "step "+step)}
+		end.Problems = []maint.Problem{p}
 	}
 	switch {
-	case errors.As(err, &stuck):
+	case stuck != nil:
 		end.Outcome = maint.OutcomeStuck
 	case committed:
 		end.Outcome = maint.OutcomePartly
@@ -154,6 +151,23 @@ func (r *runner) failed(life, op context.Context, step string, err error, commit
 	}
 	status[step] = "failed"
 	return r.back(life, end, status)
+}
+
+// gaveUp puts p right where it says that a host gave no answer, or nothing in
+// particular, and the reason is that the operation had no time left to wait or
+// was aborted: that is not the host's fault.
+func gaveUp(op context.Context, err error, p maint.Problem) maint.Problem {
+	var given *maint.Problem
+	if errors.As(err, &given) && p.Code != maint.CodePeerDown && p.Code != maint.CodeHypervisorDown {
+		return p
+	}
+	switch cause := context.Cause(op); {
+	case errors.Is(cause, ErrAborted):
+		p.Code, p.Remedy = maint.CodeAborted, ""
+	case errors.Is(cause, context.DeadlineExceeded):
+		p.Code, p.Remedy = maint.CodeTimeout, "allow more time (--timeout)"
+	}
+	return p
 }
 
 // back undoes in reverse order every step that was begun.

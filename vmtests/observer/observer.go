@@ -218,7 +218,7 @@ func (o *Observer) Since(m Mark, guest string) Report {
 		before, in, truncated := t.window(m.at, present)
 		interval := t.interval
 		o.mu.Unlock()
-		if truncated {
+		if truncated && len(in) > 0 {
 			m.at = in[0].at
 		}
 		r = analyse(before, in, m.at, present)

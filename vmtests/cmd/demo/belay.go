@@ -1,0 +1,105 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"fmt"
+	"os/exec"
+	"strings"
+	"sync"
+	"time"
+
+	"belay/agent/maint"
+	"belay/vmtests/cluster"
+)
+
+// migration runs belay as its user would, and shows all it says.
+func (d *demo) migration(ctx context.Context) error {
+	b := d.bed
+	from, to, name := b.At(), b.Other(), b.Guest.Spec.Name
+	if err := d.belay(ctx, from, nil, "status"); err != nil {
+		return err
+	}
+	d.line("")
+	mark := b.Observer.Mark()
+	f := &follower{d: d, node: from}
+	err := d.belay(ctx, from, f, "migrate", name, "--to", to.Name, "--reason", "demonstration")
+	f.wait()
+	if err != nil {
+		return err
+	}
+	b.Arrived()
+	r, err := b.Since(ctx, mark)
+	if err != nil {
+		return err
+	}
+	d.line("")
+	d.line("  The LAN has not heard %s for %d ms meanwhile; every other heartbeat came, on time.", name, r.Pause().Milliseconds())
+	return b.Prove(ctx)
+}
+
+// belay runs one belay command on a node and shows the command and its output.
+// Its messages, on standard error, are shown as they come, with the time, and
+// told to f.
+func (d *demo) belay(ctx context.Context, n *cluster.Node, f *follower, args ...string) error {
+	d.line("  %s# belay %s", n.Name, strings.Join(args, " "))
+	begin := time.Now()
+	cmd := exec.CommandContext(ctx, d.bed.Bin.Belay, append([]string{"--socket", n.Socket()}, args...)...)
+	var out bytes.Buffer
+	cmd.Stdout = &out
+	said, err := cmd.StderrPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("cannot run belay: %w", err)
+	}
+	for s := bufio.NewScanner(said); s.Scan(); {
+		d.at(begin, s.Text())
+		if f != nil {
+			f.hear(ctx, begin, s.Text())
+		}
+	}
+	err = cmd.Wait()
+	for line := range strings.Lines(out.String()) {
+		d.line("  %s", strings.TrimRight(line, "\n"))
+	}
+	if err != nil {
+		return fmt.Errorf("belay %s on %s: %w", strings.Join(args, " "), n.Name, err)
+	}
+	return nil
+}
+
+// follower shows how the copy of a migration gets on. belay draws a bar for
+// that on a terminal, and its messages otherwise tell the phases only.
+type follower struct {
+	d    *demo
+	node *cluster.Node
+	id   maint.OpID // empty until belay has said it
+	done sync.WaitGroup
+}
+
+// hear learns the operation's name from belay's first message, "ID: phase".
+func (f *follower) hear(ctx context.Context, begin time.Time, text string) {
+	id, _, ok := strings.Cut(text, ": ")
+	if f.id != "" || !ok || !strings.HasPrefix(id, "mig-") {
+		return
+	}
+	f.id = maint.OpID(id)
+	f.done.Go(func() {
+		var last maint.Job
+		// belay itself tells how the operation ends.
+		_, _ = f.node.Client().Watch(ctx, f.id, func(op maint.Op) {
+			p := op.Progress
+			if op.Step != "perform" || p == nil || p.MemoryTotal == 0 || *p == last {
+				return
+			}
+			last = *p
+			f.d.at(begin, fmt.Sprintf("    %d of %d MiB left, %d MiB sent, %d MiB/s, pass %d",
+				p.MemoryLeft>>20, p.MemoryTotal>>20, p.MemorySent>>20, p.BytesPerSecond>>20, p.Iteration))
+		})
+	})
+}
+
+func (f *follower) wait() { f.done.Wait() }

@@ -1,0 +1,117 @@
+package measure
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"time"
+)
+
+// Range is how the values of several rounds lie.
+type Range struct{ Min, Median, Max float64 }
+
+// RangeOf returns the range of some values; zero for none. The median of an
+// even number of values is the mean of the middle two.
+func RangeOf[T ~int64 | ~uint64 | ~float64](values []T) Range {
+	v := make([]float64, len(values))
+	for i := range values {
+		v[i] = float64(values[i])
+	}
+	slices.Sort(v)
+	n := len(v)
+	if n == 0 {
+		return Range{}
+	}
+	return Range{Min: v[0], Median: (v[(n-1)/2] + v[n/2]) / 2, Max: v[n-1]}
+}
+
+// Median is that of RangeOf.
+func Median[T ~int64 | ~uint64 | ~float64](values []T) T { return T(RangeOf(values).Median) }
+
+// Summary is what the moves of one tool have in common. Times are in ns,
+// memory in bytes.
+type Summary struct {
+	Tool                          string
+	Rounds                        int
+	Outage, Downtime, Total, Sent Range
+}
+
+// Summarise sums up one tool's moves among all.
+func Summarise(tool string, moves []Move) Summary {
+	var outage, downtime, total []time.Duration
+	var sent []uint64
+	for _, m := range moves {
+		if m.Tool != tool {
+			continue
+		}
+		outage = append(outage, m.Outage)
+		downtime = append(downtime, m.Downtime)
+		total = append(total, m.Total)
+		sent = append(sent, m.MemorySent)
+	}
+	return Summary{Tool: tool, Rounds: len(total),
+		Outage: RangeOf(outage), Downtime: RangeOf(downtime), Total: RangeOf(total), Sent: RangeOf(sent)}
+}
+
+// PrintComparison writes a table of two summaries, the median of each with its
+// least and largest value, and what the first's median is of the second's.
+func PrintComparison(w io.Writer, a, b Summary) error {
+	if _, err := fmt.Fprintf(w, "%-28s  %-26s  %-26s  %s\n", "", a.Tool, b.Tool, a.Tool+"/"+b.Tool); err != nil {
+		return err
+	}
+	for _, row := range []struct {
+		name   string
+		a, b   Range
+		format func(float64) string
+	}{
+		{"outage seen on the LAN", a.Outage, b.Outage, Millis},
+		{"downtime reported by QEMU", a.Downtime, b.Downtime, Millis},
+		{"total time of the command", a.Total, b.Total, Millis},
+		{"memory sent", a.Sent, b.Sent, MiB},
+	} {
+		ratio := "-"
+		if row.b.Median > 0 {
+			ratio = fmt.Sprintf("%.2f", row.a.Median/row.b.Median)
+		}
+		if _, err := fmt.Fprintf(w, "%-28s  %-26s  %-26s  %s\n", row.name, row.a.cell(row.format), row.b.cell(row.format), ratio); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (r Range) cell(format func(float64) string) string {
+	return fmt.Sprintf("%s (%s to %s)", format(r.Median), format(r.Min), format(r.Max))
+}
+
+// Millis writes a time in ns as milliseconds.
+func Millis(ns float64) string { return fmt.Sprintf("%.0f ms", ns/1e6) }
+
+// MiB writes bytes as MiB.
+func MiB(bytes float64) string { return fmt.Sprintf("%.1f MiB", bytes/(1<<20)) }
+
+// Phase is one phase of Belay's migrations and how long it took, ns.
+type Phase struct {
+	Name string
+	Took Range
+}
+
+// Phases sums up the phases of Belay's moves among all, in their order.
+func Phases(moves []Move) (phases []Phase) {
+	took := map[string][]time.Duration{}
+	for _, m := range moves {
+		if m.Op == nil {
+			continue
+		}
+		for _, s := range m.Op.Steps {
+			if took[s.Name] == nil {
+				phases = append(phases, Phase{Name: s.Name})
+			}
+			took[s.Name] = append(took[s.Name], s.Ended.Sub(s.Started))
+		}
+	}
+	for i := range phases {
+		phases[i].Took = RangeOf(took[phases[i].Name])
+	}
+	return phases
+}
