@@ -212,6 +212,42 @@ func killAndReturn(w *agenttest.World, n *agenttest.Node) {
 	})
 }
 
+// TestAnswerLostAtTheSwitchOver is libvirt's worst moment: the destination has
+// begun to run the guest and its libvirt dies before the source hears of it, so
+// the source's libvirt lets its own copy run on. That must never be recorded as
+// a copy that failed, with the guest where it was.
+func TestAnswerLostAtTheSwitchOver(t *testing.T) {
+	t.Parallel()
+	w := agenttest.New(t, quiet(t), nil, "a", "b")
+	uuid := w.Nodes[0].Host.PutGuest("web-1", autostarted)
+	var once sync.Once
+	w.OnPhase(func(_ string, p hypervisortest.Phase) {
+		if p == hypervisortest.PhaseResumed {
+			once.Do(func() {
+				w.Nodes[1].Host.KillLibvirt()
+				time.AfterFunc(300*time.Millisecond, w.Nodes[1].Host.RestartLibvirt)
+			})
+		}
+	})
+	ctx := ctxFor(t, patience)
+	op, err := w.Nodes[0].Client.Migrate(ctx, toB)
+	if err != nil {
+		t.Fatal(err)
+	}
+	op = await(t, ctx, w.Nodes[0], op.ID)
+	running, _ := places(t, w, uuid)
+	if running != "ab" {
+		t.Fatalf("it runs on %q; this test is of a guest that runs on both", running)
+	}
+	if op.Outcome != maint.OutcomeStuck || len(op.Problems) == 0 || !strings.Contains(op.Problems[0].Reason, "both hosts") || op.Problems[0].Remedy == "" {
+		t.Fatalf("two copies run, and the record says %q: %+v", op.Outcome, op.Problems)
+	}
+	s, err := w.Nodes[0].Client.Status(ctx)
+	if err != nil || len(s.Conditions) == 0 {
+		t.Fatalf("two copies run, and the host's status says nothing: %+v, %v", s, err)
+	}
+}
+
 // TestLeftover: the source's libvirt dies before it can clear away what has
 // moved. The guest runs on the destination; a person is told of the rest.
 func TestLeftover(t *testing.T) {

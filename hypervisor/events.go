@@ -43,7 +43,7 @@ func (h *Host) Run(ctx context.Context) error {
 			wait, down = backoffMin, false
 		}
 		if !down { // once per outage, not per attempt
-			h.log.Warn("no events from libvirt", "error", err)
+			h.log.Warn("no events from libvirt", "err", err)
 			down = true
 		}
 		select {
@@ -64,6 +64,7 @@ func (h *Host) pump(ctx context.Context) (connected bool, err error) {
 	if err != nil {
 		return false, err
 	}
+	h.fixed.Store(nil) // this may be another libvirt than before
 	subs, unsubscribe := context.WithCancel(context.Background())
 	var (
 		life  <-chan libvirt.DomainEventLifecycleMsg

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/digitalocean/go-libvirt"
@@ -35,8 +36,9 @@ type Host struct {
 	timeout time.Duration
 	log     *slog.Logger
 
-	pool *pool
-	hub  feed.Hub
+	pool  *pool
+	fixed atomic.Pointer[fixed] // see Info; nil when not known
+	hub   feed.Hub
 
 	base context.Context // ends with Close
 	end  context.CancelFunc

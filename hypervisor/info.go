@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/digitalocean/go-libvirt"
 
@@ -39,17 +40,38 @@ type machineXML struct {
 	Canonical string `xml:"canonical,attr"` // what an alias stands for
 }
 
+// fixedFor is how long what hardly ever changes is believed. libvirt takes a
+// third of a second to put its capabilities together, more than all else that a
+// migration asks for.
+const fixedFor = 10 * time.Minute
+
+// fixed is what was learnt of the host at a time, without its memory figures.
+type fixed struct {
+	info maint.Host
+	at   time.Time
+}
+
 // Info describes the host. Domain and machine types are those for guests of
-// the host's own architecture.
+// the host's own architecture. Memory figures are of this moment, the rest is
+// at most ten minutes old and of this run of libvirt.
 //
 // Sources: virConnectGetHostname, virConnectGetCapabilities, virNodeGetInfo,
 // virNodeGetMemoryStats (free + buffers + cached), virConnectGetLibVersion,
 // virConnectGetVersion.
-func (h *Host) Info(ctx context.Context) (maint.Host, error) {
-	var info maint.Host
-	err := h.do(ctx, func(s *session) (err error) {
-		info, err = s.info()
-		return err
+func (h *Host) Info(ctx context.Context) (info maint.Host, err error) {
+	err = h.do(ctx, func(s *session) error {
+		known := h.fixed.Load()
+		if known == nil || time.Since(known.at) > fixedFor {
+			info, err := s.fixedInfo()
+			if err != nil {
+				return err
+			}
+			known = &fixed{info, time.Now()}
+			h.fixed.Store(known)
+		}
+		info = known.info
+		info.DomainTypes, info.MachineTypes = slices.Clone(info.DomainTypes), slices.Clone(info.MachineTypes)
+		return s.memory(&info)
 	})
 	if err != nil {
 		return maint.Host{}, err
@@ -57,7 +79,8 @@ func (h *Host) Info(ctx context.Context) (maint.Host, error) {
 	return info, nil
 }
 
-func (s *session) info() (info maint.Host, err error) {
+// fixedInfo asks for all but the memory that is free.
+func (s *session) fixedInfo() (info maint.Host, err error) {
 	if info.Name, err = call(s, "ConnectGetHostname", (*libvirt.Libvirt).ConnectGetHostname); err != nil {
 		return info, err
 	}
@@ -69,9 +92,6 @@ func (s *session) info() (info maint.Host, err error) {
 		return info, err
 	}
 	if info.CPUs, info.MemoryBytes, err = s.node(); err != nil {
-		return info, err
-	}
-	if err = s.memory(&info); err != nil {
 		return info, err
 	}
 	lib, err := call(s, "ConnectGetLibVersion", (*libvirt.Libvirt).ConnectGetLibVersion)

@@ -29,8 +29,14 @@ const (
 	Unknown Situation = "unknown"
 )
 
-// jobOut is the job word of an outgoing migration.
-const jobOut = "migration out"
+const (
+	// jobOut is the job word of an outgoing migration.
+	jobOut = "migration out"
+	// reasonResumed is why a guest runs whose migration failed after its
+	// vCPUs had been stopped for the switch-over. If the destination's answer
+	// was lost at that very moment, the guest may run there as well.
+	reasonResumed = "migration canceled"
+)
 
 // Classify names the situation. A nil view means that host could not be
 // asked.
@@ -38,7 +44,9 @@ const jobOut = "migration out"
 //	source            destination           situation
 //	job runs          any                   copying
 //	running           running               both
-//	running           absent, off, unknown  not moved
+//	running           absent, off           not moved
+//	running           unknown               not moved: its vCPUs were never stopped
+//	running, resumed  unknown               unknown: they were, for the switch-over
 //	running           incoming (paused)     switching (about to be cleaned up)
 //	stopped for move  running               moved, leftover
 //	stopped for move  else                  switching
@@ -75,6 +83,8 @@ func Classify(src, dst *maint.View) Situation {
 			return MovedLeftover
 		case dstIncoming, dstActive, movedAway:
 			return Switching
+		case dst == nil && s.Reason == reasonResumed:
+			return Unknown
 		}
 		return NotMoved
 	case dst == nil:

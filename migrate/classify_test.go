@@ -20,6 +20,7 @@ var views = []struct {
 	{"off", seen(maint.GuestShutoff, "shutdown", "")},
 	{"crashed", seen(maint.GuestCrashed, "panicked", "")},
 	{"running", seen(maint.GuestRunning, "booted", "")},
+	{"resumed", seen(maint.GuestRunning, reasonResumed, "")},
 	{"running+out", seen(maint.GuestRunning, "booted", jobOut)},
 	{"paused", seen(maint.GuestPaused, "user", "")},
 	{"paused+out", seen(maint.GuestPaused, "migrating", jobOut)},
@@ -36,18 +37,19 @@ func seen(s maint.GuestState, reason, job string) *maint.View {
 // guest, a column for each way the destination has it. "crashed" is a state
 // with a process; "stopped" is paused for a migration, with no job any more.
 const situations = `
-source \ dest  unknown  absent   off      crashed  running  running+out  paused   paused+out  stopped  postcopy  incoming
-unknown        unknown  unknown  unknown  unknown  unknown  unknown      unknown  unknown     unknown  unknown   unknown
-absent         unknown  neither  moved    moved    moved    moved        moved    switch      switch   moved     switch
-off            unknown  off      off      moved    moved    moved        moved    switch      switch   moved     switch
-crashed        not      not      not      switch   leftover leftover     switch   switch      switch   switch    switch
-running        not      not      not      switch   both     both         switch   switch      switch   switch    switch
-running+out    copying  copying  copying  copying  copying  copying      copying  copying     copying  copying   copying
-paused         not      not      not      switch   leftover leftover     switch   switch      switch   switch    switch
-paused+out     copying  copying  copying  copying  copying  copying      copying  copying     copying  copying   copying
-stopped        switch   switch   switch   switch   leftover leftover     switch   switch      switch   switch    switch
-postcopy       switch   switch   switch   switch   leftover leftover     switch   switch      switch   switch    switch
-incoming       switch   switch   switch   switch   leftover leftover     switch   switch      switch   switch    switch
+source \ dest  unknown  absent   off      crashed  running   resumed   running+out  paused   paused+out  stopped  postcopy  incoming
+unknown        unknown  unknown  unknown  unknown  unknown   unknown   unknown      unknown  unknown     unknown  unknown   unknown
+absent         unknown  neither  moved    moved    moved     moved     moved        moved    switch      switch   moved     switch
+off            unknown  off      off      moved    moved     moved     moved        moved    switch      switch   moved     switch
+crashed        not      not      not      switch   leftover  leftover  leftover     switch   switch      switch   switch    switch
+running        not      not      not      switch   both      both      both         switch   switch      switch   switch    switch
+resumed        unknown  not      not      switch   both      both      both         switch   switch      switch   switch    switch
+running+out    copying  copying  copying  copying  copying   copying   copying      copying  copying     copying  copying   copying
+paused         not      not      not      switch   leftover  leftover  leftover     switch   switch      switch   switch    switch
+paused+out     copying  copying  copying  copying  copying   copying   copying      copying  copying     copying  copying   copying
+stopped        switch   switch   switch   switch   leftover  leftover  leftover     switch   switch      switch   switch    switch
+postcopy       switch   switch   switch   switch   leftover  leftover  leftover     switch   switch      switch   switch    switch
+incoming       switch   switch   switch   switch   leftover  leftover  leftover     switch   switch      switch   switch    switch
 `
 
 // short are the table's words for the situations.
@@ -99,7 +101,7 @@ func TestClassifyKeepsPromises(t *testing.T) {
 			return &maint.View{}
 		}
 		return seen(rapid.SampledFrom(states).Draw(t, "state"),
-			rapid.SampledFrom([]string{"", "booted", "user", "migrating", "post-copy", "migrated"}).Draw(t, "reason"),
+			rapid.SampledFrom([]string{"", "booted", "user", "migrating", "post-copy", "migrated", reasonResumed}).Draw(t, "reason"),
 			rapid.SampledFrom([]string{"", jobOut, "migration in", "save", "snapshot"}).Draw(t, "job"))
 	})
 	active := func(v *maint.View) bool { return v != nil && v.Guest != nil && v.Guest.State.Active() }
@@ -115,6 +117,7 @@ func TestClassifyKeepsPromises(t *testing.T) {
 		never(short[s] == "", "is no situation")
 		never(s == Moved && active(src), "moved while the source has a process")
 		never(s == NotMoved && running(dst), "not moved while the destination runs it")
+		never(s == NotMoved && dst == nil && src.Guest.Reason == reasonResumed, "not moved after a switch-over, without the destination's word")
 		never(s == Unknown && src != nil && dst != nil, "unknown although both hosts were asked")
 		never(src == nil && s != Unknown, "concluded without the source's word")
 		never(s == Moved && dst == nil, "moved without the destination's word")

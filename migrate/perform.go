@@ -28,8 +28,12 @@ const (
 	// well under the time after which the peer lets one lapse.
 	renewEvery = 20 * time.Second
 
-	pollFirst = 50 * time.Millisecond
-	pollLast  = 500 * time.Millisecond
+	// pollEvery is how often a copy's statistics are read. Each reading is a
+	// question to QEMU's main loop, in the middle of the guest's switch-over
+	// too: not often.
+	pollEvery = 500 * time.Millisecond
+	// lookFirst is the pause before both hosts are looked at again.
+	lookFirst = 50 * time.Millisecond
 )
 
 // attempt is what Perform writes down before it begins a copy.
@@ -168,26 +172,22 @@ func (m *Migration) copy(ctx, detach context.Context, s Scratch) error {
 // done delivers Migrate's result; nil when the Migrate of an agent that was
 // killed is being watched: then the job itself is.
 func (m *Migration) watch(ctx, detach context.Context, done <-chan error) error {
-	poll, cancelled := pollFirst, false
-	stop := ctx.Done()
+	tick := time.NewTicker(pollEvery)
+	defer tick.Stop()
+	stop, cancelled := ctx.Done(), false
 	for {
-		timer := time.NewTimer(poll)
 		select {
 		case err := <-done:
-			timer.Stop()
 			return err
 		case <-detach.Done():
-			timer.Stop()
 			return detach.Err()
 		case <-stop:
-			timer.Stop()
 			stop, cancelled = nil, true // abort below, then wait for the end
-		case <-timer.C:
+		case <-tick.C:
 		}
 		if cancelled {
 			m.abort(detach)
 		}
-		poll = min(poll*2, pollLast)
 		lookCtx, cancel := context.WithTimeout(detach, lookTimeout)
 		job, err := m.Source.Job(lookCtx, m.UUID)
 		cancel()
@@ -217,7 +217,7 @@ func (m *Migration) abort(ctx context.Context) {
 func (m *Migration) settle(detach context.Context) (Situation, error) {
 	grace, cancel := context.WithTimeout(detach, settleGrace)
 	defer cancel()
-	pause := pollFirst
+	pause := lookFirst
 	for alarms := 0; ; {
 		here, there := m.look(grace)
 		now := Classify(here, there)

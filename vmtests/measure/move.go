@@ -25,6 +25,9 @@ const (
 	settled = 200
 	// settleTimeout is how long they may take.
 	settleTimeout = 30 * time.Second
+	// rest is how long the guest is left in peace before it is moved. One that
+	// has just arrived is busy: under TCG all its code is translated anew.
+	rest = time.Second
 )
 
 // Move is what was measured of one migration.
@@ -90,6 +93,11 @@ func (b *Bed) Virsh(ctx context.Context) (Move, error) {
 func (b *Bed) move(ctx context.Context, tool string, f func(ctx context.Context, from, to *cluster.Node, m *Move) error) (Move, error) {
 	from, to := b.At(), b.Other()
 	m := Move{Tool: tool, From: from.Name, To: to.Name}
+	select {
+	case <-time.After(rest):
+	case <-ctx.Done():
+		return m, ctx.Err()
+	}
 	mark := b.Observer.Mark()
 	if err := f(ctx, from, to, &m); err != nil {
 		return m, fmt.Errorf("cannot move guest %s from %s to %s by %s: %w", b.name(), m.From, m.To, tool, err)

@@ -31,14 +31,14 @@ func Median[T ~int64 | ~uint64 | ~float64](values []T) T { return T(RangeOf(valu
 // Summary is what the moves of one tool have in common. Times are in ns,
 // memory in bytes.
 type Summary struct {
-	Tool                          string
-	Rounds                        int
-	Outage, Downtime, Total, Sent Range
+	Tool                                string
+	Rounds                              int
+	Outage, Downtime, Total, Copy, Sent Range
 }
 
 // Summarise sums up one tool's moves among all.
 func Summarise(tool string, moves []Move) Summary {
-	var outage, downtime, total []time.Duration
+	var outage, downtime, total, copied []time.Duration
 	var sent []uint64
 	for _, m := range moves {
 		if m.Tool != tool {
@@ -47,48 +47,47 @@ func Summarise(tool string, moves []Move) Summary {
 		outage = append(outage, m.Outage)
 		downtime = append(downtime, m.Downtime)
 		total = append(total, m.Total)
+		copied = append(copied, m.Copy)
 		sent = append(sent, m.MemorySent)
 	}
 	return Summary{Tool: tool, Rounds: len(total),
-		Outage: RangeOf(outage), Downtime: RangeOf(downtime), Total: RangeOf(total), Sent: RangeOf(sent)}
+		Outage: RangeOf(outage), Downtime: RangeOf(downtime), Total: RangeOf(total), Copy: RangeOf(copied), Sent: RangeOf(sent)}
 }
 
-// PrintComparison writes a table of two summaries, the median of each with its
+// PrintComparison writes a table of two summaries: the median of each with its
 // least and largest value, and what the first's median is of the second's.
 func PrintComparison(w io.Writer, a, b Summary) error {
-	if _, err := fmt.Fprintf(w, "%-28s  %-26s  %-26s  %s\n", "", a.Tool, b.Tool, a.Tool+"/"+b.Tool); err != nil {
+	const form = "%-27s %-25s %-25s %s\n"
+	if _, err := fmt.Fprintf(w, form, "", a.Tool, b.Tool, a.Tool+"/"+b.Tool); err != nil {
 		return err
 	}
 	for _, row := range []struct {
-		name   string
-		a, b   Range
-		format func(float64) string
+		name  string
+		a, b  Range
+		scale float64
+		unit  string
 	}{
-		{"outage seen on the LAN", a.Outage, b.Outage, Millis},
-		{"downtime reported by QEMU", a.Downtime, b.Downtime, Millis},
-		{"total time of the command", a.Total, b.Total, Millis},
-		{"memory sent", a.Sent, b.Sent, MiB},
+		{"outage seen on the LAN", a.Outage, b.Outage, float64(time.Millisecond), "ms"},
+		{"downtime reported by QEMU", a.Downtime, b.Downtime, float64(time.Millisecond), "ms"},
+		{"total time of the command", a.Total, b.Total, float64(time.Millisecond), "ms"},
+		{"  of that libvirt's job", a.Copy, b.Copy, float64(time.Millisecond), "ms"},
+		{"memory sent", a.Sent, b.Sent, 1 << 20, "MiB"},
 	} {
 		ratio := "-"
 		if row.b.Median > 0 {
 			ratio = fmt.Sprintf("%.2f", row.a.Median/row.b.Median)
 		}
-		if _, err := fmt.Fprintf(w, "%-28s  %-26s  %-26s  %s\n", row.name, row.a.cell(row.format), row.b.cell(row.format), ratio); err != nil {
+		if _, err := fmt.Fprintf(w, form, row.name, row.a.In(row.scale, row.unit), row.b.In(row.scale, row.unit), ratio); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (r Range) cell(format func(float64) string) string {
-	return fmt.Sprintf("%s (%s to %s)", format(r.Median), format(r.Min), format(r.Max))
+// In writes a range in a unit of so many of its own: "250 (200 to 335) ms".
+func (r Range) In(scale float64, unit string) string {
+	return fmt.Sprintf("%.0f (%.0f to %.0f) %s", r.Median/scale, r.Min/scale, r.Max/scale, unit)
 }
-
-// Millis writes a time in ns as milliseconds.
-func Millis(ns float64) string { return fmt.Sprintf("%.0f ms", ns/1e6) }
-
-// MiB writes bytes as MiB.
-func MiB(bytes float64) string { return fmt.Sprintf("%.1f MiB", bytes/(1<<20)) }
 
 // Phase is one phase of Belay's migrations and how long it took, ns.
 type Phase struct {

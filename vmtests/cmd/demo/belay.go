@@ -6,6 +6,8 @@ import (
 	"context"
 	"fmt"
 	"os/exec"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -13,6 +15,9 @@ import (
 	"belay/agent/maint"
 	"belay/vmtests/cluster"
 )
+
+// slowMiBs limits the copy that is shown, MiB/s, so that it can be watched.
+const slowMiBs = 32
 
 // migration runs belay as its user would, and shows all it says.
 func (d *demo) migration(ctx context.Context) error {
@@ -24,7 +29,7 @@ func (d *demo) migration(ctx context.Context) error {
 	d.line("")
 	mark := b.Observer.Mark()
 	f := &follower{d: d, node: from}
-	err := d.belay(ctx, from, f, "migrate", name, "--to", to.Name, "--reason", "demonstration")
+	err := d.belay(ctx, from, f, "migrate", name, "--to", to.Name, "--bandwidth", strconv.Itoa(slowMiBs), "--reason", "demonstration")
 	f.wait()
 	if err != nil {
 		return err
@@ -35,8 +40,19 @@ func (d *demo) migration(ctx context.Context) error {
 		return err
 	}
 	d.line("")
-	d.line("  The LAN has not heard %s for %d ms meanwhile; every other heartbeat came, on time.", name, r.Pause().Milliseconds())
-	return b.Prove(ctx)
+	d.line("  On the LAN the guest was silent for %s; heartbeats lost in the network: %d.", millis(r.Pause()), r.Lost)
+	if err := b.Prove(ctx); err != nil {
+		return err
+	}
+	kept, err := to.Virsh(ctx, "list", "--autostart", "--name")
+	if err != nil {
+		return err
+	}
+	if !slices.Contains(strings.Fields(kept), name) {
+		return fmt.Errorf("guest %s is not autostarted on %s, and was on %s", name, to.Name, from.Name)
+	}
+	d.line("  %s runs it, has its definition and starts it at boot, as %s did, where nothing is left.", to.Name, from.Name)
+	return nil
 }
 
 // belay runs one belay command on a node and shows the command and its output.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -45,7 +46,7 @@ type demo struct {
 	begin time.Time
 	accel guest.Accel
 	bed   *measure.Bed
-	left  error // why something is left behind
+	mine  bool // the lab of this name is this demo's
 }
 
 func (d *demo) run(ctx context.Context) (err error) {
@@ -53,6 +54,7 @@ func (d *demo) run(ctx context.Context) (err error) {
 	if _, err := lab.Open(labName); err == nil {
 		return errors.New("a demo is already running on this machine: wait until it has ended")
 	}
+	d.mine = true
 	img, accel, reason, err := guest.Prepare(ctx, guest.DefaultCache(), slog.New(&teller{d}))
 	if err != nil {
 		return err
@@ -103,12 +105,17 @@ func (d *demo) down(failed bool) error {
 	d.now("removing the guest and the hosts (Ctrl-C has no effect meanwhile)")
 	ctx, cancel := context.WithTimeout(context.Background(), cleanupTimeout)
 	defer cancel()
-	if d.left = d.bed.Down(ctx); d.left != nil {
-		d.left = fmt.Errorf("something is left behind; the next demo, or make clean, removes it: %w", d.left)
-		return d.left
+	if err := d.bed.Down(ctx); err != nil {
+		return err
 	}
 	d.now("done; nothing is left but downloads in %s", guest.DefaultCache())
 	return nil
+}
+
+// leaves reports whether something of this demo is still there.
+func (d *demo) leaves() bool {
+	names, err := lab.List()
+	return d.mine && (err != nil || slices.Contains(names, labName))
 }
 
 // acts is the play itself.
@@ -156,7 +163,7 @@ func (d *demo) cast(ctx context.Context) error {
 	d.fact("guest "+g.Spec.Name, "%s, %d MiB, on %s; Linux booted in %.1f s", g.Spec.IP.Addr(), g.Spec.MemoryMiB, b.At().Name, g.Boot.Agent.Seconds())
 	d.fact("", "sends 1000 heartbeats a second to an observer on the LAN, who so sees every outage")
 	d.fact("", "writes %d MiB/s to %d MiB of its memory, so that the copy has to catch up with it", dirtyMiBs, workingSetMiB)
-	// Virsh takes the definition along, but not this.
+	// A migration by libvirt takes the definition along, but not this.
 	_, err := b.At().Virsh(ctx, "autostart", g.Spec.Name)
 	return err
 }
@@ -178,8 +185,7 @@ func (d *demo) contest(ctx context.Context) (moves []measure.Move, err error) {
 			return nil, err
 		}
 		d.line("  %-6s %-18s  %12s  %15s  %10s  %11s", m.Tool, m.From+" → "+m.To,
-			measure.Millis(float64(m.Outage)), measure.Millis(float64(m.Downtime)),
-			measure.Millis(float64(m.Total)), measure.MiB(float64(m.MemorySent)))
+			millis(m.Outage), millis(m.Downtime), millis(m.Total), fmt.Sprintf("%d MiB", m.MemorySent>>20))
 		moves = append(moves, m)
 	}
 	return moves, nil
@@ -188,25 +194,26 @@ func (d *demo) contest(ctx context.Context) (moves []measure.Move, err error) {
 // compare prints what the contest comes to.
 func (d *demo) compare(moves []measure.Move) error {
 	b, v := measure.Summarise(measure.Belay, moves), measure.Summarise(measure.Virsh, moves)
-	d.title("4. The comparison: median (least to most)")
+	d.title("4. The comparison")
 	if err := measure.PrintComparison(indented{d}, b, v); err != nil {
 		return err
 	}
 	var phases []string
 	for _, p := range measure.Phases(moves) {
-		phases = append(phases, fmt.Sprintf("%s %s", p.Name, measure.Millis(p.Took.Median)))
+		phases = append(phases, fmt.Sprintf("%s %s", p.Name, millis(time.Duration(p.Took.Median))))
 	}
 	d.line("")
-	d.line("  %d rounds each, accelerator %s. Belay's total holds what virsh does not do:", b.Rounds, d.accel)
-	d.line("  %s.", strings.Join(phases, ", "))
-	d.line("  This is a lab on one machine%s: the figures compare the two tools with each", emulated(d.accel))
-	d.line("  other, and say nothing about how fast a real host is.")
+	d.line("  Medians of %d rounds each (least to most). Belay's total by its phases:", b.Rounds)
+	d.line("  %s;", strings.Join(phases, ", "))
+	d.line("  virsh does only what perform does, without looking at both hosts before and after.")
+	d.line("  This is a lab on one machine, accelerator %s%s: the figures compare", d.accel, emulated(d.accel))
+	d.line("  the two tools with each other and say nothing about how fast a real host is.")
 	return nil
 }
 
 func emulated(a guest.Accel) string {
 	if a == guest.TCG {
-		return ", and the guest's CPU is emulated"
+		return " (the guest's CPU is emulated)"
 	}
 	return ""
 }
@@ -219,7 +226,8 @@ func (d *demo) proof(ctx context.Context, moves int) error {
 		return err
 	}
 	d.fact("never rebooted", "boot ID %s as at the start, up %.0f s", p.BootID, p.Uptime.Seconds())
-	d.fact("memory intact", "all %d pages hold what was written to them (%d MiB on the way), checksum %016x", p.Pages, p.Dirtied>>20, p.Checksum)
+	d.fact("memory intact", "each of %d pages holds what the guest has last written to it;", p.Pages)
+	d.fact("", "%d MiB were written since the start; checksum of the rest %016x", p.Dirtied>>20, p.Checksum)
 	d.fact("one copy", "runs on %s, and not on %s", p.Host, d.bed.Other().Name)
 	d.fact("one definition", "on %s, and not on %s", p.Host, d.bed.Other().Name)
 	return nil
@@ -229,5 +237,9 @@ func (d *demo) next() {
 	d.title("6. What to try next")
 	d.fact("docs/", "how to install Belay on a host, and what it does when something goes wrong")
 	d.fact("make test", "all tests, also with hosts that die in the middle of a migration (needs root)")
-	d.fact("a lab to keep", "go run ./vmtests/cmd/lab up, then: lab status, lab exec host-a virsh list, lab down")
+	d.fact("a lab to keep", "go run ./vmtests/cmd/lab up (also: status, exec HOST COMMAND, down)")
+}
+
+func millis(t time.Duration) string {
+	return fmt.Sprintf("%d ms", t.Round(time.Millisecond).Milliseconds())
 }

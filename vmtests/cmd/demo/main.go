@@ -57,12 +57,12 @@ func run(stdout, stderr io.Writer) int {
 
 	d := &demo{out: stdout, begin: time.Now()}
 	err := d.run(ctx)
+	if d.leaves() {
+		fmt.Fprintf(stderr, "demo: something is left behind, which the next demo, or make clean, removes: %v\n", err)
+		return exitFailed
+	}
 	switch {
 	case errors.Is(context.Cause(ctx), errInterrupted):
-		if d.left != nil {
-			fmt.Fprintf(stderr, "demo: %v\n", d.left)
-			return exitFailed
-		}
 		fmt.Fprintln(stderr, "demo: interrupted; nothing is left of it")
 		return exitInterrupted
 	case err != nil:
