@@ -30,7 +30,7 @@ func main() {
 func run(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("bench", flag.ExitOnError)
 	only := flags.String("only", "", "run only this part: daemon or migrate")
-	rounds := flags.Int("rounds", 7, "moves by each tool, in the migration benchmarks")
+	rounds := flags.Int("rounds", 12, "moves by each tool, in the migration benchmarks; an even number has both go each way equally often")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
