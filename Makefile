@@ -17,11 +17,11 @@ help: ## list the targets
 deps: ## install what building and testing need and is missing (Debian)
 	@scripts/deps
 
-build: deps ## build belay and belayd into bin/
-	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/...
+build: deps ## build belay, belayd and the lab's programs into bin/
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/... ./vmtests/cmd/...
 
 demo: build ## two hosts, a guest, and its migration beside virsh's (needs root, under 5 minutes)
-	@BELAY_BIN=$(CURDIR)/$(BIN) $(GO) run ./vmtests/cmd/demo
+	@BELAY_BIN=$(CURDIR)/$(BIN) exec $(BIN)/demo
 
 test: build ## all tests, with real libvirt and QEMU in a lab (needs root)
 	BELAY_BIN=$(CURDIR)/$(BIN) $(GO) test -timeout 14m $(TESTFLAGS) ./...
@@ -38,7 +38,7 @@ lint: deps ## gofmt, vet, staticcheck
 	$(GO) tool staticcheck ./...
 
 bench: build ## the benchmarks of docs/benchmarks.md (needs root and a quiet machine)
-	BELAY_BIN=$(CURDIR)/$(BIN) $(GO) run ./vmtests/cmd/bench
+	@BELAY_BIN=$(CURDIR)/$(BIN) exec $(BIN)/bench $(BENCHFLAGS)
 
 man: build ## man pages into bin/man
 	@mkdir -p $(BIN)/man && $(BIN)/belay man $(BIN)/man && ls $(BIN)/man

@@ -6,7 +6,9 @@ import (
 	"encoding/xml"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
+	"unicode"
 
 	"belay/agent/api"
 	"belay/agent/maint"
@@ -16,6 +18,10 @@ import (
 // reservationLife is how long room is kept for a guest whose source is not
 // heard of any more. The source renews it every twenty seconds.
 const reservationLife = 90 * time.Second
+
+// maxName is the longest name or ID a peer may have kept here, bytes: a guest's
+// name is a file's name with libvirt.
+const maxName = 255
 
 // Greeting introduces this host to a peer.
 func (a *Agent) Greeting(context.Context) (api.Greeting, error) {
@@ -59,12 +65,17 @@ func (a *Agent) downProblem(err error) error {
 
 // promises are the reservations in force, and apart from them those that r
 // replaces: a source has one operation at a time for a guest, so an earlier
-// one of its own is over, and could only not be given up in time.
+// one of its own is over, and could only not be given up in time. A lapsed one
+// of anybody's would let its holder settle the guest after it has come from
+// elsewhere.
 func (a *Agent) promises(from string, r maint.Arrival) (kept, replaced []maint.Reservation) {
-	for _, res := range a.journal.Reservations(time.Now()) {
-		if res.Op != r.Op && res.From == from && res.GuestUUID == r.GuestUUID {
+	now := time.Now()
+	for _, res := range a.journal.Reservations(time.Time{}) { // the lapsed, too
+		lapsed := !res.Expires.After(now)
+		switch {
+		case res.Op != r.Op && res.GuestUUID == r.GuestUUID && (lapsed || res.From == from):
 			replaced = append(replaced, res)
-		} else {
+		case !lapsed:
 			kept = append(kept, res)
 		}
 	}
@@ -76,21 +87,32 @@ func (a *Agent) Reserve(ctx context.Context, from string, r maint.Arrival) error
 	if err := r.Validate(); err != nil {
 		return err
 	}
+	// Names and IDs end up in journals, messages and commands.
+	for field, text := range map[string]string{"op": string(r.Op), "guest": r.Guest, "guest_uuid": r.GuestUUID} {
+		if len(text) > maxName || strings.ContainsFunc(text, func(c rune) bool { return !unicode.IsPrint(c) }) {
+			return maint.Problemf(maint.CodeBadRequest, "arrival: "+field, "send one without control characters",
+				"%.60q is longer than %d bytes or has control characters", text, maxName)
+		}
+	}
 	a.arrivals.Lock()
 	defer a.arrivals.Unlock()
+	if _, own := a.journal.Op(r.Op); own {
+		return maint.Problemf(maint.CodeForbidden, "reservation "+string(r.Op), "", "is an operation of %s itself", a.cfg.Host)
+	}
+	// An ID stays its first holder's, also when the room has lapsed.
+	if res, ok := a.journal.Reservation(r.Op); ok && (res.From != from || res.GuestUUID != r.GuestUUID) {
+		return maint.Problemf(maint.CodeForbidden, "reservation "+string(r.Op), "", "is for guest %s from %s", res.Guest, res.From)
+	}
 	held, others := false, 0
 	kept, replaced := a.promises(from, r)
 	for _, res := range kept {
 		if res.Op == r.Op {
 			held = true
-			if res.From != from || res.GuestUUID != r.GuestUUID {
-				return maint.Problemf(maint.CodeForbidden, "reservation "+string(r.Op), "", "is for guest %s from %s", res.Guest, res.From)
-			}
 		} else {
 			others++
 		}
 	}
-	if !held {
+	if !held && !a.arriving(ctx, from, r) {
 		what := fmt.Sprintf("cannot take guest %s from %s", r.Guest, from)
 		if others >= a.cfg.Limits.MigrationsIn {
 			return refuse(what, maint.Problemf(maint.CodeHostBusy, "host "+a.cfg.Host, "wait for one to end, or raise limits.migrations_in there",
@@ -114,6 +136,18 @@ func (a *Agent) Reserve(ctx context.Context, from string, r maint.Arrival) error
 		recs = append(recs, maint.Record{Op: old.Op, Kind: maint.RecReleased, By: from})
 	}
 	return a.appendReservation(append(recs, maint.Record{Op: r.Op, Kind: maint.RecReserved, By: from, Data: data})...)
+}
+
+// arriving reports whether the guest is on its way into room that was promised
+// to it, but has lapsed: its source was not heard of for a while, and the copy
+// went on. What it takes is taken anyway, and must be counted.
+func (a *Agent) arriving(ctx context.Context, from string, r maint.Arrival) bool {
+	res, ok := a.journal.Reservation(r.Op)
+	if !ok || res.From != from || res.GuestUUID != r.GuestUUID {
+		return false
+	}
+	g, err := a.hyp.Guest(ctx, r.GuestUUID)
+	return err == nil && g.State.Active()
 }
 
 // Release gives up a reservation. One that is not held is no failure.
@@ -165,10 +199,7 @@ func (a *Agent) Settle(ctx context.Context, from string, s maint.Settlement) err
 		return a.downProblem(err)
 	}
 	if s.Persistent && !g.Persistent && s.XML != "" {
-		var definition struct {
-			UUID string `xml:"uuid"`
-		}
-		if err := xml.Unmarshal([]byte(s.XML), &definition); err != nil || definition.UUID != s.GuestUUID {
+		if !defines(s.XML, s.GuestUUID) {
 			return maint.Problemf(maint.CodeBadRequest, "guest "+g.Name, "", "the definition sent along is not its own")
 		}
 		a.log.Warn("an arrived guest has no definition, defining it", "guest", g.Name, "from", from)
@@ -181,6 +212,20 @@ func (a *Agent) Settle(ctx context.Context, from string, s maint.Settlement) err
 		return a.hyp.SetAutostart(ctx, s.GuestUUID, s.Autostart)
 	}
 	return nil
+}
+
+// defines reports whether xml is a definition of that guest and no other. A
+// second uuid, or one in a namespace, is not what libvirt would read.
+func defines(definition, uuid string) bool {
+	var d struct {
+		XMLName xml.Name
+		UUIDs   []struct {
+			XMLName xml.Name
+			Text    string `xml:",chardata"`
+		} `xml:"uuid"`
+	}
+	return xml.Unmarshal([]byte(definition), &d) == nil && d.XMLName == xml.Name{Local: "domain"} &&
+		len(d.UUIDs) == 1 && d.UUIDs[0].XMLName.Space == "" && d.UUIDs[0].Text == uuid
 }
 
 // CompletedJob returns the statistics of a guest's arrival.

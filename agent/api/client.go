@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strconv"
 	"time"
 
 	"belay/agent/maint"
@@ -25,6 +26,7 @@ type Client struct {
 	base string
 	name string // for messages
 	help string // remedy when it cannot be reached
+	most int64  // bytes of an answer that are read
 }
 
 // NewUnix returns a client of the belayd behind a unix socket.
@@ -34,8 +36,17 @@ func NewUnix(socket string) *Client {
 	}
 	return &Client{base: "http://belayd", name: "belayd at " + socket,
 		help: "see that it runs: systemctl status belayd",
-		http: &http.Client{Transport: &http.Transport{DialContext: dial}}}
+		most: 256 << 20, // years of history
+		http: &http.Client{CheckRedirect: stay, Transport: &http.Transport{DialContext: dial, ResponseHeaderTimeout: answerTimeout}}}
 }
+
+// answerTimeout is how long an answer may take to begin: more than belayd
+// itself waits for libvirt or a peer.
+const answerTimeout = 2 * time.Minute
+
+// stay follows no redirect: belayd sends none, and what is meant for a peer
+// may not go elsewhere.
+func stay(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 
 // NewTLS returns a client of the belayd at address (host:port), which it
 // calls name. config has our certificate, the CA, and the peer's certificate
@@ -43,7 +54,8 @@ func NewUnix(socket string) *Client {
 func NewTLS(name, address string, config *tls.Config) *Client {
 	return &Client{base: "https://" + address, name: "peer " + name,
 		help: "see that belayd runs there, that " + address + " can be reached from here and that both trust the same CA",
-		http: &http.Client{Transport: &http.Transport{
+		most: maxBody,
+		http: &http.Client{CheckRedirect: stay, Transport: &http.Transport{ResponseHeaderTimeout: answerTimeout,
 			TLSClientConfig: config, IdleConnTimeout: 90 * time.Second, TLSHandshakeTimeout: 5 * time.Second,
 			DialContext: (&net.Dialer{Timeout: 5 * time.Second}).DialContext}}}
 }
@@ -71,14 +83,24 @@ func (c *Client) Ops(ctx context.Context) (ops []maint.Op, err error) {
 	return ops, c.call(ctx, "GET", "/v1/ops", nil, &ops)
 }
 
+// opPath is an operation's place in the API. Names that mean something in a
+// path are asked for quoted, which no operation is called either.
+func opPath(id maint.OpID) string {
+	switch id {
+	case "", ".", "..":
+		id = maint.OpID(strconv.Quote(string(id)))
+	}
+	return "/v1/ops/" + url.PathEscape(string(id))
+}
+
 // Op asks for one operation.
 func (c *Client) Op(ctx context.Context, id maint.OpID) (op maint.Op, err error) {
-	return op, c.call(ctx, "GET", "/v1/ops/"+url.PathEscape(string(id)), nil, &op)
+	return op, c.call(ctx, "GET", opPath(id), nil, &op)
 }
 
 // Records asks for the journal of one operation.
 func (c *Client) Records(ctx context.Context, id maint.OpID) (recs []maint.Record, err error) {
-	return recs, c.call(ctx, "GET", "/v1/ops/"+url.PathEscape(string(id))+"/records", nil, &recs)
+	return recs, c.call(ctx, "GET", opPath(id)+"/records", nil, &recs)
 }
 
 // Migrate asks for a migration and returns the admitted operation.
@@ -88,21 +110,23 @@ func (c *Client) Migrate(ctx context.Context, r maint.MigrateRequest) (op maint.
 
 // Abort asks for an operation to be aborted; it ends some time later.
 func (c *Client) Abort(ctx context.Context, id maint.OpID) (op maint.Op, err error) {
-	return op, c.call(ctx, "POST", "/v1/ops/"+url.PathEscape(string(id))+"/abort", nil, &op)
+	return op, c.call(ctx, "POST", opPath(id)+"/abort", nil, &op)
 }
 
 // Watch calls f with the operation now and after every change until it has
 // ended, then returns it as it ended.
 func (c *Client) Watch(ctx context.Context, id maint.OpID, f func(maint.Op)) (maint.Op, error) {
 	var op maint.Op
-	resp, err := c.do(ctx, "GET", "/v1/ops/"+url.PathEscape(string(id))+"/watch", nil)
+	resp, err := c.do(ctx, "GET", opPath(id)+"/watch", nil)
 	if err != nil {
 		return op, err
 	}
 	defer resp.Body.Close()
-	d := json.NewDecoder(bufio.NewReader(resp.Body))
+	body := &io.LimitedReader{R: resp.Body}
+	d := json.NewDecoder(bufio.NewReader(body))
 	for op.State != maint.OpEnded {
 		op = maint.Op{}
+		body.N = c.most
 		if err := d.Decode(&op); err != nil {
 			return op, c.unreachable(ctx, err)
 		}
@@ -152,11 +176,13 @@ func (c *Client) call(ctx context.Context, method, path string, body, answer any
 		return err
 	}
 	defer resp.Body.Close()
+	read := io.LimitReader(resp.Body, c.most)
 	if answer == nil {
-		_, err := io.Copy(io.Discard, resp.Body)
-		return err
+		// The status said it all; the rest is read for the connection's sake.
+		_, _ = io.Copy(io.Discard, read)
+		return nil
 	}
-	if err := json.NewDecoder(resp.Body).Decode(answer); err != nil {
+	if err := json.NewDecoder(read).Decode(answer); err != nil {
 		return c.unreachable(ctx, fmt.Errorf("its answer to %s %s cannot be read: %w", method, path, err))
 	}
 	return nil

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -54,14 +55,46 @@ func TestNotBelayd(t *testing.T) {
 		"a proxy's error":    func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "bad gateway", http.StatusBadGateway) },
 		"error without one":  func(w http.ResponseWriter, _ *http.Request) { reply(w, 409, failure{}) },
 		"error without text": func(w http.ResponseWriter, _ *http.Request) { reply(w, 409, failure{&maint.Refusal{}}) },
+		"an endless answer":  func(w http.ResponseWriter, _ *http.Request) { endless(w, `{"version":"`) },
+		"an endless error":   func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(409); endless(w, `{"error":{"what":"`) },
+		"another place":      func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/v1/other", 307) },
 		"hanging up":         func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) },
 	} {
 		s := httptest.NewServer(h)
 		t.Cleanup(s.Close)
-		client := &Client{base: s.URL, name: "it", help: "look", http: s.Client()}
+		client := NewUnix("")
+		client.base, client.most, client.http.Transport = s.URL, maxBody, s.Client().Transport
 		if _, err := client.Status(t.Context()); problemOf(t, err).Code != maint.CodePeerDown {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// endless writes until nobody reads any more.
+func endless(w io.Writer, begin string) {
+	_, err := io.WriteString(w, begin)
+	for junk := strings.Repeat("x", 1<<16); err == nil; {
+		_, err = io.WriteString(w, junk)
+	}
+}
+
+// TestNoRedirect: what is meant for a peer, a guest's definition too, goes
+// nowhere else because that peer says so.
+func TestNoRedirect(t *testing.T) {
+	t.Parallel()
+	elsewhere := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		t.Errorf("%s %s went elsewhere", r.Method, r.URL)
+	}))
+	defer elsewhere.Close()
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, elsewhere.URL+r.URL.Path, http.StatusTemporaryRedirect)
+	}))
+	defer s.Close()
+	client := NewTLS("b", strings.TrimPrefix(s.URL, "http://"), nil)
+	defer client.Close()
+	client.base = s.URL
+	if err := client.Settle(t.Context(), maint.Settlement{XML: "secret"}); problemOf(t, err).Code != maint.CodePeerDown {
+		t.Error(err)
 	}
 }
 
@@ -170,7 +203,7 @@ func TestWatchCut(t *testing.T) {
 		panic(http.ErrAbortHandler)
 	}))
 	defer half.Close()
-	cut := &Client{base: half.URL, name: "it", http: half.Client()}
+	cut := &Client{base: half.URL, name: "it", most: maxBody, http: half.Client()}
 	told = 0
 	if op, err := cut.Watch(t.Context(), "mig-1", func(maint.Op) { told++ }); told != 1 || !errors.Is(err, maint.ErrPeerDown) || op.State == maint.OpEnded {
 		t.Errorf("cut in a line: told %d times, state %q, %v", told, op.State, err)
@@ -205,6 +238,29 @@ func TestSocketInTheWay(t *testing.T) {
 		t.Errorf("a dead belayd's socket: %v", err)
 	}
 	second.Close(t.Context())
+}
+
+// TestNotOursToRemove: only a dead belayd's socket is removed.
+func TestNotOursToRemove(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	file, folder, link := filepath.Join(dir, "file"), filepath.Join(dir, "folder"), filepath.Join(dir, "link")
+	if err := errors.Join(os.WriteFile(file, []byte("precious"), 0o600), os.Mkdir(folder, 0o700), os.Symlink(link, link)); err != nil {
+		t.Fatal(err)
+	}
+	s := NewServers(quiet)
+	for _, path := range []string{file, folder, link} {
+		if err := s.ListenUnix(path, &fakeAgent{}, Access{}); err == nil || !strings.Contains(err.Error(), path+": something that is not a socket is there (move it away") {
+			t.Errorf("%s: %v", path, err)
+		}
+		if _, err := os.Lstat(path); err != nil {
+			t.Error(err)
+		}
+	}
+	long := filepath.Join(dir, strings.Repeat("x", 108))
+	if err := s.ListenUnix(long, &fakeAgent{}, Access{}); err == nil || !strings.Contains(err.Error(), "unix sockets take 107") {
+		t.Errorf("a long path: %v", err)
+	}
 }
 
 // TestBadAddresses: what cannot be listened on is named with its setting.

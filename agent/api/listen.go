@@ -13,7 +13,13 @@ import (
 	"os"
 	"path/filepath"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
+
+// maxSocketPath is how long the path of a unix socket can be, bytes: sun_path
+// of unix(7) less its final NUL.
+const maxSocketPath = 107
 
 // Identity is how a host proves itself to its peers and checks them.
 type Identity struct {
@@ -105,7 +111,7 @@ func (s *Servers) ListenMetrics(address string, h http.Handler) error {
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", h)
-	s.add(l, mux)
+	s.add(l, mux).WriteTimeout = writeTimeout
 	return nil
 }
 
@@ -113,15 +119,28 @@ func listenUnix(path string) (net.Listener, error) {
 	refuse := func(err error) error {
 		return fmt.Errorf("cannot listen on api.socket %s: %w (make its folder writable for belayd)", path, err)
 	}
+	if len(path) > maxSocketPath {
+		return nil, fmt.Errorf("cannot listen on api.socket %s: its path has %d bytes, unix sockets take %d (set a shorter api.socket)", path, len(path), maxSocketPath)
+	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, refuse(err)
 	}
-	if c, err := net.Dial("unix", path); err == nil {
+	// Only a socket that nobody listens on is a killed belayd's, and only
+	// that may be removed.
+	if f, err := os.Lstat(path); err == nil && f.Mode().Type() != fs.ModeSocket {
+		return nil, fmt.Errorf("cannot listen on api.socket %s: something that is not a socket is there (move it away, or set another api.socket)", path)
+	}
+	c, err := net.DialTimeout("unix", path, time.Second)
+	switch {
+	case err == nil:
 		c.Close()
 		return nil, fmt.Errorf("cannot listen on api.socket %s: another belayd answers there (stop it, or set another api.socket)", path)
-	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, refuse(err)
+	case errors.Is(err, unix.ECONNREFUSED):
+		if err := os.Remove(path); err != nil {
+			return nil, refuse(err)
+		}
+	case !errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("cannot listen on api.socket %s: whether another belayd has it cannot be told: %w (stop it, or remove the socket)", path, err)
 	}
 	l, err := net.Listen("unix", path)
 	if err != nil {

@@ -16,6 +16,10 @@ import (
 // maxBody bounds a request's body, bytes; a guest's definition fits well.
 const maxBody = 1 << 20
 
+// writeTimeout bounds how long a caller may take to read an answer, or the
+// next line of one.
+const writeTimeout = 30 * time.Second
+
 // Viewing is what a viewer may ask of an agent.
 type Viewing interface {
 	Status(ctx context.Context) (maint.Status, error)
@@ -202,7 +206,7 @@ func watch(w http.ResponseWriter, r *http.Request, a Agent, log *slog.Logger) {
 			w.Header().Set("Content-Type", "application/x-ndjson")
 			begun = true
 		}
-		if err := out.SetWriteDeadline(time.Now().Add(30 * time.Second)); err != nil && !errors.Is(err, http.ErrNotSupported) {
+		if err := out.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil && !errors.Is(err, http.ErrNotSupported) {
 			return err
 		}
 		if err := json.NewEncoder(w).Encode(op); err != nil {
@@ -271,6 +275,8 @@ func statusOf(c maint.Code) int {
 }
 
 func reply(w http.ResponseWriter, status int, v any) {
+	// Without a connection, in a test, there is nothing to wait for.
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(writeTimeout))
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
 	if v == nil {

@@ -3,6 +3,7 @@ package config
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/url"
@@ -12,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/pelletier/go-toml/v2"
 )
@@ -115,34 +117,69 @@ func defaults() Config {
 func Load(file string) (Config, error) {
 	c := defaults()
 	files := []string{file}
-	dropIns := func(dir string) ([]string, error) {
-		names, err := filepath.Glob(filepath.Join(dir, "*.toml"))
-		slices.Sort(names)
-		return names, err
-	}
 	own, err := dropIns(strings.TrimSuffix(file, ".toml") + ".d")
 	if err != nil {
-		return c, fmt.Errorf("cannot list the drop-ins of %s: %w", file, err)
+		return c, err
 	}
 	files = append(files, own...)
 	if file == DefaultFile {
-		vendor, _ := dropIns("/usr/lib/belay/belayd.d") // a constant pattern cannot be bad
-		volatile, _ := dropIns("/run/belay/belayd.d")
+		vendor, err := dropIns("/usr/lib/belay/belayd.d")
+		if err != nil {
+			return c, err
+		}
+		volatile, err := dropIns("/run/belay/belayd.d")
+		if err != nil {
+			return c, err
+		}
 		files = slices.Concat(vendor, files, volatile)
 	}
 	for _, f := range files {
-		b, err := os.ReadFile(f)
+		b, err := read(f)
 		if f == DefaultFile && errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {
-			return c, fmt.Errorf("cannot read the configuration: %w", err)
+			return c, fmt.Errorf("cannot read the configuration: %w (name a file that belayd may read, belayd -config FILE)", err)
 		}
 		if err := decode(f, b, &c); err != nil {
 			return c, err
 		}
 	}
 	return c, c.check()
+}
+
+// dropIns lists the drop-ins in dir. Only an absent folder has none: one that
+// cannot be listed may have what keeps somebody out.
+func dropIns(dir string) (files []string, err error) {
+	entries, err := os.ReadDir(dir) // sorted
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot list the drop-ins: %w (it must be a folder that belayd may read, or absent)", err)
+	}
+	for _, e := range entries {
+		if strings.HasSuffix(e.Name(), ".toml") {
+			files = append(files, filepath.Join(dir, e.Name()))
+		}
+	}
+	return files, nil
+}
+
+// maxFile is more than any configuration has, bytes; a device has no end.
+const maxFile = 4 << 20
+
+func read(file string) ([]byte, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err == nil && len(b) > maxFile {
+		err = fmt.Errorf("%s is larger than %d MiB", file, maxFile>>20)
+	}
+	return b, err
 }
 
 // decode reads one file over what c has.
@@ -179,8 +216,11 @@ func (c *Config) check() error {
 	bad := func(key, format string, args ...any) {
 		errs = append(errs, fmt.Errorf("configuration: %s: %s", key, fmt.Sprintf(format, args...)))
 	}
-	if c.Host == "" {
+	switch {
+	case c.Host == "":
 		bad("host", "is empty; leave it out to use the hostname")
+	case !isName(c.Host):
+		bad("host", "%q has spaces or control characters", c.Host)
 	}
 	for key, path := range map[string]string{"state_dir": c.StateDir, "api.socket": c.API.Socket} {
 		if !filepath.IsAbs(path) {
@@ -191,9 +231,12 @@ func (c *Config) check() error {
 		if addr == "" {
 			continue
 		}
-		if _, _, err := net.SplitHostPort(addr); err != nil {
+		if !isHostPort(addr) {
 			bad(key, "%q is not host:port", addr)
 		}
+	}
+	if len(c.API.Socket) > maxSocketPath {
+		bad("api.socket", "%q has %d bytes, a unix socket's path can have %d", c.API.Socket, len(c.API.Socket), maxSocketPath)
 	}
 	if c.API.Listen != "" || len(c.Peers) > 0 {
 		for key, path := range map[string]string{"tls.ca": c.TLS.CA, "tls.cert": c.TLS.Cert, "tls.key": c.TLS.Key} {
@@ -211,15 +254,22 @@ func (c *Config) check() error {
 	if c.Migration.Timeout.Duration <= 0 {
 		bad("migration.timeout", "must be longer than 0")
 	}
+	if c.Migration.BandwidthMiBs > maxBandwidth {
+		bad("migration.bandwidth_mib_s", "%d is out of range; it is in MiB/s, 0 means no limit", c.Migration.BandwidthMiBs)
+	}
 	if c.Journal.Keep.Duration <= 0 {
 		bad("journal.keep", "must be longer than 0")
 	}
+	certs := make(map[string]string) // the peers' names, by cert_name
 	for name, p := range c.Peers {
 		key := "peers." + name
 		if name == c.Host {
 			bad(key, "is this host's own name; take it out, or set host")
 		}
-		if _, _, err := net.SplitHostPort(p.Address); err != nil {
+		if !isName(name) {
+			bad("peers", "%q is not a name: it is empty, or has spaces or control characters", name)
+		}
+		if !isHostPort(p.Address) || strings.HasPrefix(p.Address, ":") || strings.HasSuffix(p.Address, ":0") {
 			bad(key+".address", "%q is not host:port", p.Address)
 		}
 		if u, err := url.Parse(p.LibvirtURI); err != nil || !strings.HasPrefix(u.Scheme, "qemu+") || u.Host == "" {
@@ -229,7 +279,36 @@ func (c *Config) check() error {
 			p.CertName = name
 			c.Peers[name] = p
 		}
+		// Who asks is known by this name alone.
+		if other, taken := certs[p.CertName]; taken {
+			bad("peers", "%s and %s have the same cert_name %q; each needs its own", min(name, other), max(name, other), p.CertName)
+		}
+		certs[p.CertName] = name
 	}
 	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
 	return errors.Join(errs...)
+}
+
+const (
+	// maxSocketPath is the longest path of a unix socket, bytes: sun_path of
+	// unix(7) less its final NUL.
+	maxSocketPath = 107
+	// maxBandwidth is what a request for a migration may ask for, MiB/s.
+	maxBandwidth = 1 << 20
+)
+
+// isHostPort accepts what can be listened on or dialled, as far as can be told
+// without asking anybody.
+func isHostPort(addr string) bool {
+	_, port, err := net.SplitHostPort(addr)
+	if err != nil || port == "" {
+		return false
+	}
+	_, err = net.LookupPort("tcp", port)
+	return err == nil
+}
+
+// isName accepts what can be told from the text around it.
+func isName(s string) bool {
+	return s != "" && !strings.ContainsFunc(s, func(r rune) bool { return unicode.IsSpace(r) || !unicode.IsPrint(r) })
 }

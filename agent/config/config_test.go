@@ -1,6 +1,7 @@
 package config
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -257,6 +258,32 @@ func TestFolderAsFile(t *testing.T) {
 	}
 }
 
+// TestDropInsThatCannotBeListed: what cannot be read is not as if it were not
+// there, and nothing is read without end.
+func TestDropInsThatCannotBeListed(t *testing.T) {
+	t.Parallel()
+	for what, setup := range map[string]func(folder string) error{
+		"a file":      func(folder string) error { return os.WriteFile(folder, nil, 0o600) },
+		"a link loop": func(folder string) error { return os.Symlink(folder, folder) },
+		"with a link loop": func(folder string) error {
+			return errors.Join(os.Mkdir(folder, 0o700), os.Symlink("x.toml", folder+"/x.toml"))
+		},
+		"with a folder": func(folder string) error { return os.MkdirAll(folder+"/x.toml", 0o700) },
+		"with an endless one": func(folder string) error {
+			return errors.Join(os.Mkdir(folder, 0o700), os.Symlink("/dev/zero", folder+"/x.toml"))
+		},
+	} {
+		main := one(t, "host = 'host-a'")
+		folder := strings.TrimSuffix(main, ".toml") + ".d"
+		if err := setup(folder); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Load(main); err == nil || !strings.Contains(err.Error(), folder) {
+			t.Errorf("drop-ins are %s: %v", what, err)
+		}
+	}
+}
+
 func TestRefusals(t *testing.T) {
 	t.Parallel()
 	const peer = tlsFiles + "[peers.host-b]\naddress='b:1'\nlibvirt_uri='qemu+tls://b/system'\n"
@@ -266,6 +293,16 @@ func TestRefusals(t *testing.T) {
 		{"relative socket", "[api]\nsocket='sock'", `configuration: api.socket: "sock" is not an absolute path`},
 		{"listen without port", tlsFiles + "[api]\nlisten='0.0.0.0'", `configuration: api.listen: "0.0.0.0" is not host:port`},
 		{"metrics without port", "[api]\nmetrics='9100'", `configuration: api.metrics: "9100" is not host:port`},
+		{"no such port", tlsFiles + "[api]\nlisten=':65536'", `configuration: api.listen: ":65536" is not host:port`},
+		{"negative port", "[api]\nmetrics='localhost:-1'", `configuration: api.metrics: "localhost:-1" is not host:port`},
+		{"long socket", "[api]\nsocket='/" + strings.Repeat("x", 107) + "'", "has 108 bytes, a unix socket's path can have 107"},
+		{"host with a line end", `host="a\nb"`, `configuration: host: "a\nb" has spaces or control characters`},
+		{"much bandwidth", "[migration]\nbandwidth_mib_s=1048577", "configuration: migration.bandwidth_mib_s: 1048577 is out of range"},
+		{"peer without a name", strings.Replace(peer, "host-b", `""`, 1), `configuration: peers: "" is not a name`},
+		{"peer with a line end", strings.Replace(peer, "host-b", `"b\u001b[2J"`, 1), `configuration: peers: "b\x1b[2J" is not a name`},
+		{"peer on no port", strings.Replace(peer, "b:1", "b:0", 1), `configuration: peers.host-b.address: "b:0" is not host:port`},
+		{"peer on no host", strings.Replace(peer, "b:1", ":1", 1), `configuration: peers.host-b.address: ":1" is not host:port`},
+		{"two peers alike", peer + "cert_name='c'\n[peers.c]\naddress='c:1'\nlibvirt_uri='qemu+tls://c/system'", `configuration: peers: c and host-b have the same cert_name "c"`},
 		{"listen without CA", "[tls]\ncert='/c'\nkey='/k'\n[api]\nlisten=':1'", "configuration: tls.ca: is needed"},
 		{"peers without certificate", strings.Replace(peer, "cert='/cert'", "", 1), "configuration: tls.cert: is needed"},
 		{"peers without key", strings.Replace(peer, "key='/key'", "", 1), "configuration: tls.key: is needed"},

@@ -6,8 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
@@ -47,11 +49,11 @@ func Open(dir string) (*Journal, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, refuse(err, "make the state folder writable for belayd, or set state_dir to one that is")
 	}
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: time.Second, NoFreelistSync: true})
+	db, err := openFile(path)
 	switch {
 	case errors.Is(err, bolterrors.ErrTimeout):
 		return nil, refuse(errors.New("it is locked"), "another belayd uses this state folder; stop it, or set another state_dir")
-	case errors.Is(err, bolterrors.ErrInvalid), errors.Is(err, bolterrors.ErrChecksum), errors.Is(err, bolterrors.ErrVersionMismatch):
+	case errors.Is(err, bolterrors.ErrInvalid), errors.Is(err, bolterrors.ErrChecksum), errors.Is(err, bolterrors.ErrVersionMismatch), errors.Is(err, errDamaged):
 		return nil, refuse(err, "the file is damaged; move it away to start with an empty history, after checking that no migration is running (virsh list; virsh domjobinfo)")
 	case err != nil:
 		return nil, refuse(err, "make the state folder writable and give it room")
@@ -65,6 +67,64 @@ func Open(dir string) (*Journal, error) {
 		return nil, refuse(err, "the file is damaged or was written by a newer belayd; move it away to start with an empty history")
 	}
 	return j, nil
+}
+
+// errDamaged: the file is a journal, but not all of it can be read.
+var errDamaged = errors.New("it is damaged")
+
+// openFile opens the file for writing, after a look through all of it. bbolt
+// panics on a damaged page, at opening even in a goroutine of its own, and
+// beyond the end of a truncated file the kernel raises a fault: neither tells
+// an operator what to do.
+func openFile(path string) (*bbolt.DB, error) {
+	o := bbolt.Options{Timeout: time.Second, NoFreelistSync: true}
+	if f, err := os.Stat(path); err == nil && f.Mode().IsRegular() && f.Size() > 0 {
+		look := o
+		look.ReadOnly = true
+		if err := intact(func() error { return lookThrough(path, &look) }); err != nil {
+			return nil, err
+		}
+	}
+	var db *bbolt.DB
+	err := intact(func() (err error) {
+		db, err = bbolt.Open(path, 0o600, &o)
+		return err
+	})
+	return db, err
+}
+
+// intact turns a panic of f, also one on memory that cannot be read, into
+// errDamaged.
+func intact(f func() error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("%w: %v", errDamaged, p)
+		}
+	}()
+	return f()
+}
+
+// lookThrough reads all of the file.
+func lookThrough(path string, o *bbolt.Options) error {
+	db, err := bbolt.Open(path, 0o600, o)
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	return db.View(func(tx *bbolt.Tx) error {
+		if f, err := os.Stat(path); err != nil {
+			return err
+		} else if f.Size() < tx.Size() {
+			return fmt.Errorf("%w: it has %d bytes, and once had %d", errDamaged, f.Size(), tx.Size())
+		}
+		return tx.ForEach(func(_ []byte, b *bbolt.Bucket) error {
+			return b.ForEach(func(_, v []byte) error {
+				_ = crc32.ChecksumIEEE(v) // touch every byte
+				return nil
+			})
+		})
+	})
 }
 
 func (j *Journal) load() error {

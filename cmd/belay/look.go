@@ -76,7 +76,7 @@ func (a *app) guestsCmd() *cobra.Command {
 				return err
 			}
 			if inv.Stale != "" {
-				fmt.Fprintf(a.err, "belay: libvirt does not answer (%s); this is as of %s\n", inv.Stale, clock(inv.AsOf))
+				fmt.Fprintf(a.err, "belay: libvirt does not answer (%s); this is as of %s\n", oneLine(inv.Stale), clock(inv.AsOf))
 			}
 			return a.print(inv, func(w io.Writer) {
 				row(w, "NAME", "STATE", "MEMORY", "VCPUS", "AGENT", "DEFINED", "AUTOSTART", "JOB")

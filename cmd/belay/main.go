@@ -173,7 +173,7 @@ func exitCode(w io.Writer, err error) int {
 // printProblems prints each problem with its remedy.
 func printProblems(w io.Writer, what string, ps []maint.Problem) {
 	if what != "" {
-		fmt.Fprintf(w, "belay: %s:\n", what)
+		fmt.Fprintf(w, "belay: %s:\n", oneLine(what))
 	}
 	for _, p := range ps {
 		subject := p.Subject
@@ -184,9 +184,9 @@ func printProblems(w io.Writer, what string, ps []maint.Problem) {
 		if what == "" {
 			lead = "belay: "
 		}
-		fmt.Fprintf(w, "%s%s%s\n", lead, subject, p.Reason)
+		fmt.Fprintf(w, "%s%s\n", lead, oneLine(subject+p.Reason))
 		if p.Remedy != "" {
-			fmt.Fprintf(w, "    %s\n", p.Remedy)
+			fmt.Fprintf(w, "    %s\n", oneLine(p.Remedy))
 		}
 	}
 }

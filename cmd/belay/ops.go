@@ -26,6 +26,9 @@ runs where it ran before. Ctrl-C detaches: the migration goes on.`,
   belay migrate web-1 --to host-b --detach`,
 		ValidArgsFunction: a.completeGuests,
 		RunE: func(c *cobra.Command, args []string) error {
+			if err := checkWait(wait); err != nil {
+				return err
+			}
 			r.Guest = args[0]
 			if r.To == "" {
 				return usage("belay migrate needs --to HOST")
@@ -123,6 +126,9 @@ func (a *app) opsWatchCmd() *cobra.Command {
 	c := &cobra.Command{
 		Use: "watch ID", Short: "Follow an operation to its end; exits as the operation does", Args: exactly("an operation ID"), ValidArgsFunction: a.completeOps,
 		RunE: func(c *cobra.Command, args []string) error {
+			if err := checkWait(wait); err != nil {
+				return err
+			}
 			return a.follow(c.Context(), maint.OpID(args[0]), wait)
 		},
 	}
@@ -147,6 +153,14 @@ func (a *app) opsAbortCmd() *cobra.Command {
 			return err
 		},
 	}
+}
+
+// checkWait refuses a negative --wait before anything is begun.
+func checkWait(d time.Duration) error {
+	if d < 0 {
+		return usage("--wait is %s, it cannot be negative; 0 waits for the end", d)
+	}
+	return nil
 }
 
 // reconnectFor is how long follow waits for a belayd that is being restarted.

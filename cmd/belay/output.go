@@ -7,28 +7,31 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
-
-	"github.com/goccy/go-yaml"
+	"unicode"
+	"unicode/utf16"
 )
 
 // print writes v as JSON or YAML, or calls table.
 func (a *app) print(v any, table func(io.Writer)) error {
 	switch a.format {
 	case "json":
-		e := json.NewEncoder(a.out)
-		e.SetIndent("", "  ")
-		return e.Encode(v)
+		b, err := json.MarshalIndent(v, "", "  ")
+		if err != nil {
+			return err
+		}
+		_, err = fmt.Fprintln(a.out, visible(string(b)))
+		return err
 	case "yaml":
-		// Through JSON, so that both have the same names.
+		// Through JSON, so that both have the same names and values.
 		b, err := json.Marshal(v)
 		if err != nil {
 			return err
 		}
-		y, err := yaml.JSONToYAML(b)
+		y, err := toYAML(b)
 		if err != nil {
 			return err
 		}
-		_, err = a.out.Write(y)
+		_, err = fmt.Fprint(a.out, y)
 		return err
 	}
 	w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
@@ -40,9 +43,45 @@ func (a *app) print(v any, table func(io.Writer)) error {
 func row(w io.Writer, cells ...any) {
 	text := make([]string, len(cells))
 	for i, c := range cells {
-		text[i] = fmt.Sprint(c)
+		text[i] = oneLine(fmt.Sprint(c))
 	}
 	fmt.Fprintln(w, strings.TrimRight(strings.Join(text, "\t"), "\t "))
+}
+
+// visible escapes what a terminal would obey rather than show, as Go and JSON
+// write it: names, reasons and what libvirt says come from elsewhere. Line ends
+// of JSON stay.
+func visible(s string) string {
+	return escape(s, func(r rune) bool { return r == '\n' }, surrogates)
+}
+
+// oneLine is visible for a text that is part of a line.
+func oneLine(s string) string {
+	return escape(s, func(rune) bool { return false }, surrogates)
+}
+
+// surrogates is JSON's escape of a character beyond the sixteen bits.
+func surrogates(r rune) string {
+	a, b := utf16.EncodeRune(r)
+	return fmt.Sprintf(`\u%04x\u%04x`, a, b)
+}
+
+func escape(s string, stays func(rune) bool, long func(rune) string) string {
+	if strings.IndexFunc(s, func(r rune) bool { return !unicode.IsPrint(r) && !stays(r) }) < 0 {
+		return s
+	}
+	var b strings.Builder
+	for _, r := range s {
+		switch {
+		case unicode.IsPrint(r) || stays(r):
+			b.WriteRune(r)
+		case r > 0xffff:
+			b.WriteString(long(r))
+		default:
+			fmt.Fprintf(&b, `\u%04x`, r)
+		}
+	}
+	return b.String()
 }
 
 // bytes writes a number of bytes for people.

@@ -27,6 +27,9 @@ import (
 var version = "devel"
 
 func main() {
+	// Neither a log that nobody reads any more nor a terminal that is closed
+	// is a reason to leave guests on their way alone.
+	signal.Ignore(unix.SIGPIPE, unix.SIGHUP)
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	code := serve(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()

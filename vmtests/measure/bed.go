@@ -204,11 +204,39 @@ func (b *Bed) name() string { return b.Guest.Spec.Name }
 // Dirty has the guest write rate MiB/s to a working set of that many MiB; 0
 // MiB keeps the present one. A new working set starts afresh.
 func (b *Bed) Dirty(ctx context.Context, rate float64, workingSetMiB int) error {
-	c, err := b.Guest.Dial(ctx, b.At())
+	c, _, err := b.dial(ctx)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
 	_, err = c.Dirty(ctx, probe.DirtySettings{RateMiBs: rate, WorkingSetMiB: workingSetMiB})
 	return err
+}
+
+const (
+	// greetTimeout is how long the probe may take to answer a greeting.
+	greetTimeout = 5 * time.Second
+	greetings    = 5
+)
+
+// dial connects to the guest's probe and returns its first answer. That one can
+// get lost: a guest that has the question before it knows that a new client is
+// there drops the answer, as there is nobody to take it. So it is asked again.
+func (b *Bed) dial(ctx context.Context) (c *guest.Control, s probe.Status, err error) {
+	if c, err = b.Guest.Dial(ctx, b.At()); err != nil {
+		return nil, s, err
+	}
+	for range greetings {
+		greet, cancel := context.WithTimeout(ctx, greetTimeout)
+		s, err = c.Status(greet)
+		cancel()
+		if err == nil || ctx.Err() != nil {
+			break
+		}
+	}
+	if err != nil {
+		c.Close()
+		return nil, s, err
+	}
+	return c, s, nil
 }

@@ -49,15 +49,11 @@ func (b *Bed) Proof(ctx context.Context) (Proof, error) {
 
 // look asks the guest, on the host where it must be.
 func (b *Bed) look(ctx context.Context) (p Proof, err error) {
-	c, err := b.Guest.Dial(ctx, b.At())
+	c, s, err := b.dial(ctx)
 	if err != nil {
 		return p, err
 	}
 	defer c.Close()
-	s, err := c.Status(ctx)
-	if err != nil {
-		return p, err
-	}
 	m, err := c.Verify(ctx)
 	if err != nil {
 		return p, err

@@ -24,6 +24,10 @@ const (
 	hungUp = 20 * time.Millisecond
 	// writeTimeout is how long a connected peer may leave a reply unread.
 	writeTimeout = 10 * time.Second
+	// hangUpGrace is how long a Write waits on a port that has hung up: a
+	// client that has just connected can be heard before the guest's kernel
+	// is told that it is there.
+	hangUpGrace = time.Second
 )
 
 // errPeer is returned by Write when there was no one to take the bytes.
@@ -73,7 +77,8 @@ func (p *Port) Read(b []byte) (int, error) {
 // Write sends all of b or gives up on this peer.
 func (p *Port) Write(b []byte) (int, error) {
 	done := 0
-	for deadline := monotonic() + writeTimeout; done < len(b); {
+	begun := monotonic()
+	for done < len(b) {
 		n, err := unix.Write(p.fd, b[done:])
 		switch {
 		case n > 0:
@@ -88,8 +93,12 @@ func (p *Port) Write(b []byte) (int, error) {
 		if err != nil {
 			return done, fmt.Errorf("poll port: %w", err)
 		}
-		if ev&unix.POLLHUP != 0 || monotonic() > deadline {
+		waited := monotonic() - begun
+		if waited > writeTimeout || ev&unix.POLLHUP != 0 && waited > hangUpGrace {
 			return done, errPeer
+		}
+		if ev&unix.POLLHUP != 0 {
+			time.Sleep(hungUp)
 		}
 	}
 	return done, nil

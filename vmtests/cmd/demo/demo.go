@@ -206,7 +206,7 @@ func (d *demo) compare(moves []measure.Move) error {
 	d.line("  Medians of %d rounds each (least to most). Belay's total by its phases:", b.Rounds)
 	d.line("  %s;", strings.Join(phases, ", "))
 	d.line("  virsh does only what perform does, without looking at both hosts before and after.")
-	d.line("  Where the ranges of both overlap widely, a ratio other than 1 is chance.")
+	d.line("  Where the ranges of both overlap widely, a ratio other than 1 may be chance.")
 	d.line("  This is a lab on one machine, accelerator %s%s: the figures compare", d.accel, emulated(d.accel))
 	d.line("  the two tools with each other and say nothing about how fast a real host is.")
 	return nil

@@ -1,0 +1,51 @@
+package main
+
+import (
+	"encoding/json"
+	"reflect"
+	"strings"
+	"testing"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// TestYAMLSaysWhatJSONSays with texts that mean something else to YAML, or to
+// a terminal.
+func TestYAMLSaysWhatJSONSays(t *testing.T) {
+	t.Parallel()
+	for _, text := range []string{"", "web-1", "yes", "no", "null", "~", "1e3", "0x10", "012", "2026-11-01", ".inf", ".nan", "-", "- a", "? a",
+		"a: b", "a:", "# c", "a #b", "'", `"`, `\`, `C:\new`, " a ", "a\nb", "\n", "a\r\nb\n", "\ttab", "\x00", "\x1b[31mred", "\x7f", "\u009b2J",
+		"\u202eevil", "\u0085", "\u2028", "\ufeff", "\U000e0001", "é", "😀", "{a}", "[b]", "*a", "&b", "!c", "%d", "@e", "|", "> x", "---", "...", "<<",
+		"<domain>&'", strings.Repeat("long words ", 200)} {
+		key := text[:min(len(text), 1000)] // YAML allows a key no more than 1024 characters
+		for _, v := range []any{text, []any{text}, map[string]any{key: text},
+			map[string]any{"list": []any{[]any{}, []any{text, map[string]any{"x": text, "y": []any{text}, "z": map[string]any{}}}, map[string]any{key: []any{nil, true, 1.5}}}}} {
+			var j, y strings.Builder
+			for format, w := range map[string]*strings.Builder{"json": &j, "yaml": &y} {
+				if err := (&app{out: w, format: format}).print(v, nil); err != nil {
+					t.Fatalf("%s of %q: %v", format, v, err)
+				}
+				if strings.ContainsAny(w.String(), "\x1b\x7f\u009b\u202e\r\t") {
+					t.Errorf("a terminal obeys %q", w.String())
+				}
+			}
+			var fromJSON, fromYAML any
+			if err := json.Unmarshal([]byte(j.String()), &fromJSON); err != nil || !reflect.DeepEqual(fromJSON, v) {
+				t.Errorf("%q as JSON is %s: %q, %v", v, j.String(), fromJSON, err)
+			}
+			if err := yaml.Unmarshal([]byte(y.String()), &fromYAML); err != nil || !reflect.DeepEqual(fromYAML, v) {
+				t.Errorf("%q as YAML is\n%s%q, %v", v, y.String(), fromYAML, err)
+			}
+		}
+	}
+}
+
+// TestTablesShowRatherThanObey: a guest's name is libvirt's, a reason anybody's.
+func TestTablesShowRatherThanObey(t *testing.T) {
+	t.Parallel()
+	var b strings.Builder
+	row(&b, "web\n-1", "\x1b]0;owned\a", "a\tb", "Grüße 😀 → \u009b2J")
+	if want := `web\u000a-1` + "\t" + `\u001b]0;owned\u0007` + "\t" + `a\u0009b` + "\t" + `Grüße 😀 → \u009b2J` + "\n"; b.String() != want {
+		t.Errorf("a row is %q, want %q", b.String(), want)
+	}
+}
