@@ -180,6 +180,7 @@ func (a *Agent) resume() {
 		if err := a.journal.Append(maint.Record{Op: op.ID, Kind: maint.RecResumed}); err != nil {
 			a.log.Error("cannot journal that an operation is resumed", "op", op.ID, "err", err)
 		}
+		op.Resumed++ // however the journal is
 		a.start(op)
 	}
 }

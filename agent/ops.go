@@ -220,6 +220,7 @@ func (a *Agent) migrateSteps(op maint.Op) []run.Step {
 		Source: source{a.hyp}, Destination: p.to, Log: a.log.With("op", op.ID),
 		Params: maint.MoveParams{DestURI: p.cfg.LibvirtURI, MigrateURI: p.cfg.MigrateURI,
 			TLS: a.cfg.Migration.TLS, BandwidthMiBs: op.Migrate.BandwidthMiBs},
+		Deadline: op.Deadline,
 		Progress: func(j maint.Job) { a.progress.Store(op.ID, j) },
 	}
 	return []run.Step{
@@ -230,18 +231,23 @@ func (a *Agent) migrateSteps(op maint.Op) []run.Step {
 			Undo: func(ctx context.Context, s *run.Scratch) error { return m.Release(ctx, s) }},
 		{Name: migrate.PhasePerform, Commit: true,
 			Do: func(ctx context.Context, s *run.Scratch) error {
-				err := m.Perform(ctx, a.life, s)
-				if errors.Is(err, migrate.ErrUnsettled) {
-					return &run.Stuck{Problem: maint.AsProblem(err, maint.CodeUnverified, "guest "+op.Guest)}
-				}
-				return err
+				return unlessUnsettled(op, m.Perform(ctx, a.life, s))
 			},
 			Undo: func(ctx context.Context, s *run.Scratch) error { return m.Cancel(ctx, s) }},
 		{Name: migrate.PhaseVerify,
-			Do: func(ctx context.Context, s *run.Scratch) error { return m.Verify(ctx, s) }},
+			Do: func(ctx context.Context, s *run.Scratch) error { return unlessUnsettled(op, m.Verify(ctx, s)) }},
 		{Name: migrate.PhaseFinish,
 			Do: func(ctx context.Context, s *run.Scratch) error { return a.finish(ctx, m, op, s) }},
 	}
+}
+
+// unlessUnsettled gives err, as one that ends the operation without any undo
+// where the guest's place is not settled.
+func unlessUnsettled(op maint.Op, err error) error {
+	if errors.Is(err, migrate.ErrUnsettled) {
+		return &run.Stuck{Problem: maint.AsProblem(err, maint.CodeUnverified, "guest "+op.Guest)}
+	}
+	return err
 }
 
 // finish writes down what was measured and gives the reservation up. Neither

@@ -2,6 +2,8 @@ package agent
 
 import (
 	"context"
+	"fmt"
+	"slices"
 	"time"
 
 	"belay/agent/maint"
@@ -34,7 +36,8 @@ func (a *Agent) Status(context.Context) (maint.Status, error) {
 	return s, nil
 }
 
-// stuckFor is how long a stuck operation is shown as a condition of the host.
+// stuckFor is how long what an operation left to a person is shown as a
+// condition of the host.
 const stuckFor = 7 * 24 * time.Hour
 
 // conditions is what is wrong with this host now.
@@ -54,15 +57,27 @@ func (a *Agent) conditions(snap *snapshot) []maint.Condition {
 			cs = append(cs, maint.Condition{Code: maint.CodePeerDown, Text: p.Error, Since: p.Checked})
 		}
 	}
-	for _, op := range a.journal.Ops() {
-		if op.Outcome == maint.OutcomeStuck && op.State == maint.OpEnded && time.Since(op.Ended) < stuckFor {
-			text := "operation " + string(op.ID) + " on guest " + op.Guest + " is stuck"
-			remedy := "belay ops show " + string(op.ID)
+	return append(cs, unresolved(a.journal.Ops())...)
+}
+
+// unresolved is the operations that left something for a person to do, but for
+// those whose guest has been moved in order since. ops are the oldest first.
+func unresolved(ops []maint.Op) []maint.Condition {
+	var cs []maint.Condition
+	seen := make(map[string]bool)
+	for _, op := range slices.Backward(ops) {
+		left := op.Outcome == maint.OutcomeStuck || op.Outcome == maint.OutcomePartly
+		if op.State == maint.OpEnded && !seen[op.GuestUUID] && left && time.Since(op.Ended) < stuckFor {
+			c := maint.Condition{Code: maint.CodeUnverified, Since: op.Ended, Remedy: "belay ops show " + string(op.ID),
+				Text: fmt.Sprintf("operation %s on guest %s is %s", op.ID, op.Guest, op.Outcome)}
 			if len(op.Problems) > 0 {
-				text += ": " + op.Problems[0].Reason
-				remedy = op.Problems[0].Remedy
+				p := op.Problems[0]
+				c.Code, c.Remedy, c.Text = p.Code, p.Remedy, c.Text+": "+p.Reason
 			}
-			cs = append(cs, maint.Condition{Code: maint.CodeUnverified, Text: text, Remedy: remedy, Since: op.Ended})
+			cs = append(cs, c)
+		}
+		if op.Outcome == maint.OutcomeDone || left {
+			seen[op.GuestUUID] = true
 		}
 	}
 	return cs

@@ -14,8 +14,8 @@ import (
 // Guests lists all domains, sorted by name. A domain that goes away while it
 // is being looked at is left out.
 //
-// Source: virConnectListAllDomains, and for each domain virDomainGetState,
-// virDomainGetXMLDesc and, if it is active, virDomainGetJobStats.
+// Source: virConnectListAllDomains, and for each domain virDomainGetJobStats,
+// virDomainGetState and virDomainGetXMLDesc.
 // None of them waits for a domain's job or asks a QEMU that might not answer.
 func (h *Host) Guests(ctx context.Context) ([]maint.Guest, error) {
 	var guests []maint.Guest
@@ -118,6 +118,12 @@ func (s *session) listSet(filter libvirt.ConnectListAllDomainsFlags) (map[libvir
 // guest looks at a domain, all but its persistence and autostart.
 func (s *session) guest(d libvirt.Domain) (maint.Guest, error) {
 	var g maint.Guest
+	// The job comes first: were it asked for last, a migration that ends in
+	// between would leave "running" and no job, which is a guest that stays.
+	job, err := s.job(d)
+	if err != nil && !isCode(err, libvirt.ErrNoSupport) { // the test driver has no jobs
+		return g, err
+	}
 	state, err := call(s, "DomainGetState", func(l *libvirt.Libvirt) ([2]int32, error) {
 		state, reason, err := l.DomainGetState(d, 0)
 		return [2]int32{state, reason}, err
@@ -134,10 +140,6 @@ func (s *session) guest(d libvirt.Domain) (maint.Guest, error) {
 		return g, err
 	}
 	if g.State.Active() {
-		job, err := s.job(d)
-		if err != nil && !isCode(err, libvirt.ErrNoSupport) { // the test driver has no jobs
-			return g, err
-		}
 		g.Job = job.Operation
 	}
 	return g, nil

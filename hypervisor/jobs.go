@@ -44,10 +44,10 @@ func (h *Host) CompletedJob(ctx context.Context, uuid string) (maint.Job, error)
 	return job, err
 }
 
-// AbortJob cancels the domain's job, for example an outgoing migration, which
-// leaves the guest running where it is. It returns when libvirt has passed the
-// request on, not when the job is over. It wraps maint.ErrNoJob when there is
-// none, or the domain is not active. An incoming migration cannot be aborted
+// AbortJob cancels the domain's outgoing migration, which leaves the guest
+// running where it is. It returns when libvirt has passed the request on, not
+// when the job is over. It wraps maint.ErrNoJob when there is none, when the
+// job is of another kind, or the domain is not active. An incoming migration cannot be aborted
 // from this side: ErrIncoming.
 //
 // Source: virDomainAbortJob.
@@ -65,6 +65,8 @@ func (h *Host) AbortJob(ctx context.Context, uuid string) error {
 			return noJob
 		case job.Operation == migrationIn:
 			return fmt.Errorf("cannot abort the job of %s: %w", d.Name, ErrIncoming)
+		case job.Operation != migrationOut: // somebody's backup, dump or save
+			return noJob
 		}
 		_, err = call(s, op, func(l *libvirt.Libvirt) (struct{}, error) {
 			return struct{}{}, l.DomainAbortJob(d)

@@ -37,10 +37,11 @@ type Description struct {
 	Inactive string // the definition, "" for a transient guest
 }
 
-// Keeper removes a definition that was left behind. It refuses while the
-// guest is active.
+// Keeper deals with a definition that was left behind: it removes it, which is
+// refused while the guest is active, or keeps it from starting with the host.
 type Keeper interface {
 	UndefineInactive(ctx context.Context, uuid string) error
+	SetAutostart(ctx context.Context, uuid string, on bool) error
 }
 
 // Source is the host the guest leaves.
@@ -90,6 +91,9 @@ type Migration struct {
 	Destination Destination
 	Params      maint.MoveParams // Persist is set from the guest itself
 	Log         *slog.Logger
+	// Deadline is when the operation was to be over. An agent that comes back
+	// after it sees a copy through, but begins none. Zero is none.
+	Deadline time.Time
 	// Progress is told the statistics of the running copy.
 	Progress func(maint.Job)
 }
@@ -115,32 +119,22 @@ type before struct {
 // Preflight asks both hosts whether the guest can move, and returns a
 // *maint.Refusal with every reason why not.
 func (m *Migration) Preflight(ctx context.Context, s Scratch) error {
-	var problems []maint.Problem
-	add := func(p *maint.Problem) { problems = append(problems, *p) }
-	subject := "guest " + m.Guest
+	op := ctx
+	ctx, cancel := context.WithTimeout(op, settleGrace) // no host may hold it for longer
+	defer cancel()
 
 	g, err := m.Source.Guest(ctx, m.UUID)
 	if err != nil {
 		return fmt.Errorf("cannot look at guest %s: %w", m.Guest, err)
 	}
-	switch {
-	case !g.State.Active():
-		add(maint.Problemf(maint.CodeGuestOff, subject, "start it first, or move its definition with virsh", "is %s", g.State))
-	case g.State == maint.GuestPaused:
-		add(maint.Problemf(maint.CodeGuestPaused, subject, "resume it first (virsh resume), if whoever paused it agrees",
-			"is paused (%s), and Belay did not pause it", g.Reason))
-	case g.State != maint.GuestRunning && g.State != maint.GuestBlocked:
-		add(maint.Problemf(maint.CodeGuestState, subject, "wait until it runs normally", "is %s (%s)", g.State, g.Reason))
-	}
-	if g.Job != "" {
-		add(maint.Problemf(maint.CodeBusy, subject, "wait for the job to end, or abort it (virsh domjobabort)", "has a %s job in progress", g.Job))
-	}
+	problems := m.unfit(g)
+	add := func(p *maint.Problem) { problems = append(problems, *p) }
 	if len(problems) == 0 { // libvirt's own checks need a running guest
 		if err := m.Source.DryRun(ctx, m.UUID, m.params(g.Persistent)); err != nil {
 			if errors.Is(err, maint.ErrHypervisorDown) {
 				return err
 			}
-			add(maint.Problemf(maint.CodeSourceRefuses, subject, "change what libvirt names, or use another rung", "libvirt refuses to migrate it: %v", err))
+			add(maint.Problemf(maint.CodeSourceRefuses, "guest "+m.Guest, "change what libvirt names, or use another rung", "libvirt refuses to migrate it: %v", err))
 		}
 	}
 
@@ -150,7 +144,7 @@ func (m *Migration) Preflight(ctx context.Context, s Scratch) error {
 	}
 	there, err := m.Destination.Check(ctx, b.Arrival)
 	switch {
-	case err != nil && ctx.Err() != nil: // we gave up, which is not the peer's fault
+	case err != nil && op.Err() != nil: // we gave up, which is not the peer's fault
 		return fmt.Errorf("cannot ask %s for guest %s: %w", m.To, m.Guest, err)
 	case err != nil:
 		add(maint.AsProblem(err, maint.CodePeerDown, "peer "+m.To))
@@ -160,6 +154,26 @@ func (m *Migration) Preflight(ctx context.Context, s Scratch) error {
 		return m.refuse(problems)
 	}
 	return s.Save(b)
+}
+
+// unfit is why a guest in this state is not to be moved.
+func (m *Migration) unfit(g maint.Guest) (problems []maint.Problem) {
+	add := func(code maint.Code, remedy, format string, args ...any) {
+		problems = append(problems, *maint.Problemf(code, "guest "+m.Guest, remedy, format, args...))
+	}
+	switch {
+	case !g.State.Active():
+		add(maint.CodeGuestOff, "start it first, or move its definition with virsh", "is %s", g.State)
+	case g.State == maint.GuestPaused:
+		add(maint.CodeGuestPaused, "resume it first (virsh resume), if whoever paused it agrees",
+			"is paused (%s), and Belay did not pause it", g.Reason)
+	case g.State != maint.GuestRunning && g.State != maint.GuestBlocked:
+		add(maint.CodeGuestState, "wait until it runs normally", "is %s (%s)", g.State, g.Reason)
+	}
+	if g.Job != "" {
+		add(maint.CodeBusy, "wait for the job to end, or abort it (virsh domjobabort)", "has a %s job in progress", g.Job)
+	}
+	return problems
 }
 
 func (m *Migration) describe(ctx context.Context, g maint.Guest) (before, error) {
@@ -195,13 +209,15 @@ func (m *Migration) Reserve(ctx context.Context, s Scratch) error {
 	if _, err := s.Load(PhasePreflight, &b); err != nil {
 		return err
 	}
-	return m.retry(ctx, restartGrace, func() error { return m.Destination.Reserve(ctx, b.Arrival) })
+	return m.retry(ctx, restartGrace, func(ctx context.Context) error { return m.Destination.Reserve(ctx, b.Arrival) })
 }
 
 // Release gives the room up. An unreachable peer is no failure: the
 // reservation lapses by itself.
 func (m *Migration) Release(ctx context.Context, s Scratch) error {
-	if err := m.Destination.Release(ctx, m.Op); err != nil {
+	ask, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	if err := m.Destination.Release(ask, m.Op); err != nil {
 		return s.Note("peer %s could not be told to give up the reservation, it will lapse: %v", m.To, err)
 	}
 	return nil
@@ -215,7 +231,7 @@ func (m *Migration) Verify(ctx context.Context, s Scratch) error {
 		return err
 	}
 	settle := maint.Settlement{Op: m.Op, GuestUUID: m.UUID, Persistent: b.Persistent, Autostart: b.Autostart, XML: b.XML}
-	if err := m.retry(ctx, settleGrace, func() error { return m.Destination.Settle(ctx, settle) }); err != nil {
+	if err := m.retry(ctx, settleGrace, func(ctx context.Context) error { return m.Destination.Settle(ctx, settle) }); err != nil {
 		return maint.Problemf(maint.CodeUnverified, "guest "+m.Guest,
 			fmt.Sprintf("on %s: virsh dominfo %s; then set persistence and autostart as wanted (were: persistent %t, autostart %t)", m.To, m.Guest, b.Persistent, b.Autostart),
 			"runs on %s, but its definition there could not be settled: %v", m.To, err)
@@ -224,19 +240,23 @@ func (m *Migration) Verify(ctx context.Context, s Scratch) error {
 	switch {
 	case now == Moved:
 	case now == MovedLeftover:
-		return maint.Problemf(maint.CodeLeftover, "guest "+m.Guest,
-			fmt.Sprintf("make sure that it runs on %s, then on %s: virsh destroy %s", m.To, m.From, m.Guest),
-			"runs on %s, and %s still holds its stopped process", m.To, m.From)
+		return m.leftover(ctx, b)
 	case err != nil:
 		return err
 	default:
 		return m.unsettled(now)
 	}
+	if err := m.noteArrival(ctx, s); err != nil {
+		return err
+	}
 	left, err := m.Source.Guest(ctx, m.UUID)
 	if errors.Is(err, maint.ErrNoGuest) {
 		return nil
 	}
-	if err == nil && !left.State.Active() { // libvirt was interrupted before it undefined it
+	if err == nil && left.State.Active() { // started there at this very moment
+		return m.unsettled(Both)
+	}
+	if err == nil { // libvirt was interrupted before it undefined it
 		if err := m.Source.UndefineInactive(ctx, m.UUID); err != nil {
 			return maint.Problemf(maint.CodeLeftover, "guest "+m.Guest, fmt.Sprintf("on %s: virsh undefine %s", m.From, m.Guest),
 				"runs on %s, but its old definition on %s could not be removed: %v", m.To, m.From, err)
@@ -246,10 +266,43 @@ func (m *Migration) Verify(ctx context.Context, s Scratch) error {
 	return err
 }
 
+// noteArrival writes down what the guest does on the destination where that is
+// not to run: its owner may have paused it, or its disk failed, on the way.
+func (m *Migration) noteArrival(ctx context.Context, s Scratch) error {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	v, err := m.Destination.View(ctx, m.UUID)
+	if err != nil || v.Guest == nil || v.Running() {
+		return nil // how it was moments ago has been verified
+	}
+	return s.Note("on %s the guest is %s (%s), which is not Belay's doing", m.To, v.Guest.State, v.Guest.Reason)
+}
+
+// leftover keeps the definition that is still on the source from starting a
+// second copy when that host reboots, and tells what a person has to do.
+func (m *Migration) leftover(ctx context.Context, b before) error {
+	p := maint.Problemf(maint.CodeLeftover, "guest "+m.Guest,
+		fmt.Sprintf("make sure that it runs on %s, then on %s: virsh destroy %s", m.To, m.From, m.Guest),
+		"runs on %s, and %s still holds its stopped process", m.To, m.From)
+	if !b.Persistent {
+		return p
+	}
+	p.Remedy += "; virsh undefine --keep-nvram " + m.Guest
+	if b.Autostart {
+		off := func(ctx context.Context) error { return m.Source.SetAutostart(ctx, m.UUID, false) }
+		if err := m.retry(ctx, settleGrace, off); err != nil {
+			p.Reason += fmt.Sprintf(", which would start again with the host: its autostart could not be turned off: %v", err)
+		}
+	}
+	return p
+}
+
 // Measure returns what libvirt measured of the finished copy, from the
 // destination: the source keeps nothing of a guest that has left.
 func (m *Migration) Measure(ctx context.Context) (maint.MoveResult, error) {
 	r := maint.MoveResult{From: m.From, To: m.To}
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
 	job, err := m.Destination.CompletedJob(ctx, m.UUID)
 	if err != nil {
 		return r, err
@@ -258,13 +311,16 @@ func (m *Migration) Measure(ctx context.Context) (maint.MoveResult, error) {
 	return r, nil
 }
 
-// retry calls f until it works, fails for good, ctx ends or d has passed.
-func (m *Migration) retry(ctx context.Context, d time.Duration, f func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, d)
+// retry calls f until it works, fails for good, ctx ends or d has passed. Each
+// call is bounded: a host that hangs must not hold the operation for ever.
+func (m *Migration) retry(outer context.Context, d time.Duration, f func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(outer, d)
 	defer cancel()
 	pause := 100 * time.Millisecond
 	for {
-		err := f()
+		ask, cancel := context.WithTimeout(outer, askTimeout)
+		err := f(ask)
+		cancel()
 		if err == nil || !transient(err) {
 			return err
 		}

@@ -13,9 +13,16 @@ const (
 	// settleGrace is how long a host that cannot be asked, or a guest that
 	// is between two hosts, is waited for before a person is needed.
 	settleGrace = time.Minute
+	// silentGrace is the same for this host's own libvirt, which can be held
+	// up by one guest's job for minutes: the guest runs on meanwhile, and
+	// there is nothing that a person could do better than wait.
+	silentGrace = 10 * time.Minute
 	// restartGrace is how long a peer is waited for that answered a moment
 	// ago: a belayd that is being restarted is back within it.
 	restartGrace = 10 * time.Second
+	// askTimeout bounds one question to a host, with time for a peer whose own
+	// libvirt does not answer to say so.
+	askTimeout = 15 * time.Second
 	// lookTimeout bounds one look at one host.
 	lookTimeout = 10 * time.Second
 	// maxAttempts bounds how often a copy is begun: once, and again when
@@ -36,10 +43,16 @@ const (
 	lookFirst = 50 * time.Millisecond
 )
 
-// attempt is what Perform writes down before it begins a copy.
+// attempt is what Perform writes down before it begins a copy, and again when
+// libvirt has said that this copy failed: a job that is seen where no copy was
+// begun, or after that, is somebody else's and not to be touched.
 type attempt struct {
-	Number int `json:"number"`
+	Number int  `json:"number"`
+	Over   bool `json:"over,omitempty"`
 }
+
+// ours reports whether a copy that is running can be the one begun here.
+func (a attempt) ours() bool { return a.Number > 0 && !a.Over }
 
 // ErrUnsettled marks a Perform error after which nobody knows where the guest
 // is, or knows it to be where it must not be: there must be no automatic undo.
@@ -56,10 +69,20 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 	if _, err := s.Load(PhasePreflight, &b); err != nil {
 		return err
 	}
+	var a attempt
+	if _, err := s.Load(PhasePerform, &a); err != nil {
+		return err
+	}
 	defer m.renew(detach, b.Arrival)()
 	begun := false
 	for {
-		now, err := m.settle(detach)
+		var now Situation
+		var err error
+		if a.Number == 0 {
+			now, err = NotMoved, m.untouched(ctx)
+		} else {
+			now, err = m.settle(detach)
+		}
 		if err != nil {
 			return err
 		}
@@ -70,11 +93,17 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 			}
 			return nil
 		case Copying:
-			if err := s.Note("found the copy already running, watching it"); err != nil {
-				return err
+			if !a.ours() {
+				return maint.Problemf(maint.CodeBusy, "guest "+m.Guest, "wait for that migration to end, or abort it (virsh domjobabort)",
+					"is being migrated by somebody else since the copy to %s failed", m.To)
 			}
-			m.watch(ctx, detach, nil)
+			if !begun {
+				if err := s.Note("found the copy already running, watching it"); err != nil {
+					return err
+				}
+			}
 			begun = true
+			m.watch(ctx, detach, nil)
 			continue
 		case NotMoved:
 		case Off:
@@ -86,28 +115,34 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 		if ctx.Err() != nil {
 			return m.cancelled(ctx)
 		}
+		if late := !m.Deadline.IsZero() && time.Now().After(m.Deadline); late && !begun {
+			return maint.Problemf(maint.CodeTimeout, "guest "+m.Guest, "try again",
+				"belayd on %s was away until the operation's time was over, and begins no copy to %s after it; the guest runs on %s as before", m.From, m.To, m.From)
+		}
 		if begun {
 			return maint.Problemf(maint.CodeFailed, "guest "+m.Guest, "see the libvirt and QEMU logs of both hosts, then try again",
 				"the copy to %s ended without success; the guest runs on %s as before", m.To, m.From)
-		}
-		var a attempt
-		if _, err := s.Load(PhasePerform, &a); err != nil {
-			return err
 		}
 		if a.Number >= maxAttempts {
 			return maint.Problemf(maint.CodeFailed, "guest "+m.Guest, "see the libvirt and QEMU logs of both hosts, then try again",
 				"%d copies to %s were begun and none succeeded; the guest runs on %s as before", a.Number, m.To, m.From)
 		}
 		// Once more before the effect: the peer answers, and still has room.
-		if err := m.retry(ctx, restartGrace, func() error { return m.Destination.Reserve(ctx, b.Arrival) }); err != nil {
+		if err := m.retry(ctx, restartGrace, func(ctx context.Context) error { return m.Destination.Reserve(ctx, b.Arrival) }); err != nil {
 			return err
 		}
-		a.Number++
+		a.Number, a.Over = a.Number+1, false
 		if err := s.Save(a); err != nil {
 			return err
 		}
 		moveErr := m.copy(ctx, detach, s)
 		begun = true
+		if moveErr != nil && !lostSight(moveErr) {
+			a.Over = true
+			if err := s.Save(a); err != nil {
+				return err
+			}
+		}
 		now, err = m.settle(detach)
 		if err != nil {
 			return err
@@ -121,24 +156,62 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 	}
 }
 
+// lostSight reports whether Migrate returned without libvirt's answer, so that
+// the copy may be running.
+func lostSight(err error) bool {
+	return transient(err) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
+}
+
+// untouched makes sure, before the first copy, that the guest is as preflight
+// found it.
+func (m *Migration) untouched(ctx context.Context) error {
+	var g maint.Guest
+	err := m.retry(ctx, settleGrace, func(ctx context.Context) (err error) {
+		g, err = m.Source.Guest(ctx, m.UUID)
+		return err
+	})
+	switch {
+	case ctx.Err() != nil:
+		return m.cancelled(ctx)
+	case errors.Is(err, maint.ErrNoGuest):
+		return maint.Problemf(maint.CodeUnknownGuest, "guest "+m.Guest, "find out who removed it or moved it away",
+			"has gone from %s before the copy to %s was begun", m.From, m.To)
+	case err != nil:
+		return err
+	}
+	if problems := m.unfit(g); len(problems) > 0 {
+		return m.refuse(problems)
+	}
+	return nil
+}
+
 // renew keeps the peer's reservation alive until the function it returns is
 // called. A failure is the destination's affair: at worst the room goes to
 // somebody else, and libvirt there refuses the guest.
 func (m *Migration) renew(ctx context.Context, a maint.Arrival) (stop func()) {
-	ctx, cancel := context.WithCancel(ctx)
+	until, cancel := context.WithCancel(ctx)
+	ended := make(chan struct{})
 	go func() {
-		for wait(ctx, renewEvery) {
-			if err := m.Destination.Reserve(ctx, a); err != nil && ctx.Err() == nil {
+		defer close(ended)
+		for wait(until, renewEvery) {
+			ask, cancel := context.WithTimeout(ctx, askTimeout)
+			if err := m.Destination.Reserve(ask, a); err != nil && ctx.Err() == nil {
 				m.Log.Warn("cannot renew the reservation", "peer", m.To, "err", err)
 			}
+			cancel()
 		}
 	}()
-	return cancel
+	// A renewal under way is waited for: it must not undo the release.
+	return func() { cancel(); <-ended }
 }
 
 // Cancel makes sure that no copy is running and that the guest is where it
 // was. It is the undo of Perform.
 func (m *Migration) Cancel(ctx context.Context, s Scratch) error {
+	var a attempt
+	if _, err := s.Load(PhasePerform, &a); err != nil || a.Number == 0 {
+		return err
+	}
 	abortCtx, cancel := context.WithCancel(ctx)
 	cancel()
 	for {
@@ -150,6 +223,9 @@ func (m *Migration) Cancel(ctx context.Context, s Scratch) error {
 		case NotMoved, Off:
 			return nil
 		case Copying:
+			if !a.ours() {
+				return nil
+			}
 			m.watch(abortCtx, ctx, nil)
 		default:
 			return m.unsettled(now)
@@ -182,7 +258,9 @@ func (m *Migration) watch(ctx, detach context.Context, done <-chan error) error 
 		case <-detach.Done():
 			return detach.Err()
 		case <-stop:
-			stop, cancelled = nil, true // abort below, then wait for the end
+			stop, cancelled = nil, true
+			m.abort(detach)
+			continue // the job's end takes its time
 		case <-tick.C:
 		}
 		if cancelled {
@@ -192,7 +270,7 @@ func (m *Migration) watch(ctx, detach context.Context, done <-chan error) error 
 		job, err := m.Source.Job(lookCtx, m.UUID)
 		cancel()
 		switch {
-		case err == nil && job.Active:
+		case err == nil && job.Active && job.Operation == jobOut: // not what came after it
 			m.Progress(job)
 		case done == nil: // the job is gone, or libvirt is: look at both hosts
 			return err
@@ -212,14 +290,12 @@ func (m *Migration) abort(ctx context.Context) {
 
 // settle looks at both hosts until the situation is one to act on. It waits
 // through switch-overs and through hosts that cannot be asked, for up to
-// settleGrace. The two looks are not made at the same instant, so what would
-// be an alarm is believed only when it is seen again and again.
+// settleGrace, or silentGrace. The two looks are not made at the same instant,
+// so what would be an alarm is believed only when it is seen again and again.
 func (m *Migration) settle(detach context.Context) (Situation, error) {
-	grace, cancel := context.WithTimeout(detach, settleGrace)
-	defer cancel()
-	pause := lookFirst
+	begun, pause := time.Now(), lookFirst
 	for alarms := 0; ; {
-		here, there := m.look(grace)
+		here, there := m.look(detach)
 		now := Classify(here, there)
 		switch now {
 		case Switching, Unknown:
@@ -230,11 +306,15 @@ func (m *Migration) settle(detach context.Context) (Situation, error) {
 		default:
 			return now, nil
 		}
-		if !wait(grace, pause) {
-			if detach.Err() != nil {
-				return now, detach.Err()
-			}
+		patience := settleGrace
+		if here == nil {
+			patience = silentGrace
+		}
+		if time.Since(begun) > patience {
 			return now, m.unsettled(now)
+		}
+		if !wait(detach, pause) {
+			return now, detach.Err()
 		}
 		pause = min(2*pause, 2*time.Second)
 	}
@@ -284,12 +364,12 @@ func (m *Migration) unsettled(now Situation) error {
 	p := maint.Problemf(maint.CodeUnverified, "guest "+m.Guest, "", "after the copy to %s it is %s", m.To, now)
 	switch now {
 	case Unknown:
-		p.Reason = fmt.Sprintf("one of the hosts %s and %s could not be asked for %s; where it runs is not known", m.From, m.To, settleGrace)
+		p.Reason = fmt.Sprintf("one of the hosts %s and %s could not be asked, however often it was tried; where it runs is not known", m.From, m.To)
 		p.Remedy = fmt.Sprintf("look on both: virsh domstate --reason %s; start it nowhere before the other host is known not to run it", m.Guest)
 	case Both:
 		p.Remedy = "stop one copy at once, before both write to the same disk: compare 'virsh domstate --reason' and the guest's own clock on both hosts"
 	case Neither:
-		p.Remedy = fmt.Sprintf("see the libvirt and QEMU logs of both hosts; its definition is in the record of operation %s (belay ops show %s -o json)", m.Op, m.Op)
+		p.Remedy = fmt.Sprintf("see the libvirt and QEMU logs of both hosts; its definition, if it had one, is in the record of the operation (belay ops show %s -o json, as an operator)", m.Op)
 	case Switching:
 		p.Remedy = fmt.Sprintf("look on both: virsh domstate --reason %s; a copy that is paused for migration is resumed with virsh resume only when the other host has none", m.Guest)
 	}

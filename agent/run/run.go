@@ -21,8 +21,8 @@ var (
 	ErrLeftOpen = errors.New("left open, to be resumed")
 )
 
-// undoTimeout bounds one undo.
-const undoTimeout = 2 * time.Minute
+// undoTimeout bounds one undo that does not bound itself.
+const undoTimeout = 15 * time.Minute
 
 // Step is one step of an operation.
 type Step struct {
