@@ -5,39 +5,41 @@ GO       ?= go
 BIN      := bin
 VERSION  := $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 LDFLAGS  := -s -w -X main.version=$(VERSION)
-# Tests that share one machine: as many packages at once as there are cores.
-TESTFLAGS ?=
+# Further flags, such as TESTFLAGS='-run TestBadInput -v', BENCHFLAGS='-only daemon'.
+TESTFLAGS  ?=
+BENCHFLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo test test-unit test-long lint bench man completion clean
+.PHONY: help deps build demo test test-unit test-long lint bench man completion clean clean-cache
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-deps: ## install what building and testing need and is missing (Debian)
-	@scripts/deps
+deps: ## install what the lab, the demo and the tests need and is missing (Debian)
+	@scripts/deps lab
 
-build: deps ## build belay, belayd and the lab's programs into bin/
+build: ## build belay, belayd and the lab's programs into bin/ (installs go-libvirt's sources)
+	@scripts/deps build
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/... ./vmtests/cmd/...
 
-demo: build ## two hosts, a guest, and its migration beside virsh's (needs root, under 5 minutes)
+demo: deps build ## two hosts, a guest, and its migration beside virsh's (needs root, under 5 minutes)
 	@BELAY_BIN=$(CURDIR)/$(BIN) exec $(BIN)/demo
 
-test: build ## all tests, with real libvirt and QEMU in a lab (needs root)
+test: deps build ## all tests, with real libvirt and QEMU in a lab (needs root)
 	BELAY_BIN=$(CURDIR)/$(BIN) $(GO) test -timeout 14m $(TESTFLAGS) ./...
 
-test-unit: deps ## only the tests that need no lab
+test-unit: build ## only the tests that need no lab
 	BELAY_LAB=skip $(GO) test $(TESTFLAGS) ./...
 
-test-long: build ## the long campaigns (an hour)
+test-long: deps build ## the long campaigns (an hour)
 	BELAY_BIN=$(CURDIR)/$(BIN) BELAY_LONG=1 $(GO) test -timeout 120m -count=1 -v -run '^Test' ./vmtests/ ./agent/
 
-lint: deps ## gofmt, vet, staticcheck
+lint: build ## gofmt, vet, staticcheck
 	@unformatted=$$(gofmt -l .); if [ -n "$$unformatted" ]; then echo "gofmt would change:"; echo "$$unformatted"; exit 1; fi
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 
-bench: build ## the benchmarks of docs/benchmarks.md (needs root and a quiet machine)
+bench: deps build ## the benchmarks of docs/benchmarks.md (needs root and a quiet machine)
 	@BELAY_BIN=$(CURDIR)/$(BIN) exec $(BIN)/bench $(BENCHFLAGS)
 
 man: build ## man pages into bin/man
@@ -46,6 +48,10 @@ man: build ## man pages into bin/man
 completion: build ## shell completions into bin/completion
 	@mkdir -p $(BIN)/completion && for s in bash zsh fish; do $(BIN)/belay completion $$s >$(BIN)/completion/belay.$$s; done && ls $(BIN)/completion
 
-clean: ## remove what was built, labs that crashed, and the lab's caches
+clean: ## remove what was built, and labs that crashed
 	@[ ! -d /var/lib/belay-lab ] || $(GO) run ./vmtests/cmd/lab clean
-	rm -rf $(BIN) artifacts /var/cache/belay /var/cache/belay-lab
+	rm -rf $(BIN) artifacts
+
+clean-cache: ## remove the lab's downloads and caches, when no lab is up
+	@for lab in /var/lib/belay-lab/*/; do [ ! -d "$$lab" ] || { echo "clean-cache: lab $$lab is up, and uses the caches" >&2; exit 1; }; done
+	rm -rf $${BELAY_CACHE:-/var/cache/belay} /var/cache/belay-lab

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"net"
 	"net/url"
@@ -156,6 +157,11 @@ func (p *peer) checkLibvirt(ctx context.Context) maint.Check {
 	if err != nil {
 		c.Result, c.Text = maint.CheckFail, fmt.Sprintf("%s: %v", p.cfg.LibvirtURI, err)
 		c.Remedy = "enable libvirt's remote socket there (systemctl enable --now libvirtd-tls.socket) and open the port"
+		var unresolved *net.DNSError
+		if errors.As(err, &unresolved) {
+			c.Text = fmt.Sprintf("%s: the name %s does not resolve here", p.cfg.LibvirtURI, u.Hostname())
+			c.Remedy = "add it to DNS or /etc/hosts, or use an address in peers." + p.name + ".libvirt_uri"
+		}
 		return c
 	}
 	conn.Close()

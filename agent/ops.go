@@ -32,7 +32,7 @@ func (a *Agent) Migrate(ctx context.Context, by string, r maint.MigrateRequest) 
 	switch {
 	case errors.Is(err, maint.ErrNoGuest):
 		return maint.Op{}, refuse(what, maint.Problemf(maint.CodeUnknownGuest, "guest "+r.Guest,
-			"see 'belay guests' for the names", "is not on host %s", a.cfg.Host))
+			"see 'belay guests' for the names; if it has moved, ask the belayd of the host where it is", "is not on host %s", a.cfg.Host))
 	case errors.Is(err, maint.ErrHypervisorDown):
 		return maint.Op{}, refuse(what, maint.Problemf(maint.CodeHypervisorDown, "host "+a.cfg.Host,
 			"see that libvirtd or virtqemud runs (systemctl status libvirtd virtqemud)", "%v", err))

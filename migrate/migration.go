@@ -134,7 +134,7 @@ func (m *Migration) Preflight(ctx context.Context, s Scratch) error {
 			if errors.Is(err, maint.ErrHypervisorDown) {
 				return err
 			}
-			add(maint.Problemf(maint.CodeSourceRefuses, "guest "+m.Guest, "change what libvirt names, or use another rung", "libvirt refuses to migrate it: %v", err))
+			add(maint.Problemf(maint.CodeSourceRefuses, "guest "+m.Guest, "change what libvirt names; if that is storage, put its disks on storage that both hosts share, opened with cache=none", "libvirt refuses to migrate it: %v", err))
 		}
 	}
 

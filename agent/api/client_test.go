@@ -57,8 +57,10 @@ func TestNotBelayd(t *testing.T) {
 		"error without text": func(w http.ResponseWriter, _ *http.Request) { reply(w, 409, failure{&maint.Refusal{}}) },
 		"an endless answer":  func(w http.ResponseWriter, _ *http.Request) { endless(w, `{"version":"`) },
 		"an endless error":   func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(409); endless(w, `{"error":{"what":"`) },
-		"another place":      func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/v1/other", 307) },
-		"hanging up":         func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) },
+		"another place": func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "/v1/other", http.StatusTemporaryRedirect)
+		},
+		"hanging up": func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) },
 	} {
 		s := httptest.NewServer(h)
 		t.Cleanup(s.Close)

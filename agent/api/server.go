@@ -148,7 +148,7 @@ func Handler(a Agent, id Identify, log *slog.Logger) http.Handler {
 			c := id(r)
 			if !slices.Contains(rt.may, c.Role) {
 				fail(w, r, log, maint.Problemf(maint.CodeForbidden, "caller "+c.Name,
-					"have yourself added to the operators or viewers in belayd's configuration, section [access]",
+					"have the role given to you in belayd's configuration, section [access]: operators may change things, viewers look",
 					"with role %q may not %s %s", c.Role, r.Method, r.URL.Path))
 				return
 			}

@@ -40,7 +40,7 @@ runs where it ran before. Ctrl-C detaches: the migration goes on.`,
 			if detach {
 				return a.print(op, func(w io.Writer) { row(w, op.ID) })
 			}
-			return a.follow(c.Context(), op.ID, wait)
+			return a.follow(c.Context(), op.ID, wait, maint.OutcomeDone)
 		},
 	}
 	f := c.Flags()
@@ -55,10 +55,16 @@ runs where it ran before. Ctrl-C detaches: the migration goes on.`,
 }
 
 func (a *app) opsCmd() *cobra.Command {
-	c := &cobra.Command{Use: "ops", Short: "List, show, watch and abort operations", Args: noArgs,
+	c := &cobra.Command{Use: "ops", Short: "List, show, watch and abort operations",
 		RunE: func(c *cobra.Command, _ []string) error {
 			return usage("belay ops needs one of list, show, watch, abort")
 		}}
+	c.Args = func(_ *cobra.Command, args []string) error {
+		if len(args) > 0 {
+			return usage("belay ops has no %q; it has list, show, watch, abort", args[0])
+		}
+		return nil
+	}
 	c.AddCommand(a.opsListCmd(), a.opsShowCmd(), a.opsWatchCmd(), a.opsAbortCmd())
 	return c
 }
@@ -112,6 +118,9 @@ func (a *app) opsShowCmd() *cobra.Command {
 			}{op, recs}
 			return a.print(v, func(w io.Writer) {
 				printOp(w, op)
+				for _, p := range op.Problems {
+					row(w, "because", p.Error())
+				}
 				row(w)
 				for _, r := range recs {
 					row(w, r.Time.Local().Format("15:04:05.000"), dash(r.Step), r.Kind, r.Text)
@@ -129,7 +138,7 @@ func (a *app) opsWatchCmd() *cobra.Command {
 			if err := checkWait(wait); err != nil {
 				return err
 			}
-			return a.follow(c.Context(), maint.OpID(args[0]), wait)
+			return a.follow(c.Context(), maint.OpID(args[0]), wait, maint.OutcomeDone)
 		},
 	}
 	c.Flags().DurationVar(&wait, "wait", 0, "wait no longer than this, then exit with 5 while the operation goes on")
@@ -145,12 +154,7 @@ func (a *app) opsAbortCmd() *cobra.Command {
 			if _, err := a.client().Abort(c.Context(), id); err != nil {
 				return err
 			}
-			err := a.follow(c.Context(), id, 0)
-			op, opErr := a.client().Op(c.Context(), id)
-			if opErr == nil && op.Outcome == maint.OutcomeAborted {
-				return nil // as asked
-			}
-			return err
+			return a.follow(c.Context(), id, 0, maint.OutcomeAborted)
 		},
 	}
 }
@@ -167,8 +171,8 @@ func checkWait(d time.Duration) error {
 const reconnectFor = time.Minute
 
 // follow waits for the end of an operation, showing its progress, and ends as
-// the operation does.
-func (a *app) follow(ctx context.Context, id maint.OpID, wait time.Duration) error {
+// the operation does: well, when the outcome is the one wished for.
+func (a *app) follow(ctx context.Context, id maint.OpID, wait time.Duration, wish maint.Outcome) error {
 	watchCtx, cancel := ctx, context.CancelFunc(func() {})
 	if wait > 0 {
 		watchCtx, cancel = context.WithTimeout(ctx, wait)
@@ -190,7 +194,7 @@ func (a *app) follow(ctx context.Context, id maint.OpID, wait time.Duration) err
 	if err := a.print(op, func(w io.Writer) { printOp(w, op) }); err != nil {
 		return err
 	}
-	if op.Outcome != maint.OutcomeDone {
+	if op.Outcome != wish {
 		printProblems(a.err, fmt.Sprintf("operation %s: %s", op.ID, op.Outcome), op.Problems)
 		return &ended{outcomeCode(op.Outcome)}
 	}
@@ -272,9 +276,6 @@ func printOp(w io.Writer, op maint.Op) {
 		row(w, "resumed", fmt.Sprintf("%d times after a restart of belayd", op.Resumed))
 	}
 	row(w, "outcome", dash(string(op.Outcome)))
-	for _, p := range op.Problems {
-		row(w, "because", p.Error())
-	}
 }
 
 func suffix(sep, s string) string {

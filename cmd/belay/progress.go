@@ -23,6 +23,7 @@ type progress interface {
 // elsewhere.
 func newProgress(w io.Writer, id maint.OpID) progress {
 	if f, ok := w.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+		fmt.Fprintf(w, "operation %s (Ctrl-C detaches from it)\n", id)
 		return newBar(w)
 	}
 	return &lines{w: w, id: id}

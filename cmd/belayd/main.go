@@ -64,12 +64,22 @@ func serve(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "belayd: %v\n", err)
 		return 2
 	}
+	// Certificates that cannot be read are settings that are wrong: a restart
+	// does not mend them.
+	id, err := api.LoadIdentity(cfg.TLS.CA, cfg.TLS.Cert, cfg.TLS.Key)
+	if err != nil {
+		fmt.Fprintf(stderr, "belayd: %v\n", err)
+		return 2
+	}
 	if *check {
-		fmt.Fprintf(stdout, "%s: ok, host %s, %d peers\n", *file, cfg.Host, len(cfg.Peers))
+		if _, err := os.Stat(*file); err != nil {
+			fmt.Fprintf(stdout, "%s: does not exist, the defaults are used\n", *file)
+		}
+		fmt.Fprintf(stdout, "%s: ok, host %s, peers: %d\n", *file, cfg.Host, len(cfg.Peers))
 		return 0
 	}
 	log := newLog(stderr, *debugLog)
-	if err := run(ctx, cfg, log); err != nil {
+	if err := run(ctx, cfg, id, log); err != nil {
 		fmt.Fprintf(stderr, "belayd: %v\n", err)
 		return 1
 	}
@@ -77,17 +87,12 @@ func serve(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 }
 
 // run wires one host's agent together and lets it live until ctx ends.
-func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
+func run(ctx context.Context, cfg config.Config, id api.Identity, log *slog.Logger) error {
 	j, err := journal.Open(cfg.StateDir)
 	if err != nil {
 		return err
 	}
 	defer j.Close()
-	id, err := api.LoadIdentity(cfg.TLS.CA, cfg.TLS.Cert, cfg.TLS.Key)
-	if err != nil {
-		return err
-	}
-
 	hyp := hypervisor.New(hypervisor.Config{Socket: cfg.Libvirt.Socket, URI: cfg.Libvirt.URI, Log: log})
 	defer hyp.Close()
 	a := agent.New(cfg, version, hyp, j, id.Client, log)
