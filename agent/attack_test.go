@@ -17,16 +17,16 @@ import (
 	"belay/hypervisor/hypervisortest"
 )
 
-// TestGraceAfterAbsence: an operation whose time ran out while the agent was
-// away is given some more, also at the first restart: its copy has gone on.
-func TestGraceAfterAbsence(t *testing.T) {
-	t.Parallel()
-	w := agenttest.New(t, quiet(t), nil, "a", "b")
+// awayInMidCopy is a world whose source's agent was stopped in the middle of a
+// copy, which is held, of an operation that has a second to live. Copies that
+// are begun after it come over begun.
+func awayInMidCopy(t *testing.T, ctx context.Context) (w *agenttest.World, uuid string, op maint.Op, begun <-chan string) {
+	t.Helper()
+	w = agenttest.New(t, quiet(t), nil, "a", "b")
 	source := w.Nodes[0]
-	uuid := source.Host.PutGuest("web-1", autostarted)
+	uuid = source.Host.PutGuest("web-1", autostarted)
 	source.Host.HoldCopies()
-	begun := copying(w)
-	ctx := ctxFor(t, patience)
+	begun = copying(w)
 	r := toB
 	r.Timeout = time.Second
 	op, err := source.Client.Migrate(ctx, r)
@@ -35,6 +35,16 @@ func TestGraceAfterAbsence(t *testing.T) {
 	}
 	<-begun
 	source.Stop()
+	return w, uuid, op, begun
+}
+
+// TestGraceAfterAbsence: an operation whose time ran out while the agent was
+// away is given some more, also at the first restart: its copy has gone on.
+func TestGraceAfterAbsence(t *testing.T) {
+	t.Parallel()
+	ctx := ctxFor(t, patience)
+	w, uuid, op, _ := awayInMidCopy(t, ctx)
+	source := w.Nodes[0]
 	time.Sleep(time.Until(op.Deadline))
 	source.Start(nil)
 	time.AfterFunc(100*time.Millisecond, source.Host.ReleaseCopies)
@@ -45,20 +55,9 @@ func TestGraceAfterAbsence(t *testing.T) {
 // the guest is not moved by an operation that nobody expects any more.
 func TestNoCopyAfterItsTime(t *testing.T) {
 	t.Parallel()
-	w := agenttest.New(t, quiet(t), nil, "a", "b")
-	source := w.Nodes[0]
-	uuid := source.Host.PutGuest("web-1", autostarted)
-	source.Host.HoldCopies()
-	begun := copying(w)
 	ctx := ctxFor(t, patience)
-	r := toB
-	r.Timeout = time.Second
-	op, err := source.Client.Migrate(ctx, r)
-	if err != nil {
-		t.Fatal(err)
-	}
-	<-begun
-	source.Stop()
+	w, uuid, op, begun := awayInMidCopy(t, ctx)
+	source := w.Nodes[0]
 	w.Nodes[1].Host.KillQEMU(t, uuid)
 	source.Host.ReleaseCopies()
 	time.Sleep(time.Until(op.Deadline))

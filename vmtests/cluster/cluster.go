@@ -46,6 +46,32 @@ func Build(ctx context.Context, dir string) (Binaries, error) {
 	return b, nil
 }
 
+// Programs are those in $BELAY_BIN, or else are built into a temporary folder,
+// which discard removes.
+func Programs(ctx context.Context) (bin Binaries, discard func() error, err error) {
+	if dir := os.Getenv("BELAY_BIN"); dir != "" {
+		if dir, err = filepath.Abs(dir); err != nil {
+			return bin, nil, err
+		}
+		bin = Binaries{Belay: filepath.Join(dir, "belay"), Belayd: filepath.Join(dir, "belayd")}
+		for _, program := range []string{bin.Belay, bin.Belayd} {
+			if _, err := os.Stat(program); err != nil {
+				return bin, nil, fmt.Errorf("BELAY_BIN: %w", err)
+			}
+		}
+		return bin, func() error { return nil }, nil
+	}
+	dir, err := os.MkdirTemp("", "belay-bin-")
+	if err != nil {
+		return bin, nil, err
+	}
+	discard = func() error { return os.RemoveAll(dir) }
+	if bin, err = Build(ctx, dir); err != nil {
+		return bin, nil, errors.Join(err, discard())
+	}
+	return bin, discard, nil
+}
+
 func moduleRoot(ctx context.Context) (string, error) {
 	out, err := exec.CommandContext(ctx, "go", "env", "GOMOD").Output()
 	if err != nil {

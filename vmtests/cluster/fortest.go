@@ -2,7 +2,6 @@ package cluster
 
 import (
 	"context"
-	"os"
 	"testing"
 	"time"
 
@@ -14,16 +13,17 @@ import (
 func ForTest(t testing.TB, c lab.Config) *Cluster {
 	t.Helper()
 	l := lab.ForTest(t, c)
-	bin := t.TempDir()
-	var b Binaries
-	var err error
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
-	if dir := os.Getenv("BELAY_BIN"); dir != "" {
-		b = Binaries{dir + "/belay", dir + "/belayd"}
-	} else if b, err = Build(ctx, bin); err != nil {
+	b, discard, err := Programs(ctx)
+	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		if err := discard(); err != nil {
+			t.Error(err)
+		}
+	})
 	cl, err := Up(ctx, l, b)
 	if err != nil {
 		t.Fatal(err)

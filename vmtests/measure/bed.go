@@ -7,8 +7,6 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"time"
 
 	"belay/vmtests/cluster"
@@ -35,7 +33,7 @@ type Config struct {
 	DirtyMiBs     float64 // how much the guest writes, MiB/s
 	WorkingSetMiB int     // to how much memory; 0 leaves what the guest has
 
-	Bin cluster.Binaries // see Programs
+	Bin cluster.Binaries // see cluster.Programs
 	Log *slog.Logger     // nil discards
 	// Stage, unless nil, is told what Up begins to do.
 	Stage func(text string)
@@ -64,32 +62,6 @@ func (c *Config) complete() {
 	if !s.Heartbeat.IsValid() {
 		s.Heartbeat = Heartbeats()
 	}
-}
-
-// Programs are those in $BELAY_BIN, or else are built into a temporary folder,
-// which discard removes.
-func Programs(ctx context.Context) (bin cluster.Binaries, discard func() error, err error) {
-	if dir := os.Getenv("BELAY_BIN"); dir != "" {
-		if dir, err = filepath.Abs(dir); err != nil {
-			return bin, nil, err
-		}
-		bin = cluster.Binaries{Belay: filepath.Join(dir, "belay"), Belayd: filepath.Join(dir, "belayd")}
-		for _, program := range []string{bin.Belay, bin.Belayd} {
-			if _, err := os.Stat(program); err != nil {
-				return bin, nil, fmt.Errorf("BELAY_BIN: %w", err)
-			}
-		}
-		return bin, func() error { return nil }, nil
-	}
-	dir, err := os.MkdirTemp("", "belay-bin-")
-	if err != nil {
-		return bin, nil, err
-	}
-	discard = func() error { return os.RemoveAll(dir) }
-	if bin, err = cluster.Build(ctx, dir); err != nil {
-		return bin, nil, errors.Join(err, discard())
-	}
-	return bin, discard, nil
 }
 
 // Bed is a cluster with one guest, and an observer of it. Its methods are not

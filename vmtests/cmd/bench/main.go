@@ -34,17 +34,11 @@ func run(ctx context.Context, args []string) error {
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	dir, err := os.MkdirTemp("", "belay-bench")
+	bin, discard, err := cluster.Programs(ctx)
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
-	bin := cluster.Binaries{}
-	if built := os.Getenv("BELAY_BIN"); built != "" {
-		bin = cluster.Binaries{Belay: built + "/belay", Belayd: built + "/belayd"}
-	} else if bin, err = cluster.Build(ctx, dir); err != nil {
-		return err
-	}
+	defer discard()
 	var uts unix.Utsname
 	if err := unix.Uname(&uts); err != nil {
 		return err

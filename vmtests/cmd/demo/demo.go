@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"belay/vmtests/cluster"
 	"belay/vmtests/guest"
 	"belay/vmtests/lab"
 	"belay/vmtests/measure"
@@ -61,7 +62,7 @@ func (d *demo) run(ctx context.Context) (err error) {
 	}
 	d.accel = accel
 	d.fact("accelerator", "%s, because: %s", accel, firstLine(reason))
-	bin, discard, err := measure.Programs(ctx)
+	bin, discard, err := cluster.Programs(ctx)
 	if err != nil {
 		return err
 	}
