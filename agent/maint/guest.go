@@ -37,19 +37,27 @@ type Guest struct {
 	UUID string `json:"uuid"`
 	Name string `json:"name"`
 
+	// ID is libvirt's number of the running domain, 0 while it is off.
+	ID int `json:"id,omitempty"`
+
 	State  GuestState `json:"state"`
 	Reason string     `json:"reason"` // virDomain*Reason, in virsh's words: "booted", "migrated", "user", …
 
-	MemoryBytes uint64     `json:"memory_bytes"` // maximum memory
-	VCPUs       int        `json:"vcpus"`
-	DomainType  string     `json:"domain_type"`  // "kvm" or "qemu" (TCG)
-	MachineType string     `json:"machine_type"` // for example "pc-q35-7.2"
-	CPUModel    string     `json:"cpu_model,omitempty"`
-	Persistent  bool       `json:"persistent"`
-	Autostart   bool       `json:"autostart"`
-	Agent       AgentState `json:"agent"`
-	Disks       []Disk     `json:"disks"`
-	Devices     []Device   `json:"devices"`
+	MemoryBytes uint64 `json:"memory_bytes"` // maximum memory
+	// MemorySource is what <memoryBacking> says memory is made of: "" (the
+	// process's own), "file", "memfd", "hugepages". MemoryShared is true when
+	// another process can map it.
+	MemorySource string     `json:"memory_source,omitempty"`
+	MemoryShared bool       `json:"memory_shared,omitempty"`
+	VCPUs        int        `json:"vcpus"`
+	DomainType   string     `json:"domain_type"`  // "kvm" or "qemu" (TCG)
+	MachineType  string     `json:"machine_type"` // for example "pc-q35-7.2"
+	CPUModel     string     `json:"cpu_model,omitempty"`
+	Persistent   bool       `json:"persistent"`
+	Autostart    bool       `json:"autostart"`
+	Agent        AgentState `json:"agent"`
+	Disks        []Disk     `json:"disks"`
+	Devices      []Device   `json:"devices"`
 
 	// Job is the domain job in progress, "" when there is none:
 	// "migration out", "migration in", "save", … (virDomainJobOperation).

@@ -13,7 +13,9 @@ type OpKind string
 
 // The kinds of operation.
 const (
-	OpMigrate OpKind = "migrate" // rung D: one guest to one peer
+	OpMigrate OpKind = "migrate"     // rung D: one guest to one peer
+	OpHold    OpKind = "hold"        // rung B1: guests held around a host step
+	OpReplace OpKind = "replace-vmm" // rung B2: a new QEMU under one guest
 )
 
 // OpState is where an operation is in its life.
@@ -56,15 +58,17 @@ type MigrateRequest struct {
 
 // Op is an operation: the fold of its records.
 type Op struct {
-	ID        OpID      `json:"id"`
-	Kind      OpKind    `json:"kind"`
-	Guest     string    `json:"guest"`      // name
-	GuestUUID string    `json:"guest_uuid"` //
-	Peer      string    `json:"peer,omitempty"`
-	By        string    `json:"by"` // who asked: "root", "cert:ops-laptop"
-	Reason    string    `json:"reason,omitempty"`
-	Started   time.Time `json:"started"`
-	Deadline  time.Time `json:"deadline"`
+	ID        OpID   `json:"id"`
+	Kind      OpKind `json:"kind"`
+	Guest     string `json:"guest,omitempty"`      // name; "" where it is about several
+	GuestUUID string `json:"guest_uuid,omitempty"` //
+	// Guests are those of an operation on several, by UUID.
+	Guests   []string  `json:"guests,omitempty"`
+	Peer     string    `json:"peer,omitempty"`
+	By       string    `json:"by"` // who asked: "root", "cert:ops-laptop"
+	Reason   string    `json:"reason,omitempty"`
+	Started  time.Time `json:"started"`
+	Deadline time.Time `json:"deadline"`
 
 	State    OpState         `json:"state"`
 	Step     string          `json:"step,omitempty"` // the step in progress
@@ -76,6 +80,12 @@ type Op struct {
 	Steps    []Step          `json:"steps"`
 	Migrate  *MigrateRequest `json:"migrate,omitempty"`
 	Move     *MoveResult     `json:"move,omitempty"`
+	Hold     *HoldRequest    `json:"hold,omitempty"`
+	Held     *HoldResult     `json:"held,omitempty"`
+	Replace  *ReplaceRequest `json:"replace,omitempty"`
+	Replaced *VMMResult      `json:"replaced,omitempty"`
+	Leash    []LeashEvent    `json:"leash,omitempty"`
+	Clocks   []ClockReport   `json:"clocks,omitempty"` // of a migrated guest
 
 	// Progress is the last statistics of a running copy; not journaled.
 	Progress *Job `json:"progress,omitempty"`
@@ -121,6 +131,10 @@ const (
 	RecUndoFailed RecordKind = "undo-failed" //
 	RecAbort      RecordKind = "abort"       // By asked for an abort
 	RecMoved      RecordKind = "moved"       // Data is the MoveResult
+	RecHeld       RecordKind = "held"        // Data is the HoldResult
+	RecReplaced   RecordKind = "replaced"    // Data is the VMMResult
+	RecLeash      RecordKind = "leash"       // Data is a LeashEvent
+	RecClock      RecordKind = "clock"       // Data is a ClockReport
 	RecEnded      RecordKind = "ended"       // Data is an Ending
 	RecReserved   RecordKind = "reserved"    // room kept for an arriving guest; Data is the Reservation
 	RecReleased   RecordKind = "released"    // that room was given up

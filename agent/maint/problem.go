@@ -16,6 +16,10 @@ var (
 	ErrPeerDown = errors.New("peer is not reachable")
 	// ErrNoJob: the guest has no job that could be aborted.
 	ErrNoJob = errors.New("no job is running")
+	// ErrNoAgent: the guest's agent is not there, or does not answer.
+	ErrNoAgent = errors.New("the guest agent does not answer")
+	// ErrLocked: a disk's lease is held by somebody else.
+	ErrLocked = errors.New("a disk's lease is held by somebody else")
 )
 
 // Code names a kind of problem, stable for programs to branch on.

@@ -1,0 +1,58 @@
+package maint
+
+import "time"
+
+// VMMMethod is a way of putting a new QEMU under a running guest: rung B2.
+type VMMMethod string
+
+// The methods, by what they cost a guest.
+const (
+	// VMMBounce: live migration into a second libvirt daemon on this host
+	// and back. The guest feels two blackouts; its memory is there twice
+	// meanwhile.
+	VMMBounce VMMMethod = "bounce"
+	// VMMInPlace: device state through a socket, memory stays where it is.
+	// Needs memory that another process can map.
+	VMMInPlace VMMMethod = "in-place"
+	// VMMCopy: saved to and restored from a file in RAM. The pause grows
+	// with memory, which is there twice meanwhile.
+	VMMCopy VMMMethod = "copy"
+)
+
+// ReplaceRequest asks for a new QEMU under a guest.
+type ReplaceRequest struct {
+	Guest  string    `json:"guest"`            // name or UUID
+	Method VMMMethod `json:"method,omitempty"` // "": the cheapest that is possible
+	// MaxPause is the longest pause the operator accepts; a method whose
+	// estimate is longer is refused. 0 is the host's default.
+	MaxPause time.Duration `json:"max_pause_ns,omitempty"`
+	Reason   string        `json:"reason,omitempty"`
+	// DryRun only plans.
+	DryRun bool `json:"dry_run,omitempty"`
+}
+
+// VMMChoice is the planner's word on one method for one guest.
+type VMMChoice struct {
+	Method VMMMethod `json:"method"`
+	// Pause is the estimated longest single standstill of the guest.
+	Pause time.Duration `json:"pause_ns"`
+	// MemoryBytes is what the method needs beside the guest's own memory.
+	MemoryBytes uint64 `json:"memory_bytes"`
+	// Problems are why it is not possible; none: it is.
+	Problems []Problem `json:"problems,omitempty"`
+}
+
+// VMMResult is what replacing a QEMU did.
+type VMMResult struct {
+	Guest    string        `json:"guest"`
+	UUID     string        `json:"uuid"`
+	Method   VMMMethod     `json:"method"`
+	Choices  []VMMChoice   `json:"choices,omitempty"`
+	OldQEMU  string        `json:"old_qemu,omitempty"` // version
+	NewQEMU  string        `json:"new_qemu,omitempty"`
+	Pause    time.Duration `json:"pause_ns"`           // longest standstill
+	Pauses   int           `json:"pauses"`             // how many
+	Total    time.Duration `json:"total_ns"`           //
+	Attempts int           `json:"attempts,omitempty"` // starts of the new QEMU
+	Clock    *ClockReport  `json:"clock,omitempty"`
+}
