@@ -14,12 +14,22 @@ import (
 // back: a definition is passed on as the text libvirt gave.
 type domainXML struct {
 	Type   string `xml:"type,attr"`
+	ID     int    `xml:"id,attr"`
 	Name   string `xml:"name"`
 	UUID   string `xml:"uuid"`
 	Memory struct {
 		Unit  string `xml:"unit,attr"`
 		Value uint64 `xml:",chardata"`
 	} `xml:"memory"`
+	MemoryBacking struct {
+		HugePages *struct{} `xml:"hugepages"`
+		Source    struct {
+			Type string `xml:"type,attr"` // anonymous, file, memfd
+		} `xml:"source"`
+		Access struct {
+			Mode string `xml:"mode,attr"` // private, shared
+		} `xml:"access"`
+	} `xml:"memoryBacking"`
 	VCPU int `xml:"vcpu"`
 	OS   struct {
 		Type struct {
@@ -113,8 +123,9 @@ func fill(g *maint.Guest, text string) error {
 	if err != nil {
 		return fmt.Errorf("cannot read domain XML: %w", err)
 	}
-	g.Name, g.UUID = d.Name, d.UUID
+	g.Name, g.UUID, g.ID = d.Name, d.UUID, d.ID
 	g.MemoryBytes, g.VCPUs = memory, d.VCPU
+	g.MemorySource, g.MemoryShared = d.memorySource(), d.MemoryBacking.Access.Mode == "shared"
 	g.DomainType, g.MachineType = d.Type, d.OS.Type.Machine
 	g.CPUModel = strings.TrimSpace(cmp.Or(d.CPU.Model, d.CPU.Mode))
 	g.Agent = maint.AgentNone
@@ -138,6 +149,18 @@ func fill(g *maint.Guest, text string) error {
 		}
 	}
 	return nil
+}
+
+// memorySource is in the words of maint.Guest.
+func (d *domainXML) memorySource() string {
+	switch b := d.MemoryBacking; {
+	case b.HugePages != nil:
+		return "hugepages"
+	case b.Source.Type == "anonymous":
+		return ""
+	default:
+		return b.Source.Type
+	}
 }
 
 func (d *deviceXML) disk() maint.Disk {

@@ -13,7 +13,7 @@ import (
 
 // Refusals of this package, made without libvirt.
 var (
-	// ErrActive refuses to undefine a domain that is active.
+	// ErrActive refuses to undefine, or start, a domain that is active.
 	ErrActive = errors.New("domain is active")
 	// ErrBusy refuses what libvirt would have wait for the end of the
 	// domain's job, for up to 30 s.
@@ -51,6 +51,15 @@ func (e *Error) Error() string {
 
 // Unwrap gives the sentinels behind the error.
 func (e *Error) Unwrap() error { return e.cause }
+
+// because has a libvirt error wrap one more cause.
+func because(err, cause error) error {
+	var e *Error
+	if !errors.As(err, &e) {
+		return errors.Join(err, cause)
+	}
+	return NewError(e.Op, e.Socket, e.Code, e.Message, e.cause, cause)
+}
 
 // IncompatibleCPU says that this host cannot run a CPU.
 type IncompatibleCPU struct {

@@ -157,6 +157,9 @@ type GuestXML struct {
 	// Migratable is what a migration sends: without what libvirt adds by
 	// itself, so that older versions take it.
 	Migratable string
+	// Portable is Migratable with its secrets (graphics passwords), fit for
+	// CreatePaused.
+	Portable string
 	// Inactive is the definition that the next start uses, with its
 	// secrets (graphics passwords), fit for Define; "" for a transient domain.
 	Inactive string
@@ -172,6 +175,9 @@ func (h *Host) GuestXML(ctx context.Context, uuid string) (GuestXML, error) {
 			return err
 		}
 		if x.Migratable, err = s.xml(d, libvirt.DomainXMLMigratable); err != nil {
+			return err
+		}
+		if x.Portable, err = s.xml(d, libvirt.DomainXMLMigratable|libvirt.DomainXMLSecure); err != nil {
 			return err
 		}
 		if x.CPU, err = cpuElement(x.Migratable); err != nil {

@@ -36,7 +36,8 @@ type Host struct {
 	timeout time.Duration
 	log     *slog.Logger
 
-	pool  *pool
+	pool  *pool                 // for all calls but those that come for many guests at once
+	fan   *pool                 // for those
 	fixed atomic.Pointer[fixed] // see Info; nil when not known
 	hub   feed.Hub
 
@@ -53,7 +54,7 @@ func New(cfg Config) *Host {
 		log:     cmp.Or(cfg.Log, slog.Default()),
 	}
 	h.base, h.end = context.WithCancel(context.Background())
-	h.pool = newPool(h.dial)
+	h.pool, h.fan = newPool(poolSize, h.dial), newPool(fanSize, h.dial)
 	return h
 }
 
@@ -63,6 +64,7 @@ func New(cfg Config) *Host {
 func (h *Host) Close() error {
 	h.end()
 	h.pool.close()
+	h.fan.close()
 	h.hub.Close()
 	return nil
 }
@@ -86,19 +88,30 @@ type session struct {
 // do runs fn with a control connection of its own, within the context's
 // deadline or else the default one.
 func (h *Host) do(ctx context.Context, fn func(*session) error) error {
-	ctx, cancel := h.untilClosed(ctx)
+	return h.lend(ctx, h.pool, fn)
+}
+
+// lend runs fn with a connection of the pool.
+func (h *Host) lend(ctx context.Context, p *pool, fn func(*session) error) error {
+	ctx, cancel := h.bounded(ctx)
 	defer cancel()
-	if _, ok := ctx.Deadline(); !ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, h.timeout)
-		defer cancel()
-	}
-	c, err := h.pool.get(ctx)
+	c, err := p.get(ctx)
 	if err != nil {
 		return err
 	}
-	defer h.pool.put(c)
+	defer p.put(c)
 	return fn(&session{ctx: ctx, conn: c})
+}
+
+// bounded gives a context that ends with the Host, and by the default timeout
+// if it has no deadline.
+func (h *Host) bounded(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, end := h.untilClosed(ctx)
+	if _, ok := ctx.Deadline(); ok {
+		return ctx, end
+	}
+	ctx, cancel := context.WithTimeout(ctx, h.timeout)
+	return ctx, func() { cancel(); end() }
 }
 
 // untilClosed gives a context that also ends when the Host is closed.
@@ -108,8 +121,9 @@ func (h *Host) untilClosed(ctx context.Context) (context.Context, context.Cancel
 	return ctx, func() { stop(); cancel() }
 }
 
-// domain resolves a UUID in its text form (virDomainLookupByUUID).
-func (s *session) domain(uuid string) (libvirt.Domain, error) {
+// handle makes libvirt's handle of a domain without asking libvirt, which finds
+// a domain by the UUID alone. The name in it is for libvirt's messages.
+func (s *session) handle(uuid string) (libvirt.Domain, error) {
 	raw, ok := parseUUID(uuid)
 	if !ok {
 		return libvirt.Domain{}, &Error{
@@ -117,8 +131,17 @@ func (s *session) domain(uuid string) (libvirt.Domain, error) {
 			Message: "not a UUID: " + uuid, cause: maint.ErrNoGuest,
 		}
 	}
+	return libvirt.Domain{Name: "-", UUID: raw, ID: -1}, nil
+}
+
+// domain resolves a UUID in its text form (virDomainLookupByUUID).
+func (s *session) domain(uuid string) (libvirt.Domain, error) {
+	d, err := s.handle(uuid)
+	if err != nil {
+		return d, err
+	}
 	return call(s, "DomainLookupByUUID", func(l *libvirt.Libvirt) (libvirt.Domain, error) {
-		return l.DomainLookupByUUID(raw)
+		return l.DomainLookupByUUID(d.UUID)
 	})
 }
 
@@ -131,6 +154,44 @@ func (h *Host) onDomain(ctx context.Context, uuid string, fn func(*session, libv
 		}
 		return fn(s, d)
 	})
+}
+
+// direct makes one libvirt call on the domain of that UUID, in one round trip,
+// on a connection of the pool.
+func direct[T any](ctx context.Context, h *Host, p *pool, uuid, op string, fn func(*libvirt.Libvirt, libvirt.Domain) (T, error)) (v T, err error) {
+	err = h.lend(ctx, p, func(s *session) error {
+		d, err := s.handle(uuid)
+		if err != nil {
+			return err
+		}
+		v, err = call(s, op, func(l *libvirt.Libvirt) (T, error) { return fn(l, d) })
+		return err
+	})
+	return v, err
+}
+
+// alone makes one libvirt call that may last for hours, on a connection that is
+// its own: calls on one connection queue behind each other. It has no deadline
+// but its context's. When that ends, what libvirt has begun goes on, and going
+// says so.
+func (h *Host) alone(ctx context.Context, op, going string, fn func(context.Context, *conn) error) error {
+	ctx, cancel := h.untilClosed(ctx)
+	defer cancel()
+	open, cancelOpen := context.WithTimeout(ctx, h.timeout)
+	defer cancelOpen()
+	c, err := h.dial(open)
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	if err := fn(ctx, c); err != nil {
+		if ctxErr := ctx.Err(); ctxErr != nil {
+			// Even a deadline says nothing about libvirt here.
+			return NewError(op, c.socket, 0, going, ctxErr)
+		}
+		return err
+	}
+	return nil
 }
 
 // isCode reports whether err carries that libvirt error code.

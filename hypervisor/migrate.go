@@ -45,29 +45,18 @@ func (h *Host) DryRun(ctx context.Context, uuid string, p maint.MoveParams) erro
 // Source: virDomainMigrateToURI3, that is virDomainMigratePerform3Params with
 // VIR_MIGRATE_PEER2PEER.
 func (h *Host) Migrate(ctx context.Context, uuid string, p maint.MoveParams) error {
-	ctx, cancel := h.untilClosed(ctx)
-	defer cancel()
-	open, cancelOpen := context.WithTimeout(ctx, h.timeout)
-	defer cancelOpen()
-	c, err := h.dial(open)
-	if err != nil {
-		return err
-	}
-	defer c.close()
-	d, err := (&session{ctx: open, conn: c}).domain(uuid)
-	if err != nil {
-		return err
-	}
 	const op = "DomainMigratePerform3Params"
-	_, err = invoke(ctx, c, op, func(l *libvirt.Libvirt) (struct{}, error) {
-		_, err := l.DomainMigratePerform3Params(d, opt(p.DestURI), moveParams(p), nil, moveFlags(p))
-		return struct{}{}, err
+	return h.alone(ctx, op, "given up; a migration that has begun goes on", func(ctx context.Context, c *conn) error {
+		d, err := (&session{ctx: ctx, conn: c}).handle(uuid)
+		if err != nil {
+			return err
+		}
+		_, err = invoke(ctx, c, op, func(l *libvirt.Libvirt) (struct{}, error) {
+			_, err := l.DomainMigratePerform3Params(d, opt(p.DestURI), moveParams(p), nil, moveFlags(p))
+			return struct{}{}, err
+		})
+		return err
 	})
-	if ctxErr := ctx.Err(); err != nil && ctxErr != nil {
-		// Even a deadline says nothing about libvirt here.
-		return NewError(op, c.socket, 0, "given up; a migration that has begun goes on", ctxErr)
-	}
-	return err
 }
 
 // moveFlags are the flags of virDomainMigrateToURI3. CHANGE_PROTECTION keeps

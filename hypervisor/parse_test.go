@@ -23,7 +23,7 @@ func TestParseGuest(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := maint.Guest{
-		UUID: "2f6f2b51-0b5c-4a0c-9d0e-0d9d3a1b7c11", Name: "web-1",
+		UUID: "2f6f2b51-0b5c-4a0c-9d0e-0d9d3a1b7c11", Name: "web-1", ID: 7,
 		MemoryBytes: 8 << 30, VCPUs: 4,
 		DomainType: "kvm", MachineType: "pc-q35-7.2", CPUModel: "EPYC",
 		Agent: maint.AgentConnected,
@@ -68,6 +68,26 @@ func TestCPUElement(t *testing.T) {
 	}
 	if _, err := cpuElement("<domain><cpu>"); err == nil {
 		t.Error("no error for XML that is cut off")
+	}
+}
+
+func TestMemoryBacking(t *testing.T) {
+	for text, want := range map[string]struct {
+		source string
+		shared bool
+	}{
+		"": {},
+		"<memoryBacking><locked/></memoryBacking>":                                                                                          {},
+		"<memoryBacking><source type='anonymous'/></memoryBacking>":                                                                         {},
+		"<memoryBacking><source type='file'/><access mode='private'/></memoryBacking>":                                                      {source: "file"},
+		"<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>":                                                      {"memfd", true},
+		"<memoryBacking><hugepages/></memoryBacking>":                                                                                       {source: "hugepages"},
+		"<memoryBacking><hugepages><page size='2048' unit='KiB'/></hugepages><source type='memfd'/><access mode='shared'/></memoryBacking>": {"hugepages", true},
+	} {
+		g, err := ParseGuest("<domain>" + text + "</domain>")
+		if err != nil || g.MemorySource != want.source || g.MemoryShared != want.shared {
+			t.Errorf("%s: %q, shared %t, %v", text, g.MemorySource, g.MemoryShared, err)
+		}
 	}
 }
 

@@ -7,9 +7,13 @@ import (
 	"belay/agent/maint"
 )
 
-// poolSize bounds the control connections. libvirtd serves 20 calls at once
-// in all (max_workers), migrations in both directions included.
-const poolSize = 4
+// How many connections the pools have. libvirtd serves 20 calls at once in all
+// (max_workers), migrations in both directions included. The fan may use most
+// of them: its calls are short, and come when many guests are held at once.
+const (
+	poolSize = 4
+	fanSize  = 16
+)
 
 // pool lends control connections, each to one caller at a time.
 type pool struct {
@@ -21,8 +25,27 @@ type pool struct {
 	closed bool
 }
 
-func newPool(dial func(context.Context) (*conn, error)) *pool {
-	return &pool{dial: dial, slots: make(chan struct{}, poolSize)}
+func newPool(size int, dial func(context.Context) (*conn, error)) *pool {
+	return &pool{dial: dial, slots: make(chan struct{}, size)}
+}
+
+// warm opens connections until n stand, or as many as the pool may have. Those
+// that are lent at this moment count.
+func (p *pool) warm(ctx context.Context, n int) error {
+	held := make([]*conn, 0, cap(p.slots))
+	defer func() {
+		for _, c := range held {
+			p.put(c)
+		}
+	}()
+	for range min(n, cap(p.slots)) {
+		c, err := p.get(ctx)
+		if err != nil {
+			return err
+		}
+		held = append(held, c)
+	}
+	return nil
 }
 
 // get lends a connection: an idle one that still stands, or a new one.

@@ -1,0 +1,146 @@
+package hypervisor
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/digitalocean/go-libvirt"
+)
+
+var (
+	// ErrRunsHere refuses to end a QEMU whose guest has not left it.
+	ErrRunsHere = errors.New("the guest has not left this QEMU")
+	// ErrEndsGuest refuses a command to a QEMU or an agent that ends or
+	// restarts the guest, or can have it do anything.
+	ErrEndsGuest = errors.New("this command could end the guest")
+)
+
+// QMPError is QEMU's own refusal of a command.
+type QMPError struct {
+	Class string // QAPI's: "GenericError", "CommandNotFound", …
+	Desc  string
+}
+
+// Error implements error.
+func (e *QMPError) Error() string { return "QEMU: " + e.Desc }
+
+// QMP passes a command to a guest's QEMU and gives the content of "return".
+// args is marshalled to "arguments"; nil is none. QEMU's own refusal is a
+// *QMPError. It wraps maint.ErrNoGuest; for a guest that is off it is an *Error.
+// libvirt marks the guest as tainted, which has no consequence but a line in
+// its log, and does not know of what the command changes.
+//
+// Commands that could end a guest are refused with ErrEndsGuest; for "quit" there
+// is QuitMigrated.
+//
+// Source: virDomainQemuMonitorCommand.
+func (h *Host) QMP(ctx context.Context, uuid, command string, args any) (json.RawMessage, error) {
+	if slices.Contains(endingQMP(), command) {
+		return nil, fmt.Errorf("cannot run %s in the QEMU of guest %s: %w", command, uuid, ErrEndsGuest)
+	}
+	return h.qmp(ctx, uuid, command, args)
+}
+
+func (h *Host) qmp(ctx context.Context, uuid, command string, args any) (json.RawMessage, error) {
+	text, err := request(command, args)
+	if err != nil {
+		return nil, err
+	}
+	reply, err := direct(ctx, h, h.pool, uuid, "DomainQemuMonitorCommand", func(l *libvirt.Libvirt, d libvirt.Domain) (string, error) {
+		return l.QEMUDomainMonitorCommand(d, text, 0)
+	})
+	if err != nil {
+		return nil, err
+	}
+	value, class, desc, err := response(reply)
+	if class != "" {
+		return nil, fmt.Errorf("cannot run %s in the QEMU of guest %s: %w", command, uuid, &QMPError{class, desc})
+	}
+	return value, err
+}
+
+// postMigrate is the run state (QAPI's RunState) of a QEMU that has sent its
+// guest away completely.
+const postMigrate = "postmigrate"
+
+// QuitMigrated ends a QEMU process whose guest has left it. It is the one call
+// in this package that ends a process, and it cannot end a guest: QEMU itself
+// must say that it is in "postmigrate", where all of the guest has been sent
+// away and the vCPUs are stopped. In any other state it refuses with
+// ErrRunsHere. Whoever calls it must know that the guest was received, and that
+// nobody will take it back (by Resume) in this moment.
+//
+// It returns when QEMU has taken the command; libvirt then reports the domain
+// as stopped. It wraps maint.ErrNoGuest.
+//
+// Source: QMP query-status and quit, by virDomainQemuMonitorCommand.
+func (h *Host) QuitMigrated(ctx context.Context, uuid string) error {
+	value, err := h.qmp(ctx, uuid, "query-status", nil)
+	if err != nil {
+		return err
+	}
+	var is struct {
+		Status  string `json:"status"`
+		Running bool   `json:"running"`
+	}
+	if err := json.Unmarshal(value, &is); err != nil {
+		return fmt.Errorf("cannot read the run state of guest %s: %w", uuid, err)
+	}
+	if is.Status != postMigrate || is.Running {
+		return fmt.Errorf("cannot end the QEMU of guest %s, which is %s: %w", uuid, is.Status, ErrRunsHere)
+	}
+	_, err = h.qmp(ctx, uuid, quit, nil)
+	return err
+}
+
+// quit ends QEMU. QuitMigrated alone sends it.
+const quit = "quit"
+
+// endingQMP are the commands to QEMU that could end a guest.
+func endingQMP() []string {
+	return []string{quit, "system_powerdown", "system_reset", "inject-nmi", "human-monitor-command"}
+}
+
+// endingAgent are the commands to a guest's agent that end the guest, or stop it
+// in a way that only somebody else can end.
+func endingAgent() []string {
+	return []string{"guest-shutdown", "guest-suspend-disk", "guest-suspend-ram", "guest-suspend-hybrid"}
+}
+
+// request is a command in QMP's form, which is the agent's too.
+func request(command string, args any) (string, error) {
+	text, err := json.Marshal(struct {
+		Execute   string `json:"execute"`
+		Arguments any    `json:"arguments,omitempty"`
+	}{command, args})
+	if err != nil {
+		return "", fmt.Errorf("cannot write the arguments of %s: %w", command, err)
+	}
+	return string(text), nil
+}
+
+// response reads the answer to a request. class is set when it is a refusal.
+func response(text string) (value json.RawMessage, class, desc string, err error) {
+	var r struct {
+		Return json.RawMessage `json:"return"`
+		Error  *struct {
+			Class string `json:"class"`
+			Desc  string `json:"desc"`
+		} `json:"error"`
+	}
+	if err := json.Unmarshal([]byte(text), &r); err != nil {
+		return nil, "", "", fmt.Errorf("cannot read an answer: %w", err)
+	}
+	if r.Error != nil {
+		return nil, cmp.Or(r.Error.Class, "GenericError"), r.Error.Desc, nil
+	}
+	if len(bytes.TrimSpace(r.Return)) == 0 {
+		return nil, "", "", errors.New("cannot read an answer: it is neither a return nor an error")
+	}
+	return r.Return, "", "", nil
+}
