@@ -132,7 +132,7 @@ func TestBlocked(t *testing.T) {
 				t.Fatalf("%q for %v, want %v", op.Outcome, got, c.want)
 			}
 			if c.name == "all at once" {
-				w.Nodes[0].Host.Resume(t, uuid) // it was not Belay that paused it
+				w.Nodes[0].Host.Unpause(t, uuid) // it was not Belay that paused it
 			}
 			ends(t, w, op, uuid, maint.OutcomeBlocked, c.want[0])
 		})

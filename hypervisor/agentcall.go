@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"slices"
 	"time"
 
 	"github.com/digitalocean/go-libvirt"
@@ -65,7 +64,7 @@ func (h *Host) SetGuestTime(ctx context.Context, uuid string, to time.Time) erro
 // Source: virDomainQemuAgentCommand, which waits in whole seconds: as many as
 // the context has left, at least one.
 func (h *Host) AgentCommand(ctx context.Context, uuid, command string, args any) (json.RawMessage, error) {
-	if slices.Contains(endingAgent(), command) {
+	if EndsGuest(command, args) {
 		return nil, fmt.Errorf("cannot run %s in guest %s: %w", command, uuid, ErrEndsGuest)
 	}
 	text, err := request(command, args)

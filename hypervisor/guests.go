@@ -124,14 +124,9 @@ func (s *session) guest(d libvirt.Domain) (maint.Guest, error) {
 	if err != nil && !isCode(err, libvirt.ErrNoSupport) { // the test driver has no jobs
 		return g, err
 	}
-	state, err := call(s, "DomainGetState", func(l *libvirt.Libvirt) ([2]int32, error) {
-		state, reason, err := l.DomainGetState(d, 0)
-		return [2]int32{state, reason}, err
-	})
-	if err != nil {
+	if g.State, g.Reason, err = s.state(d); err != nil {
 		return g, err
 	}
-	g.State, g.Reason = domainState(state[0], state[1])
 	text, err := s.xml(d, 0)
 	if err != nil {
 		return g, err

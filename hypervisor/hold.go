@@ -9,7 +9,8 @@ import (
 )
 
 // The calls in this file come for many guests at once, while guests stand
-// still. They go by the fan, and each is one round trip.
+// still. They go by the fan, and each is one round trip. (Resume needs another
+// to tell a guest that runs from one that is off: libvirt refuses both alike.)
 
 // Warm opens connections until n of the fan's 16 stand, so that none has to be
 // opened within a pause. One that is lost afterwards is replaced by the next
@@ -40,10 +41,21 @@ func (h *Host) Suspend(ctx context.Context, uuid string) error {
 //
 // Source: virDomainResume.
 func (h *Host) Resume(ctx context.Context, uuid string) error {
-	_, err := direct(ctx, h, h.fan, uuid, "DomainResume", func(l *libvirt.Libvirt, d libvirt.Domain) (struct{}, error) {
-		return struct{}{}, l.DomainResume(d)
+	return h.lend(ctx, h.fan, func(s *session) error {
+		d, err := s.handle(uuid)
+		if err != nil {
+			return err
+		}
+		_, err = call(s, "DomainResume", func(l *libvirt.Libvirt) (struct{}, error) {
+			return struct{}{}, l.DomainResume(d)
+		})
+		if isCode(err, libvirt.ErrOperationInvalid) { // it is off, or runs already
+			if state, _, _ := s.state(d); state == maint.GuestRunning {
+				return nil
+			}
+		}
+		return locked(err)
 	})
-	return locked(err)
 }
 
 // locked has an error of a lease that is taken wrap maint.ErrLocked.
@@ -60,13 +72,23 @@ func locked(err error) error {
 //
 // Source: virDomainGetState.
 func (h *Host) State(ctx context.Context, uuid string) (state maint.GuestState, reason string, err error) {
-	got, err := direct(ctx, h, h.fan, uuid, "DomainGetState", func(l *libvirt.Libvirt, d libvirt.Domain) ([2]int32, error) {
-		state, reason, err := l.DomainGetState(d, 0)
-		return [2]int32{state, reason}, err
+	err = h.lend(ctx, h.fan, func(s *session) error {
+		d, err := s.handle(uuid)
+		if err == nil {
+			state, reason, err = s.state(d)
+		}
+		return err
 	})
-	if err != nil {
-		return "", "", err
-	}
-	state, reason = domainState(got[0], got[1])
-	return state, reason, nil
+	return state, reason, err
+}
+
+func (s *session) state(d libvirt.Domain) (state maint.GuestState, reason string, err error) {
+	_, err = call(s, "DomainGetState", func(l *libvirt.Libvirt) (struct{}, error) {
+		number, why, err := l.DomainGetState(d, 0)
+		if err == nil {
+			state, reason = domainState(number, why)
+		}
+		return struct{}{}, err
+	})
+	return state, reason, err
 }

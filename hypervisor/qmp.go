@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
 
 	"github.com/digitalocean/go-libvirt"
 )
@@ -36,11 +35,12 @@ func (e *QMPError) Error() string { return "QEMU: " + e.Desc }
 // its log, and does not know of what the command changes.
 //
 // Commands that could end a guest are refused with ErrEndsGuest; for "quit" there
-// is QuitMigrated.
+// is QuitMigrated. That includes a migration to "exec:": libvirt's sandbox kills
+// a QEMU that starts a program.
 //
 // Source: virDomainQemuMonitorCommand.
 func (h *Host) QMP(ctx context.Context, uuid, command string, args any) (json.RawMessage, error) {
-	if slices.Contains(endingQMP(), command) {
+	if EndsGuest(command, args) {
 		return nil, fmt.Errorf("cannot run %s in the QEMU of guest %s: %w", command, uuid, ErrEndsGuest)
 	}
 	return h.qmp(ctx, uuid, command, args)
@@ -101,15 +101,19 @@ func (h *Host) QuitMigrated(ctx context.Context, uuid string) error {
 // quit ends QEMU. QuitMigrated alone sends it.
 const quit = "quit"
 
-// endingQMP are the commands to QEMU that could end a guest.
-func endingQMP() []string {
-	return []string{quit, "system_powerdown", "system_reset", "inject-nmi", "human-monitor-command"}
-}
-
-// endingAgent are the commands to a guest's agent that end the guest, or stop it
-// in a way that only somebody else can end.
-func endingAgent() []string {
-	return []string{"guest-shutdown", "guest-suspend-disk", "guest-suspend-ram", "guest-suspend-hybrid"}
+// EndsGuest reports whether QMP or AgentCommand refuse a command: what ends or
+// suspends the guest by itself, what can do anything, and programs started by
+// a QEMU that is not allowed to start any.
+func EndsGuest(command string, args any) bool {
+	switch command {
+	case quit, "system_powerdown", "system_reset", "inject-nmi", "human-monitor-command",
+		"guest-shutdown", "guest-suspend-disk", "guest-suspend-ram", "guest-suspend-hybrid":
+		return true
+	case "migrate", "migrate-incoming":
+		text, err := json.Marshal(args)
+		return err == nil && bytes.Contains(text, []byte(`"exec`)) // the URI, or a channel's transport
+	}
+	return false
 }
 
 // request is a command in QMP's form, which is the agent's too.

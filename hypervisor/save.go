@@ -73,7 +73,8 @@ func (h *Host) Save(ctx context.Context, uuid, path string) error {
 }
 
 // Restore starts a guest from the file that Save wrote, paused or running,
-// whichever it was. The file stays, and is out of date once the guest runs:
+// whichever it was. (A paused one's reason is "migrating", libvirt's word for
+// state that came from elsewhere.) The file stays, and is out of date once the guest runs:
 // restored a second time, it would be an old guest on newer disks. It wraps
 // ErrActive if the guest is active already, and maint.ErrLocked when a disk's
 // lease is somebody else's.

@@ -2,7 +2,6 @@ package hypervisortest
 
 import (
 	"context"
-	"encoding/xml"
 	"fmt"
 	"slices"
 	"strings"
@@ -142,31 +141,16 @@ func (g *guest) idle() error {
 // GuestXML gives XML made from the guest, or the definition it was given.
 func (h *Host) GuestXML(ctx context.Context, uuid string) (hypervisor.GuestXML, error) {
 	return onGuest(ctx, h, "GuestXML", uuid, func(g *guest) (hypervisor.GuestXML, error) {
-		text, cpu := g.xml()
-		x := hypervisor.GuestXML{Live: text, Migratable: text, CPU: cpu}
+		text, cpu := g.xml(g.ID)
+		x := hypervisor.GuestXML{Live: text, Migratable: text, Portable: text, CPU: cpu}
 		if g.Persistent {
-			x.Inactive = text
+			x.Inactive, _ = g.xml(0)
 			if g.definition != "" {
 				x.Inactive = g.definition
 			}
 		}
 		return x, nil
 	})
-}
-
-func (g *guest) xml() (text, cpu string) {
-	if g.CPUModel != "" {
-		cpu = fmt.Sprintf("<cpu mode='custom' match='exact' check='none'><model fallback='forbid'>%s</model></cpu>", escape(g.CPUModel))
-	}
-	return fmt.Sprintf("<domain type='%s'><name>%s</name><uuid>%s</uuid><memory unit='b'>%d</memory><vcpu>%d</vcpu>"+
-		"<os><type machine='%s'>hvm</type></os>%s<devices></devices></domain>",
-		escape(g.DomainType), escape(g.Name), g.UUID, g.MemoryBytes, g.VCPUs, escape(g.MachineType), cpu), cpu
-}
-
-func escape(s string) string {
-	var b strings.Builder
-	_ = xml.EscapeText(&b, []byte(s)) // a Builder does not fail
-	return b.String()
 }
 
 // CompareCPU refuses what HostOptions.CannotRun names.
@@ -256,7 +240,7 @@ func (h *Host) Define(ctx context.Context, text string) error {
 		g, known := h.guests[parsed.UUID]
 		if !known {
 			g = &guest{Guest: parsed}
-			g.State, g.Reason = maint.GuestShutoff, "unknown"
+			g.become(maint.GuestShutoff, "unknown")
 			h.guests[g.UUID] = g
 		}
 		detail := "added"

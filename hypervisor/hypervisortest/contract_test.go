@@ -15,7 +15,7 @@ func (s site) Hypervisor() hypervisortest.Hypervisor     { return s.Host }
 func (s site) NewGuest(_ testing.TB, name string) string { return s.PutGuest(name) }
 func (s site) StartGuest(t testing.TB, uuid string)      { s.Start(t, uuid) }
 func (s site) PauseGuest(t testing.TB, uuid string)      { s.Pause(t, uuid) }
-func (s site) ResumeGuest(t testing.TB, uuid string)     { s.Resume(t, uuid) }
+func (s site) ResumeGuest(t testing.TB, uuid string)     { s.Unpause(t, uuid) }
 func (s site) DestroyGuest(t testing.TB, uuid string)    { s.Stop(t, uuid, "destroyed") }
 func (s site) Hold(testing.TB)                           { s.HoldCopies() }
 func (s site) Release(testing.TB, string)                { s.ReleaseCopies() }

@@ -24,6 +24,11 @@
 //	                                            killed, LAN cut 30 s        knows no better
 //	stopped   shut off or gone  running         nothing: it is over
 //
+// A guest's wall clock stands while its vCPUs do: a guest that was held is behind
+// by as long as it was, until somebody sets its clock (see Host.ClockOffset). Its
+// agent, its QEMU and a rival for its disks are up to the test: SetAgentDelay,
+// OnAgent, OnQMP, SendAway, TakeLease.
+//
 // Everything waits on timers and channels alone, so a World made inside a
 // testing/synctest bubble runs in its time. Close it before the bubble ends.
 package hypervisortest

@@ -10,8 +10,11 @@ import (
 
 // Fault is what goes wrong with a call.
 type Fault struct {
-	// Err is returned in place of the call's result.
+	// Err is returned in place of the call's result; nil leaves that as it is.
 	Err error
+	// Delay is how long the call takes first. If its context ends meanwhile
+	// it has no effect, as in a queue of libvirt's.
+	Delay time.Duration
 	// After has the call take its full effect first. Otherwise it has none.
 	After bool
 	// Hang has the call wait for its context to end, for 10 s if that has no
@@ -172,11 +175,17 @@ func do[T any](ctx context.Context, h *Host, op string, bounded bool, effect fun
 			return none, h.connectionLost(op)
 		}
 	}
-	if f != nil && !f.After {
+	if f != nil {
+		if err := h.wait(ctx, op, f.Delay, interrupt); err != nil {
+			return none, err
+		}
+	}
+	strikes := f != nil && (f.Hang || f.Err != nil)
+	if strikes && !f.After {
 		return none, h.strike(ctx, op, f, interrupt)
 	}
 	v, err := effect(ctx)
-	if f != nil {
+	if strikes {
 		return none, h.strike(ctx, op, f, interrupt)
 	}
 	return v, err
@@ -188,6 +197,23 @@ func (h *Host) strike(ctx context.Context, op string, f *Fault, interrupt <-chan
 		return f.Err
 	}
 	select {
+	case <-ctx.Done():
+		return h.unanswered(op, ctx.Err())
+	case <-interrupt:
+		return h.connectionLost(op)
+	}
+}
+
+// wait lets time pass within a call.
+func (h *Host) wait(ctx context.Context, op string, d time.Duration, interrupt <-chan struct{}) error {
+	if d <= 0 {
+		return nil
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
 	case <-ctx.Done():
 		return h.unanswered(op, ctx.Err())
 	case <-interrupt:
@@ -220,7 +246,10 @@ const (
 	codeSystem           = 38
 	codeNoDomain         = 42
 	codeOperationInvalid = 55
+	codeArgument         = 74 // VIR_ERR_ARGUMENT_UNSUPPORTED
 	codeOperationAborted = 78
+	codeAgent            = 86 // VIR_ERR_AGENT_UNRESPONSIVE
+	codeResourceBusy     = 87
 
 	opPerform = "DomainMigratePerform3Params"
 )

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"sync"
 	"testing"
+	"time"
 
 	"belay/agent/maint"
 	"belay/hypervisor/internal/feed"
@@ -19,9 +20,13 @@ type Host struct {
 	// All below is guarded by w.mu.
 	guests    map[string]*guest // by UUID
 	faults    map[string][]*Fault
-	up        bool          // libvirt runs
-	cut       bool          // off the LAN
-	hold      bool          // copies do not converge
+	up        bool                  // libvirt runs
+	cut       bool                  // off the LAN
+	hold      bool                  // copies do not converge
+	lastID    int                   // of the domain started last
+	saved     map[string]savedGuest // by path
+	onAgent   Answer
+	onQMP     Answer
 	interrupt chan struct{} // closed when connections to libvirt are lost, and replaced
 	frozen    chan struct{} // closed by Thaw; nil when libvirt is not frozen
 
@@ -36,6 +41,26 @@ type guest struct {
 	definition string     // XML given to Define, "" for one made up
 	completed  *maint.Job // statistics of the last job that succeeded
 	out, in    *migration // the migration it leaves or comes by
+
+	clock       clock
+	qemu        string        // the version that it runs in
+	postMigrate bool          // its QEMU has sent it away
+	rival       bool          // somebody else has its disk's lease
+	there, back time.Duration // what a call to its agent takes, before and after the effect
+}
+
+// become has the guest enter a state. Its clock stands unless it runs.
+func (g *guest) become(state maint.GuestState, reason string) {
+	g.State, g.Reason = state, reason
+	g.postMigrate = false
+	g.clock.follow(state == maint.GuestRunning)
+}
+
+// start gives the guest a new QEMU, with its vCPUs stopped.
+func (h *Host) start(g *guest) {
+	h.lastID++
+	g.ID, g.qemu = h.lastID, h.info.QEMUVersion
+	g.clock = clock{stood: time.Now()}
 }
 
 // PutGuest adds a running, persistent guest of 64 MiB, as changed by edits, and
@@ -45,7 +70,7 @@ func (h *Host) PutGuest(name string, edits ...func(*maint.Guest)) (uuid string) 
 	defer h.w.mu.Unlock()
 	h.w.serial++
 	g := &guest{Guest: maint.Guest{
-		UUID:        fmt.Sprintf("10000000-0000-4000-8000-%012x", h.w.serial),
+		UUID:        madeUUID(h.w.serial),
 		Name:        name,
 		State:       maint.GuestRunning,
 		Reason:      "booted",
@@ -65,23 +90,31 @@ func (h *Host) PutGuest(name string, edits ...func(*maint.Guest)) (uuid string) 
 	h.guests[g.UUID] = g
 	h.lifecycle(g, "defined", "added")
 	if g.State.Active() {
+		h.start(g)
+		g.clock.follow(g.State == maint.GuestRunning)
 		h.lifecycle(g, "resumed", "unpaused")
 		h.lifecycle(g, "started", "booted")
 	}
 	return g.UUID
 }
 
+func madeUUID(serial int) string { return fmt.Sprintf("10000000-0000-4000-8000-%012x", serial) }
+
 // Edit changes a guest in any way, without an event.
 func (h *Host) Edit(t testing.TB, uuid string, edit func(*maint.Guest)) {
 	t.Helper()
-	h.change(t, uuid, func(g *guest) { edit(&g.Guest) })
+	h.change(t, uuid, func(g *guest) {
+		edit(&g.Guest)
+		g.clock.follow(g.State == maint.GuestRunning)
+	})
 }
 
 // Start starts a guest that is shut off.
 func (h *Host) Start(t testing.TB, uuid string) {
 	t.Helper()
 	h.change(t, uuid, func(g *guest) {
-		g.State, g.Reason = maint.GuestRunning, "booted"
+		h.start(g)
+		g.become(maint.GuestRunning, "booted")
 		h.lifecycle(g, "resumed", "unpaused")
 		h.lifecycle(g, "started", "booted")
 	})
@@ -91,16 +124,17 @@ func (h *Host) Start(t testing.TB, uuid string) {
 func (h *Host) Pause(t testing.TB, uuid string) {
 	t.Helper()
 	h.change(t, uuid, func(g *guest) {
-		g.State, g.Reason = maint.GuestPaused, "user"
+		g.become(maint.GuestPaused, "user")
 		h.lifecycle(g, "suspended", "paused")
 	})
 }
 
-// Resume is the reverse of Pause (virsh resume).
-func (h *Host) Resume(t testing.TB, uuid string) {
+// Unpause starts a guest's vCPUs, as an operator would (virsh resume), or, while
+// libvirt is down, as whoever speaks to QEMU's monitor does.
+func (h *Host) Unpause(t testing.TB, uuid string) {
 	t.Helper()
 	h.change(t, uuid, func(g *guest) {
-		g.State, g.Reason = maint.GuestRunning, "unpaused"
+		g.become(maint.GuestRunning, "unpaused")
 		h.lifecycle(g, "resumed", "unpaused")
 	})
 }
@@ -134,7 +168,8 @@ func (h *Host) stop(g *guest, detail string) {
 
 // stopped is a guest's end: state, event, and no more of a transient one.
 func (h *Host) stopped(g *guest, detail string) {
-	g.State, g.Reason = maint.GuestShutoff, detail
+	g.become(maint.GuestShutoff, detail)
+	g.ID = 0
 	h.lifecycle(g, "stopped", detail)
 	if !g.Persistent {
 		delete(h.guests, g.UUID)

@@ -2,6 +2,8 @@ package hypervisortest
 
 import (
 	"context"
+	"encoding/json"
+	"time"
 
 	"belay/agent/maint"
 	"belay/hypervisor"
@@ -27,6 +29,20 @@ type Hypervisor interface {
 	SetAutostart(ctx context.Context, uuid string, on bool) error
 	Define(ctx context.Context, xml string) error
 	UndefineInactive(ctx context.Context, uuid string) error
+
+	Warm(ctx context.Context, n int) error
+	Suspend(ctx context.Context, uuid string) error
+	Resume(ctx context.Context, uuid string) error
+	State(ctx context.Context, uuid string) (state maint.GuestState, reason string, err error)
+	GuestTime(ctx context.Context, uuid string) (time.Time, error)
+	SetGuestTime(ctx context.Context, uuid string, to time.Time) error
+	AgentCommand(ctx context.Context, uuid, command string, args any) (json.RawMessage, error)
+	QMP(ctx context.Context, uuid, command string, args any) (json.RawMessage, error)
+	QuitMigrated(ctx context.Context, uuid string) error
+	CreatePaused(ctx context.Context, xml string) error
+	Save(ctx context.Context, uuid, path string) error
+	Restore(ctx context.Context, path string, paused bool) error
+	SavedXML(ctx context.Context, path string) (xml string, err error)
 }
 
 var (

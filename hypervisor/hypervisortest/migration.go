@@ -113,8 +113,9 @@ func (h *Host) begin(uuid string, p maint.MoveParams) (*migration, error) {
 		done:      make(chan struct{}),
 	}
 	g.out = m
-	arriving := &guest{Guest: g.Guest, in: m}
-	arriving.State, arriving.Reason = maint.GuestPaused, "migrating"
+	arriving := &guest{Guest: g.Guest, in: m, there: g.there, back: g.back}
+	dst.start(arriving)
+	arriving.become(maint.GuestPaused, "migrating")
 	arriving.Persistent, arriving.Autostart = false, false
 	if known, ok := dst.guests[uuid]; ok { // a definition it left behind
 		arriving.Persistent, arriving.Autostart = true, known.Autostart
@@ -201,7 +202,7 @@ func (m *migration) step(transition func()) bool {
 func (m *migration) suspend() {
 	m.phase = PhaseSuspended
 	if g := m.src.guests[m.uuid]; !m.wasPaused {
-		g.State, g.Reason = maint.GuestPaused, "migrating"
+		g.become(maint.GuestPaused, "migrating")
 		m.src.lifecycle(g, "suspended", "migrated")
 	}
 }
@@ -215,6 +216,7 @@ func (m *migration) resume() {
 	job.Downtime = m.copy.Blackout
 	g := m.dst.guests[m.uuid]
 	g.in, g.completed = nil, &job
+	g.clock = m.src.guests[m.uuid].clock
 	if m.params.Persist {
 		known := g.Persistent
 		g.Persistent = true
@@ -226,11 +228,11 @@ func (m *migration) resume() {
 		m.dst.lifecycle(g, "defined", detail)
 	}
 	if m.wasPaused {
-		g.State, g.Reason = maint.GuestPaused, "user"
+		g.become(maint.GuestPaused, "user")
 		m.dst.lifecycle(g, "suspended", "paused")
 		return
 	}
-	g.State, g.Reason = maint.GuestRunning, "migrated"
+	g.become(maint.GuestRunning, "migrated")
 	m.dst.lifecycle(g, "resumed", "migrated")
 }
 
@@ -255,7 +257,7 @@ func (m *migration) end(err error) {
 		// so too if it lives and never hears how it went: it must take the
 		// silence for a failure.
 		if m.phase == PhaseSuspended || m.src.up {
-			g.State, g.Reason = maint.GuestRunning, "migration canceled"
+			g.become(maint.GuestRunning, "migration canceled")
 			m.src.lifecycle(g, "resumed", "migrated")
 		}
 	}

@@ -153,6 +153,7 @@ func (w *World) AddHost(name string, o HostOptions) *Host {
 		cannotRun: o.CannotRun,
 		guests:    make(map[string]*guest),
 		faults:    make(map[string][]*Fault),
+		saved:     make(map[string]savedGuest),
 		up:        true,
 		interrupt: make(chan struct{}),
 		hub:       &feed.Hub{},
