@@ -56,7 +56,7 @@ func (e *Error) Unwrap() error { return e.cause }
 func because(err, cause error) error {
 	var e *Error
 	if !errors.As(err, &e) {
-		return errors.Join(err, cause)
+		return fmt.Errorf("%w: %w", cause, err)
 	}
 	return NewError(e.Op, e.Socket, e.Code, e.Message, e.cause, cause)
 }
