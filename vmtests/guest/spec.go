@@ -54,7 +54,11 @@ type Spec struct {
 	Heartbeat  netip.AddrPort // where to send heartbeats, optional
 	IntervalUs int            // between heartbeats, default 1000
 	Transient  bool           // created, not defined: gone when it stops
-	Cmdline    string         // more for the kernel, optional
+	// FileMemory keeps its memory in a file below libvirt's memory_backing_dir,
+	// shared, so that another QEMU can map it.
+	FileMemory bool
+	Devices    string // more devices, as XML, optional; then with libvirt's balloon too
+	Cmdline    string // more for the kernel, optional
 }
 
 // withDefaults fills in what is left open and checks the rest.
@@ -140,6 +144,9 @@ const domainXML = `<domain type='{{if eq .Accel "kvm"}}kvm{{else}}qemu{{end}}'>
   <uuid>{{x .UUID}}</uuid>
 {{- end}}
   <memory unit='MiB'>{{.MemoryMiB}}</memory>
+{{- if .FileMemory}}
+  <memoryBacking><source type='file'/><access mode='shared'/></memoryBacking>
+{{- end}}
   <vcpu>{{.VCPUs}}</vcpu>
   <os>
     <type arch='x86_64' machine='{{.Machine}}'>hvm</type>
@@ -187,7 +194,11 @@ const domainXML = `<domain type='{{if eq .Accel "kvm"}}kvm{{else}}qemu{{end}}'>
       <target dev='vda' bus='virtio'/>
     </disk>
 {{- end}}
+{{- with .Devices}}
+    {{.}}
+{{- else}}
     <memballoon model='none'/>
+{{- end}}
   </devices>
 </domain>
 `

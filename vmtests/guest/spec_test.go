@@ -50,6 +50,19 @@ func TestSpecXML(t *testing.T) {
 	if strings.Contains(bare, "<interface") {
 		t.Error("a guest without an address has a network")
 	}
+	if strings.Contains(bare, "<memoryBacking>") {
+		t.Error("memory is in a file unasked")
+	}
+
+	rich, err := Spec{Name: "x", FileMemory: true, Devices: "<rng model='virtio'/>"}.XML(img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"<memoryBacking><source type='file'/><access mode='shared'/></memoryBacking>", "<rng model='virtio'/>"} {
+		if !strings.Contains(rich, want) {
+			t.Errorf("no %s in\n%s", want, rich)
+		}
+	}
 }
 
 func TestSpecRefuses(t *testing.T) {

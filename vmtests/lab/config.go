@@ -9,6 +9,15 @@ import (
 	"strings"
 )
 
+const (
+	// MemoryDir is where libvirt keeps guests' memory that is in files: a
+	// tmpfs of the host's own, which [Host.Path] sees through the host's
+	// holder.
+	MemoryDir = "/var/lib/libvirt/qemu/ram"
+	// HooksDir is where libvirtd looks for its hooks.
+	HooksDir = "/etc/libvirt/hooks"
+)
+
 // writeFiles fills the host's private folders.
 func (h *Host) writeFiles(ctx context.Context) error {
 	for _, dir := range append(privateDirs(), "/run/lock", "/run/libvirt", "/etc/libvirt/qemu", "/var/lib/libvirt/images",
@@ -39,7 +48,19 @@ func (h *Host) writeFiles(ctx context.Context) error {
 	if err := h.loadCapabilities(); err != nil {
 		return err
 	}
+	if err := h.installHooks(ctx); err != nil {
+		return err
+	}
 	return h.installPKI()
+}
+
+// installHooks gives libvirtd its hooks, before it starts: a daemon that finds
+// none then looks for none later.
+func (h *Host) installHooks(ctx context.Context) error {
+	if h.lab.hooks == "" {
+		return nil
+	}
+	return h.lab.run(tool(ctx, "cp", "--recursive", "--preserve=mode", "--no-target-directory", "--", h.lab.hooks, h.Path(HooksDir)))
 }
 
 // copyEtc copies the machine's /etc, so that programs find their users, their
@@ -142,6 +163,7 @@ func (h *Host) qemuConf() string {
 		{"cgroup_controllers", []string{}},
 		{"namespaces", []string{}},
 		{"remember_owner", 0},
+		{"memory_backing_dir", MemoryDir},
 		{"lock_manager", "lockd"},
 		{"migration_address", h.Addr.String()},
 		{"migration_host", h.Addr.String()},

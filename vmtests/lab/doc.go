@@ -37,6 +37,7 @@
 //	/run               empty at first
 //	/var/lib/libvirt   /var/log/libvirt   /var/cache/libvirt
 //
+// Guests' memory that is in files is on a tmpfs of the host's own ([MemoryDir]),
 // and /sys is mounted anew, so that it shows the host's own links; it has no
 // cgroups below it, and libvirt therefore makes none. All else, /tmp, /dev and
 // /proc too, is the machine's. [Host.Path] translates a path inside a host to

@@ -11,8 +11,9 @@ import (
 )
 
 // holderScript makes a host out of new mount and UTS namespaces: $1 is its
-// name, $2 its folder, $3 where its QEMU is or nothing, the rest its private
-// folders. It is run in the host's network namespace.
+// name, $2 its folder, $3 where its QEMU is or nothing, $4 where guests' memory
+// is to be a tmpfs, the rest its private folders. It is run in the host's
+// network namespace.
 //
 // Mounts of other network namespaces, this lab's and other labs', were copied
 // into the new mount namespace and would keep those alive after their own
@@ -25,7 +26,8 @@ umount -a -l -t nsfs
 hostname "$1"
 dir=$2
 qemu=$3
-shift 3
+memory=$4
+shift 4
 if [ -n "$qemu" ]; then
 	for part in /usr/bin/qemu-system-x86_64 /usr/lib/x86_64-linux-gnu/qemu /usr/share/qemu /usr/share/seabios; do
 		mount --bind "$qemu$part" "$part"
@@ -34,6 +36,8 @@ fi
 for private; do
 	mount --bind "$dir$private" "$private"
 done
+mkdir -p "$memory"
+mount -t tmpfs -o mode=0755 guest-memory "$memory"
 umount -R -l /sys
 mount -t sysfs sysfs /sys
 echo ready
@@ -46,7 +50,7 @@ exec sleep infinity >/dev/null 2>&1
 // cleanup finds it. It has a session of its own: Ctrl-C is for the owner, who
 // then takes the lab down in order.
 func (h *Host) startHolder(ctx context.Context) error {
-	args := append([]string{"-c", holderScript, "holder", h.Name, h.Dir, h.lab.qemu}, privateDirs()...)
+	args := append([]string{"-c", holderScript, "holder", h.Name, h.Dir, h.lab.qemu, MemoryDir}, privateDirs()...)
 	// The holder outlives ctx, and so do the daemons.
 	cmd := tool(context.WithoutCancel(ctx), "sh", args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{

@@ -94,6 +94,10 @@ func privateDirs() []string {
 	return []string{"/etc", "/run", "/var/cache/libvirt", "/var/lib/libvirt", "/var/log/libvirt"}
 }
 
+// Root is the host's root folder as it is seen from outside, with all that is
+// mounted in the host, for as long as the lab is up.
+func (h *Host) Root() string { return fmt.Sprintf("/proc/%d/root", h.holder) }
+
 // Path translates an absolute path inside the host to where it is outside. It
 // does not look at the file: symbolic links are not followed, except that
 // /var/run is known to be /run.
@@ -101,6 +105,9 @@ func (h *Host) Path(inside string) string {
 	p := filepath.Clean(inside)
 	if p == "/var/run" || strings.HasPrefix(p, "/var/run/") {
 		p = strings.TrimPrefix(p, "/var")
+	}
+	if h.holder != 0 && (p == MemoryDir || strings.HasPrefix(p, MemoryDir+"/")) {
+		return filepath.Join(h.Root(), p)
 	}
 	for _, dir := range privateDirs() {
 		if p == dir || strings.HasPrefix(p, dir+"/") {

@@ -41,6 +41,9 @@ type Config struct {
 	// QEMU is a folder with a QEMU, as it would lie below /, that the hosts
 	// have in place of the machine's own. Empty means the machine's own.
 	QEMU string
+	// Hooks is a folder with libvirt's hooks (dist/hooks has Belay's), to be
+	// copied into the hosts. Empty means none.
+	Hooks string
 	// Detached lets the lab outlive this process: nobody cleans it up but Down.
 	Detached bool
 	// Log receives what the lab does, at debug level. Nil discards it.
@@ -60,8 +63,9 @@ type Lab struct {
 	// Hosts are host-a, host-b and so on, with 10.77.0.1, 10.77.0.2, ….
 	Hosts []*Host
 
-	log  *slog.Logger
-	qemu string // Config.QEMU; needed only while the lab is made
+	log *slog.Logger
+	// Config.QEMU and Config.Hooks; needed only while the lab is made.
+	qemu, hooks string
 	// owner is nil for a lab that is detached.
 	owner *process
 	// lock is the name's lock while this process brings the lab up.
@@ -194,6 +198,11 @@ func (l *Lab) make(ctx context.Context, c Config) error {
 		return err
 	}
 	l.owner, l.qemu = owner, c.QEMU
+	if c.Hooks != "" {
+		if l.hooks, err = filepath.Abs(c.Hooks); err != nil { // tools run elsewhere
+			return err
+		}
+	}
 	s := &state{Name: l.Name, TLS: l.TLS, Owner: owner, Boot: boot}
 	for i := range c.Hosts {
 		uuid, err := newUUID()

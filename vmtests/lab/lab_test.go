@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"belay/vmtests/lab"
 )
 
@@ -49,7 +51,7 @@ func TestTwoHosts(t *testing.T) {
 	if got := inside(t, a, "cat", "/etc/hostname"); got != "host-a" {
 		t.Errorf("hostname file: %q", got)
 	}
-	for _, path := range []string{"/etc/belay.conf", "/run/x", "/var/run/y", "/var/lib/libvirt/z"} {
+	for _, path := range []string{"/etc/belay.conf", "/run/x", "/var/run/y", "/var/lib/libvirt/z", lab.MemoryDir + "/m"} {
 		inside(t, a, "sh", "-c", "echo mine >"+path)
 		if text, err := os.ReadFile(a.Path(path)); err != nil || string(text) != "mine\n" {
 			t.Errorf("%s outside: %q, %v", path, text, err)
@@ -94,6 +96,34 @@ func TestTwoHosts(t *testing.T) {
 		t.Errorf("second lab of the same name: %v", err)
 	}
 	wantHosts(t, l)
+}
+
+// Guests' memory is on a tmpfs of the host's own, which is never on disk.
+func TestMemoryDir(t *testing.T) {
+	t.Parallel()
+	l := up(t, lab.Config{Hosts: 1})
+	var fs unix.Statfs_t
+	if err := unix.Statfs(l.Hosts[0].Path(lab.MemoryDir), &fs); err != nil || fs.Type != unix.TMPFS_MAGIC {
+		t.Errorf("%s is a file system of type %x, %v; want a tmpfs", lab.MemoryDir, fs.Type, err)
+	}
+}
+
+func TestHooks(t *testing.T) {
+	t.Parallel()
+	hooks := filepath.Join(t.TempDir(), "hooks")
+	if err := os.MkdirAll(filepath.Join(hooks, "qemu.d"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	script := "#!/bin/sh\necho $1 $2 >>/run/hooked\n"
+	if err := os.WriteFile(filepath.Join(hooks, "qemu.d", "note"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	l := up(t, lab.Config{Hosts: 1, Hooks: hooks})
+	h := l.Hosts[0]
+	mustStart(t, h, "g1", "")
+	if text, err := os.ReadFile(h.Path("/run/hooked")); err != nil || !strings.HasPrefix(string(text), "g1 prepare\ng1 start\n") {
+		t.Errorf("the hook wrote %q, %v", text, err)
+	}
 }
 
 func TestThreeHosts(t *testing.T) {
