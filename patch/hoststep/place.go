@@ -1,0 +1,166 @@
+package hoststep
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"belay/agent/maint"
+)
+
+// spec is what belayd tells the supervisor, and itself after a restart.
+type spec struct {
+	Step  maint.HostStep `json:"step"`
+	Env   []string       `json:"env,omitempty"`
+	Token string         `json:"token"` // marks the step's processes in their environment
+	Asked time.Time      `json:"asked"`
+	// Timeout is when the supervisor ends the step by itself; 0 is never.
+	Timeout time.Duration `json:"timeout_ns,omitempty"`
+	Grace   time.Duration `json:"grace_ns"` // between SIGTERM and SIGKILL
+	// Before is the unit's invocation before its job, by which a restart is
+	// known to have happened.
+	Before string `json:"before,omitempty"`
+}
+
+// claim says who decided whether the step begins. PID 0: it never will.
+type claim struct {
+	PID   int       `json:"pid,omitempty"`         // the supervisor's, or belayd's for a unit's job
+	Start uint64    `json:"start_ticks,omitempty"` // since boot: with PID, names a process for good
+	Time  time.Time `json:"time"`
+}
+
+// outcome is how a step went, and whether something of it could not be ended.
+type outcome struct {
+	maint.StepRun
+	Stuck bool `json:"stuck,omitempty"`
+}
+
+// place is the folder of one step.
+type place string
+
+func (p place) file(name string) string { return filepath.Join(string(p), name) }
+
+func (p place) spec() (s spec, err error) {
+	ok, err := readJSON(p.file("spec.json"), &s)
+	if err == nil && !ok {
+		err = errors.New("the step's specification is not there")
+	}
+	return s, err
+}
+
+func (p place) writeSpec(s spec) error { return writeJSON(p.file("spec.json"), s, os.Rename) }
+
+// claim reports whether this claim is the first.
+func (p place) claim(c claim) (bool, error) {
+	err := writeJSON(p.file("claim.json"), c, os.Link)
+	if errors.Is(err, fs.ErrExist) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+func (p place) claimed() (c claim, ok bool, err error) {
+	ok, err = readJSON(p.file("claim.json"), &c)
+	return c, ok, err
+}
+
+func (p place) result() (r outcome, ok bool, err error) {
+	ok, err = readJSON(p.file("result.json"), &r)
+	return r, ok, err
+}
+
+func (p place) writeResult(r outcome) error {
+	return writeJSON(p.file("result.json"), r, os.Rename)
+}
+
+// writeJSON writes a file that is whole as soon as it is there: publish is
+// os.Rename, or os.Link where the first one is to stay.
+func writeJSON(path string, v any, publish func(from, to string) error) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name()) // it has gone when it was renamed
+	_, err = f.Write(b)
+	if err := errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	return publish(f.Name(), path)
+}
+
+func readJSON(path string, v any) (bool, error) {
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err == nil {
+		err = json.Unmarshal(b, v)
+	}
+	if err != nil {
+		return false, fmt.Errorf("cannot read %s: %w", path, err)
+	}
+	return true, nil
+}
+
+// What a supervisor is asked.
+const (
+	askLook = "look" // answer at once
+	askWait = "wait" // answer when it has ended
+	askEnd  = "end"  // end it, then answer
+)
+
+type request struct {
+	Ask      string `json:"ask"`
+	TimedOut bool   `json:"timed_out,omitempty"`
+	Why      string `json:"why,omitempty"` // unless TimedOut
+}
+
+// ask puts a request to the step's supervisor. An error says that none
+// answered before ctx ended.
+func (p place) ask(ctx context.Context, q request) (r outcome, err error) {
+	err = p.viaShortPath(func(sock string) error {
+		var d net.Dialer
+		c, err := d.DialContext(ctx, "unix", sock)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		defer context.AfterFunc(ctx, func() { c.Close() })()
+		if err := json.NewEncoder(c).Encode(q); err != nil {
+			return err
+		}
+		return json.NewDecoder(c).Decode(&r)
+	})
+	return r, err
+}
+
+func (p place) listen() (l *net.UnixListener, err error) {
+	err = p.viaShortPath(func(sock string) error {
+		l, err = net.ListenUnix("unix", &net.UnixAddr{Name: sock, Net: "unix"})
+		return err
+	})
+	if err == nil {
+		l.SetUnlinkOnClose(false) // the short path is gone by then
+	}
+	return l, err
+}
+
+// viaShortPath is for sockets, whose paths cannot be longer than 107 bytes.
+func (p place) viaShortPath(do func(sock string) error) error {
+	d, err := os.Open(string(p))
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return do(fmt.Sprintf("/proc/self/fd/%d/sock", d.Fd()))
+}
