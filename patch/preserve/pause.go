@@ -1,0 +1,345 @@
+package preserve
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"belay/agent/maint"
+)
+
+const (
+	// suspendTimeout bounds the stopping of all vCPUs together.
+	suspendTimeout = 5 * time.Second
+	// callTimeout bounds one call to libvirt within the release: it may have
+	// died, and the next try meets its successor.
+	callTimeout = time.Second
+	// releaseGrace is how long after the deadline belayd goes on trying to
+	// release a guest; the leash does so for ever.
+	releaseGrace = 20 * time.Second
+	// clockTimeout bounds the correction of all clocks.
+	clockTimeout = 20 * time.Second
+)
+
+// pause is one pause of the guests of an order.
+type pause struct {
+	h     *Hold
+	line  Line
+	order Order
+
+	mu     sync.Mutex
+	guests map[string]*held // by UUID: those that were asked to stop
+	left   map[string]string
+	freed  bool
+	events []maint.LeashEvent // the leash's, once freed
+	clocks sync.WaitGroup
+}
+
+// held is a guest that was asked to stop.
+type held struct {
+	maint.HeldGuest
+	group int
+	agent maint.AgentState
+}
+
+func newPause(h *Hold, line Line, order Order) *pause {
+	return &pause{h: h, line: line, order: order, guests: make(map[string]*held), left: make(map[string]string)}
+}
+
+// names are the guests that are held.
+func (p *pause) names() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var names []string
+	for _, m := range p.order.Guests {
+		if p.guests[m.UUID] != nil {
+			names = append(names, m.Guest)
+		}
+	}
+	return names
+}
+
+// margin is kept of the pause for the release itself.
+func (p *pause) margin() time.Duration {
+	return min(max(p.order.MaxPause/10, 100*time.Millisecond), time.Second)
+}
+
+// releaseBy is when belayd begins to release, come what may: in time before
+// the leash does.
+func (p *pause) releaseBy() time.Time { return p.line.Deadline().Add(-p.margin()) }
+
+// stepEnd is when the step has to be over; an undo gets a third of the pause.
+func (p *pause) stepEnd(undo bool) time.Time {
+	if undo {
+		return p.releaseBy().Add(-p.order.MaxPause / 3)
+	}
+	return p.releaseBy()
+}
+
+// begin stops the vCPUs of all guests together. Who is found paused is left
+// to whoever paused it. An error leaves to end what had been paused.
+func (p *pause) begin(ctx context.Context) error {
+	if err := p.line.Check(); err != nil {
+		return maint.Problemf(maint.CodeLeash, "leash", "see 'belay doctor' for rung B", "does not hold, so nothing was paused: %v", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, suspendTimeout)
+	defer cancel()
+	var all sync.WaitGroup
+	errs := make([]error, len(p.order.Guests))
+	for i, m := range p.order.Guests {
+		if m.Left != "" {
+			continue
+		}
+		all.Go(func() { errs[i] = p.stop(ctx, m) })
+	}
+	all.Wait()
+	return errors.Join(errs...)
+}
+
+// stop stops one guest's vCPUs.
+func (p *pause) stop(ctx context.Context, m Member) error {
+	leave := func(why string) {
+		p.line.Mark(Left, m.UUID)
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.left[m.UUID] = why
+	}
+	// Asked at the last moment: a guest that is paused now is somebody
+	// else's, and to suspend it would be a success as well.
+	state, reason, err := p.h.Host.State(ctx, m.UUID)
+	switch {
+	case errors.Is(err, maint.ErrNoGuest):
+		leave("it has gone from this host")
+		return nil
+	case err != nil:
+		return maint.Problemf(maint.CodeFailed, "guest "+m.Guest, "", "cannot be looked at before the pause: %v", err)
+	case state != maint.GuestRunning && state != maint.GuestBlocked:
+		leave("it is " + string(state) + " (" + reason + ")")
+		return nil
+	}
+	p.add(m, time.Now()) // before the call: it may have its effect and fail
+	if err := p.h.Host.Suspend(ctx, m.UUID); err != nil {
+		if state, _, err := p.h.Host.State(ctx, m.UUID); errors.Is(err, maint.ErrNoGuest) || err == nil && !state.Active() {
+			p.mu.Lock()
+			delete(p.guests, m.UUID)
+			p.mu.Unlock()
+			leave("it shut itself down")
+			return nil
+		}
+		return maint.Problemf(maint.CodeFailed, "guest "+m.Guest, "", "cannot be paused: %v", err)
+	}
+	p.line.Mark(Paused, m.UUID)
+	return nil
+}
+
+// adopt takes over the guests that an earlier belayd may have paused.
+func (p *pause) adopt(uuids []string) {
+	for _, m := range p.order.Guests {
+		if m.Left == "" && slices.Contains(uuids, m.UUID) {
+			p.add(m, time.Time{})
+		}
+	}
+}
+
+// release starts every guest's vCPUs, group by group, and then has their
+// clocks put right, which goes on when it returns. A guest that cannot be
+// released yet does not keep the others waiting.
+func (p *pause) release(ctx context.Context) {
+	groups := make(map[int][]*held)
+	for _, g := range p.guests {
+		groups[g.group] = append(groups[g.group], g)
+	}
+	var late sync.WaitGroup
+	giveUp, cancel := context.WithDeadline(ctx, p.line.Deadline().Add(releaseGrace))
+	defer cancel()
+	var atOnce []*held
+	for _, n := range slices.Sorted(maps.Keys(groups)) {
+		done := make([]bool, len(groups[n]))
+		var first sync.WaitGroup
+		for i, g := range groups[n] {
+			first.Go(func() { done[i] = p.try(giveUp, g) })
+		}
+		first.Wait()
+		for i, g := range groups[n] {
+			if done[i] {
+				atOnce = append(atOnce, g)
+			} else {
+				late.Go(func() { p.insist(giveUp, g) })
+			}
+		}
+	}
+	// Clocks come after the first try of all: those calls are slower.
+	for _, g := range atOnce {
+		p.correct(ctx, g)
+	}
+	late.Wait()
+}
+
+// insist tries until the guest runs, is gone, or ctx ends.
+func (p *pause) insist(ctx context.Context, g *held) {
+	for wait := 10 * time.Millisecond; ; wait = min(2*wait, 250*time.Millisecond) {
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			p.h.Log.Error("guest is still paused, its release is left to the leash", "guest", g.Guest, "err", g.Problem)
+			return
+		}
+		if p.try(ctx, g) {
+			p.correct(context.WithoutCancel(ctx), g)
+			return
+		}
+	}
+}
+
+// try releases one guest and reports whether nothing is left to be done.
+func (p *pause) try(ctx context.Context, g *held) (done bool) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	end := func(by string) bool {
+		g.ReleasedBy, g.Released, g.Problem = by, time.Now(), nil
+		if !g.Paused.IsZero() {
+			g.Pause = g.Released.Sub(g.Paused)
+		}
+		p.line.Mark(Released, g.UUID)
+		return true
+	}
+	still := func(remedy, format string, args ...any) bool {
+		g.Problem = maint.Problemf(maint.CodePaused, "guest "+g.Guest, remedy, format, args...)
+		return false
+	}
+	state, reason, err := p.h.Host.State(ctx, g.UUID)
+	switch {
+	case errors.Is(err, maint.ErrNoGuest), err == nil && !state.Active():
+		g.Problem = maint.Problemf(maint.CodeGuestState, "guest "+g.Guest, "see its log", "is no longer running: it ended while it was held (%s)", reason)
+		p.line.Mark(Left, g.UUID)
+		return true
+	case err != nil:
+		return still("see that libvirt runs", "cannot be released yet: %v", err)
+	case state == maint.GuestRunning || state == maint.GuestBlocked:
+		// The leash, if it fired; its events tell, see end.
+		return end(somebodyElse)
+	}
+	switch err := p.h.Host.Resume(ctx, g.UUID); {
+	case err == nil:
+		return end(belayd)
+	case errors.Is(err, maint.ErrLocked):
+		return still("find out who uses its disk, end that, then: virsh resume "+g.Guest, "is still paused: %v", err)
+	default:
+		return still("virsh resume "+g.Guest, "is still paused: %v", err)
+	}
+}
+
+// Who released a guest.
+const (
+	belayd       = "belayd"
+	leash        = "leash"
+	somebodyElse = "somebody else"
+)
+
+// correct puts a guest's clock right, in a goroutine, if it was released.
+func (p *pause) correct(ctx context.Context, g *held) {
+	if g.Released.IsZero() {
+		return
+	}
+	by, released := g.ReleasedBy, g.Released
+	p.clocks.Go(func() {
+		ctx, cancel := context.WithTimeout(ctx, clockTimeout)
+		defer cancel()
+		var r maint.ClockReport
+		if c := p.h.clocks[g.UUID]; c != nil && by == belayd {
+			r = c.Correct(ctx, released)
+		} else {
+			r = p.h.Clocks.Sync(ctx, maint.Guest{Name: g.Guest, UUID: g.UUID, Agent: g.agent})
+		}
+		g.Clock = &r
+	})
+}
+
+// free releases what is still held and disarms the leash.
+func (p *pause) free(ctx context.Context) {
+	if p.freed {
+		return
+	}
+	p.freed = true
+	p.release(ctx)
+	events, err := p.disarm(ctx)
+	if err != nil {
+		p.h.Log.Error("cannot disarm the leash", "err", err)
+	}
+	p.events = events
+}
+
+// end frees the guests, waits for their clocks, and tells what became of each.
+func (p *pause) end(ctx context.Context) ([]maint.HeldGuest, []maint.LeashEvent) {
+	p.free(ctx)
+	p.credit(ctx)
+	p.clocks.Wait()
+	var result []maint.HeldGuest
+	for _, m := range p.order.Guests {
+		g := maint.HeldGuest{Guest: m.Guest, UUID: m.UUID, Left: cmp.Or(m.Left, p.left[m.UUID])}
+		if h := p.guests[m.UUID]; h != nil {
+			g = h.HeldGuest
+		}
+		result = append(result, g)
+	}
+	return result, p.events
+}
+
+// credit gives the leash what it released, under this belayd or under one that
+// died. Of that one's pauses only the arming is known, right before them.
+func (p *pause) credit(ctx context.Context) {
+	var armed time.Time
+	for _, e := range p.events {
+		if e.Kind == maint.LeashArmed && armed.IsZero() {
+			armed = e.Time
+		}
+		i := slices.IndexFunc(p.order.Guests, func(m Member) bool { return m.UUID == e.UUID })
+		if e.Kind != maint.LeashReleased || i < 0 {
+			continue
+		}
+		m, g := p.order.Guests[i], p.guests[e.UUID]
+		if g == nil {
+			g = p.add(m, time.Time{})
+		} else if g.ReleasedBy == belayd {
+			continue
+		}
+		late := g.Released.IsZero() // nobody has seen to its clock
+		g.ReleasedBy, g.Released, g.Problem = leash, e.Time, nil
+		if late {
+			p.correct(ctx, g)
+		}
+	}
+	for _, g := range p.guests {
+		if g.Paused.IsZero() {
+			g.Paused = armed
+		}
+		if g.Pause == 0 && !g.Paused.IsZero() && !g.Released.IsZero() {
+			g.Pause = g.Released.Round(0).Sub(g.Paused.Round(0)) // the leash's times are of the wall clock
+		}
+	}
+}
+
+// add makes a guest one that is held.
+func (p *pause) add(m Member, paused time.Time) *held {
+	g := &held{maint.HeldGuest{Guest: m.Guest, UUID: m.UUID, Paused: paused}, m.Group, m.Agent}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.guests[m.UUID] = g
+	return g
+}
+
+// disarm leaves the leash at work where a guest is still paused.
+func (p *pause) disarm(ctx context.Context) ([]maint.LeashEvent, error) {
+	for _, g := range p.guests {
+		if g.Problem != nil && g.Problem.Code == maint.CodePaused {
+			return p.line.Leave(), nil
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, armTimeout)
+	defer cancel()
+	return p.line.Disarm(ctx)
+}

@@ -1,0 +1,265 @@
+package preserve
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"belay/agent/maint"
+)
+
+// begun is what Perform saves before anything can be paused: whoever finds it
+// goes back, and does not begin again.
+type begun struct {
+	Begun time.Time `json:"begun"`
+}
+
+// armTimeout bounds the arming of the leash: nothing is paused yet.
+const armTimeout = 10 * time.Second
+
+// Perform holds the guests around the step. When it returns no guest is held,
+// whatever went wrong, but for one named in a *maint.Problem of code
+// "still-paused": the leash stays at that. record is called once, after the
+// release. An error of the step, or of Belay around it, is returned after the
+// step's undo and the guests' release.
+func (h *Hold) Perform(ctx context.Context, s Scratch, record func(Outcome) error) error {
+	record = h.forgetting(record)
+	if h.out != nil { // done before, in this life, and could not be written down
+		return errors.Join(h.failure, record(*h.out))
+	}
+	var order Order
+	if _, err := s.Load(PhasePreflight, &order); err != nil {
+		return err
+	}
+	if before, err := s.Load(PhaseHold, new(begun)); err != nil {
+		return err
+	} else if before {
+		return maint.Problemf(maint.CodeFailed, h.what(), "begin again", "belayd was restarted while they were held")
+	}
+	if err := s.Save(begun{time.Now()}); err != nil {
+		return err
+	}
+	out, failure := h.hold(ctx, order)
+	h.out, h.failure = &out, failure
+	return errors.Join(failure, record(out))
+}
+
+// forgetting is record that also drops what is known of the steps elsewhere.
+func (h *Hold) forgetting(record func(Outcome) error) func(Outcome) error {
+	return func(o Outcome) error {
+		if err := record(o); err != nil {
+			return err
+		}
+		for _, role := range []string{"step", "verify", "undo"} {
+			h.Steps.Forget(stepName(h.Op, role))
+		}
+		return nil
+	}
+}
+
+// hold is the pause from end to end. Nothing in it writes to disk.
+func (h *Hold) hold(ctx context.Context, order Order) (out Outcome, failure error) {
+	if err := h.Host.Warm(ctx, len(order.Guests)); err != nil {
+		return out, fmt.Errorf("cannot hold %s: %w", h.what(), err)
+	}
+	arm, cancel := context.WithTimeout(ctx, armTimeout)
+	line, err := h.Leash.Arm(arm, order)
+	cancel()
+	if err != nil {
+		return out, maint.Problemf(maint.CodeLeash, "leash", "see 'belay doctor' for rung B", "cannot be armed, so nothing was paused: %v", err)
+	}
+	p := newPause(h, line, order)
+	if failure = p.begin(ctx); failure == nil {
+		failure = h.service(ctx, p, &out.Result)
+	}
+	if failure != nil && out.Result.Step != nil {
+		h.undo(ctx, p, &out.Result)
+	}
+	out.Result.Guests, out.Leash = p.end(context.WithoutCancel(ctx))
+	return out, failure
+}
+
+// service runs the step and sees that it worked.
+func (h *Hold) service(ctx context.Context, p *pause, r *maint.HoldResult) error {
+	ctx, cancel := context.WithDeadline(ctx, p.stepEnd(h.Request.Undo != nil))
+	defer cancel()
+	go func() { // without a leash there is no pause
+		select {
+		case <-p.line.Lost():
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	run := h.run(ctx, "step", h.Request.Step, p)
+	r.Step = &run
+	failed := stepFailure("the step", h.Request.Step, run)
+	if failed == nil && h.Request.Verify != nil {
+		run := h.run(ctx, "verify", *h.Request.Verify, p)
+		r.Verify = &run
+		failed = stepFailure("the check after the step", *h.Request.Verify, run)
+	}
+	select {
+	case <-p.line.Lost():
+		return maint.Problemf(maint.CodeLeash, "leash", "see the system's log for what ended it", "was lost, so the guests were released at once")
+	default:
+		return failed
+	}
+}
+
+// run runs one step under a name that is its operation's alone.
+func (h *Hold) run(ctx context.Context, role string, step maint.HostStep, p *pause) maint.StepRun {
+	if step.Timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, step.Timeout)
+		defer cancel()
+	}
+	h.Log.Info("host step begins", "step", role, "command", strings.Join(step.Command, " "), "unit", step.Unit)
+	run := h.Steps.Run(ctx, stepName(h.Op, role), step, []string{
+		"BELAY_OP=" + string(h.Op), "BELAY_GUESTS=" + strings.Join(p.names(), " ")})
+	h.Log.Info("host step has ended", "step", role, "exit_code", run.ExitCode, "timed_out", run.TimedOut, "err", run.Error)
+	return run
+}
+
+func stepName(op maint.OpID, role string) string { return string(op) + "-" + role }
+
+func stepFailure(what string, step maint.HostStep, run maint.StepRun) error {
+	if run.OK() {
+		return nil
+	}
+	subject := strings.Join(step.Command, " ")
+	if step.Unit != "" {
+		subject = step.Unit
+	}
+	reason := fmt.Sprintf("%s ended with exit code %d", what, run.ExitCode)
+	remedy := ""
+	switch {
+	case run.Error != "":
+		reason = what + ": " + run.Error
+	case run.TimedOut:
+		reason = fmt.Sprintf("%s was ended after %s, so that the guests are released in time", what, run.Ended.Sub(run.Started).Round(time.Millisecond))
+		remedy = "allow a longer pause (--max-pause)"
+	}
+	return &maint.Problem{Code: maint.CodeStep, Subject: "'" + subject + "'", Reason: reason, Remedy: remedy}
+}
+
+// undo takes the step back, while the guests are held if there is time: when
+// there is none left they are released while it goes on.
+func (h *Hold) undo(ctx context.Context, p *pause, r *maint.HoldResult) {
+	if h.Request.Undo == nil {
+		return
+	}
+	ctx = context.WithoutCancel(ctx)
+	done := make(chan maint.StepRun, 1)
+	go func() {
+		ctx, cancel := context.WithTimeout(ctx, undoTimeout)
+		defer cancel()
+		done <- h.run(ctx, "undo", *h.Request.Undo, p)
+	}()
+	left := time.NewTimer(time.Until(p.releaseBy()))
+	defer left.Stop()
+	select {
+	case run := <-done:
+		r.Undo = &run
+		return
+	case <-left.C:
+		h.Log.Warn("the undo of the host step takes longer than the pause may: releasing the guests meanwhile")
+	case <-p.line.Lost():
+	}
+	p.free(ctx)
+	run := <-done
+	r.Undo = &run
+}
+
+// undoTimeout bounds an undo, which may go on after the release.
+const undoTimeout = 5 * time.Minute
+
+// Recover ends what a belayd left behind that died within Perform: the step is
+// ended and undone, every guest that Belay paused is released. It may be called
+// again and again, and finds nothing to do after a Perform that came to its end.
+func (h *Hold) Recover(ctx context.Context, s Scratch, record func(Outcome) error) error {
+	var order Order
+	if found, err := s.Load(PhasePreflight, &order); err != nil || !found {
+		return err
+	}
+	if found, err := s.Load(PhaseHold, new(begun)); err != nil || !found {
+		return err
+	}
+	record = h.forgetting(record)
+	line, err := h.Leash.Attach(ctx, h.Op)
+	if err != nil {
+		return maint.Problemf(maint.CodeLeash, "leash", "release guests that are paused by hand (virsh resume)", "cannot be taken up again: %v", err)
+	}
+	var out Outcome
+	step, err := h.Steps.End(ctx, stepName(h.Op, "step"))
+	if err != nil {
+		h.Log.Error("cannot end the host step", "err", err)
+		step = &maint.StepRun{ExitCode: -1, Error: err.Error()}
+	}
+	out.Result.Step = step
+	if line == nil {
+		// No leash was armed, or it was disarmed: no guest is paused.
+		if step != nil && h.Request.Undo != nil {
+			h.undo(ctx, newPause(h, noLine{}, order), &out.Result)
+		}
+		return record(out)
+	}
+	p := newPause(h, line, order)
+	p.adopt(line.Ours())
+	if verify, err := h.Steps.End(ctx, stepName(h.Op, "verify")); err == nil {
+		out.Result.Verify = verify
+	}
+	if undo, err := h.Steps.End(ctx, stepName(h.Op, "undo")); err == nil && undo != nil && undo.OK() {
+		out.Result.Undo = undo
+	} else if step != nil {
+		h.undo(ctx, p, &out.Result)
+	}
+	out.Result.Guests, out.Leash = p.end(context.WithoutCancel(ctx))
+	return record(out)
+}
+
+// noLine stands for a leash where no guest is paused.
+type noLine struct{}
+
+func (noLine) Deadline() time.Time                                { return time.Now().Add(undoTimeout) }
+func (noLine) Check() error                                       { return nil }
+func (noLine) Mark(Mark, string)                                  {}
+func (noLine) Ours() []string                                     { return nil }
+func (noLine) Lost() <-chan struct{}                              { return nil }
+func (noLine) Leave() []maint.LeashEvent                          { return nil }
+func (noLine) Disarm(context.Context) ([]maint.LeashEvent, error) { return nil, nil }
+
+// Judge says whether the step of a hold that is over worked, as Perform does.
+func Judge(r maint.HoldRequest, held maint.HoldResult) error {
+	if held.Step == nil {
+		return maint.Problemf(maint.CodeFailed, "the step", "begin again", "was not begun")
+	}
+	if err := stepFailure("the step", r.Step, *held.Step); err != nil || r.Verify == nil {
+		return err
+	}
+	if held.Verify == nil {
+		return maint.Problemf(maint.CodeFailed, "the check after the step", "begin again", "was not made")
+	}
+	return stepFailure("the check after the step", *r.Verify, *held.Verify)
+}
+
+// Verify says what is not as it should be after a hold whose step worked.
+func Verify(r maint.HoldResult, leash []maint.LeashEvent, maxPause time.Duration) []maint.Problem {
+	var problems []maint.Problem
+	for _, e := range leash {
+		if e.Kind == maint.LeashFired {
+			problems = append(problems, *maint.Problemf(maint.CodeLeash, "leash", "see why belayd did not release them in time (journalctl -u belayd)",
+				"it released guests by itself: %s", e.Text))
+		}
+	}
+	for _, g := range r.Guests {
+		if g.Problem != nil {
+			problems = append(problems, *g.Problem)
+		} else if g.Pause > maxPause {
+			problems = append(problems, *maint.Problemf(maint.CodePauseTooLong, "guest "+g.Guest, "",
+				"was paused for %s, longer than the %s allowed", g.Pause.Round(time.Millisecond), maxPause))
+		}
+	}
+	return problems
+}
