@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/xml"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -15,6 +17,7 @@ import (
 
 	"belay/hypervisor"
 	"belay/hypervisor/hypervisortest"
+	"belay/vmtests/guest"
 	"belay/vmtests/lab"
 )
 
@@ -43,9 +46,11 @@ type site struct {
 	host *lab.Host
 	hv   *hypervisor.Host
 	disk string
+
+	disks, rivals sync.Map // of leased guests, by UUID: path, *os.File that has the lock
 }
 
-func newSite(t *testing.T, host *lab.Host, disk string) *site {
+func newSite(t testing.TB, host *lab.Host, disk string) *site {
 	hv := hypervisor.New(hypervisor.Config{Socket: host.LibvirtSocket()})
 	ctx, cancel := context.WithCancel(context.Background())
 	var run sync.WaitGroup
@@ -92,9 +97,15 @@ func (s *site) URI() string                           { return s.host.PeerURI(fa
 
 func (s *site) NewGuest(t testing.TB, name string) string {
 	t.Helper()
+	return s.define(t, name, s.disk, "<readonly/>")
+}
+
+// define starts a guest of the boot sector that disk has.
+func (s *site) define(t testing.TB, name, disk, readonly string) string {
+	t.Helper()
 	file := filepath.Join(t.TempDir(), "guest.xml")
 	var path strings.Builder
-	_ = xml.EscapeText(&path, []byte(s.disk))
+	_ = xml.EscapeText(&path, []byte(disk))
 	text := fmt.Sprintf(`<domain type='qemu'>
   <name>%s</name>
   <memory unit='MiB'>64</memory>
@@ -107,12 +118,12 @@ func (s *site) NewGuest(t testing.TB, name string) string {
       <driver name='qemu' type='raw' cache='none'/>
       <source file='%s'/>
       <target dev='vda' bus='virtio'/>
-      <readonly/>
+      %s
     </disk>
     <controller type='usb' model='none'/>
     <memballoon model='none'/>
   </devices>
-</domain>`, name, path.String())
+</domain>`, name, path.String(), readonly)
 	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -150,6 +161,96 @@ func (s *site) KillQEMU(t testing.TB, uuid string) {
 		t.Fatal(err)
 	}
 }
+
+func (s *site) NewAgentGuest(t testing.TB, name string) string {
+	t.Helper()
+	img, accel := guest.ForTest(t)
+	if _, err := guest.Start(t.Context(), s.host, guest.Spec{Name: name, Accel: accel}, img); err != nil {
+		t.Fatal(err)
+	}
+	return s.virsh(t, "domuuid", name)
+}
+
+// NewLeasedGuest starts a guest with a disk that it may write, which is what
+// virtlockd keeps leases of.
+func (s *site) NewLeasedGuest(t testing.TB, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(s.disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	disk := filepath.Join(t.TempDir(), "disk.raw")
+	if err := os.WriteFile(disk, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	uuid := s.define(t, name, disk, "")
+	s.disks.Store(uuid, disk)
+	return uuid
+}
+
+// TakeLease locks what virtlockd would lock: the disk's first byte.
+func (s *site) TakeLease(t testing.TB, uuid string) {
+	t.Helper()
+	disk, _ := s.disks.Load(uuid)
+	file, err := os.OpenFile(disk.(string), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lock := syscall.Flock_t{Type: syscall.F_WRLCK, Len: 1}
+	if err := syscall.FcntlFlock(file.Fd(), syscall.F_SETLK, &lock); err != nil {
+		t.Fatalf("the lease of a guest that is held is not to be had: %v", err)
+	}
+	s.rivals.Store(uuid, file)
+}
+
+func (s *site) FreeLease(t testing.TB, uuid string) {
+	t.Helper()
+	file, _ := s.rivals.LoadAndDelete(uuid)
+	if err := file.(*os.File).Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// SendAway has QEMU migrate to a socket that swallows it.
+func (s *site) SendAway(t testing.TB, uuid string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	dir, err := os.MkdirTemp("", "b") // t.TempDir is too long for a socket's address
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	l, err := net.Listen("unix", filepath.Join(dir, "sink"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	go func() {
+		if c, err := l.Accept(); err == nil {
+			_, _ = io.Copy(io.Discard, c)
+			_ = c.Close()
+		}
+	}()
+	if err := s.hv.Suspend(ctx, uuid); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.hv.QMP(ctx, uuid, "migrate", map[string]string{"uri": "unix:" + l.Addr().String()}); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		value, err := s.hv.QMP(ctx, uuid, "query-migrate", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(value), `"completed"`) {
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+func (s *site) NewFile(t testing.TB) string { return filepath.Join(t.TempDir(), "saved") }
 
 // Hold does nothing: 1 MiB/s holds a guest of the boot sector.
 func (s *site) Hold(testing.TB) {}

@@ -19,6 +19,17 @@ type Site interface {
 	URI() string
 	// NewGuest starts a persistent guest that keeps writing to its memory.
 	NewGuest(t testing.TB, name string) (uuid string)
+	// NewAgentGuest starts one whose agent is connected, or comes to be.
+	NewAgentGuest(t testing.TB, name string) (uuid string)
+	// NewLeasedGuest starts one that holds the lease of a disk of its own.
+	// TakeLease has somebody else take that while the guest is paused.
+	NewLeasedGuest(t testing.TB, name string) (uuid string)
+	TakeLease(t testing.TB, uuid string)
+	FreeLease(t testing.TB, uuid string)
+	// SendAway pauses a guest and has its QEMU send it somewhere, past libvirt.
+	SendAway(t testing.TB, uuid string)
+	// NewFile is the path of a file, not there yet, that libvirt can write.
+	NewFile(t testing.TB) (path string)
 	// StartGuest, PauseGuest, ResumeGuest and DestroyGuest do as virsh's
 	// start, suspend, resume and destroy.
 	StartGuest(t testing.TB, uuid string)
@@ -73,6 +84,15 @@ func Contract(t *testing.T, env Env) {
 		{"MidCopyDestinationQEMUKilled", testMidCopyDestinationQEMUKilled},
 		{"MidCopyDestinationLibvirtKilled", testMidCopyDestinationLibvirtKilled},
 		{"MidCopySourceLibvirtKilled", testMidCopySourceLibvirtKilled},
+		{"Hold", testHold},
+		{"HoldWithoutLibvirt", testHoldWithoutLibvirt},
+		{"Lease", testLease},
+		{"Clock", testClock},
+		{"NoAgent", testNoAgent},
+		{"QMP", testQMP},
+		{"QuitMigrated", testQuitMigrated},
+		{"CreatePaused", testCreatePaused},
+		{"SaveRestore", testSaveRestore},
 		{"Reconnect", testReconnect},
 		{"Frozen", testFrozen},
 	} {

@@ -54,6 +54,7 @@ func testInventory(t *testing.T, env Env) {
 	}
 	g := guests[0]
 	if g.Name != "inventory-a" || g.State != maint.GuestRunning || g.MemoryBytes != 64<<20 || g.VCPUs != 1 ||
+		g.ID <= 0 || g.MemorySource != "" || g.MemoryShared ||
 		g.DomainType != "qemu" || g.MachineType == "" || !g.Persistent || g.Autostart || g.Job != "" ||
 		g.Agent != maint.AgentNone || g.Disks == nil || g.Devices == nil {
 		t.Errorf("guest %+v", g)
@@ -70,7 +71,7 @@ func testInventory(t *testing.T, env Env) {
 	wantState(t, env.A, a, maint.GuestRunning, "unpaused")
 	env.A.DestroyGuest(t, a)
 	wantState(t, env.A, a, maint.GuestShutoff, "destroyed")
-	if g := look(t, env.A, a); !g.Persistent || g.Job != "" {
+	if g := look(t, env.A, a); !g.Persistent || g.Job != "" || g.ID != 0 {
 		t.Errorf("guest shut off: %+v", g)
 	}
 	job, err := env.A.Hypervisor().Job(t.Context(), a)
@@ -97,6 +98,15 @@ func testUnknownGuest(t *testing.T, env Env) {
 			"Migrate":          func() error { return h.Migrate(ctx, uuid, maint.MoveParams{DestURI: env.B.URI()}) },
 			"SetAutostart":     func() error { return h.SetAutostart(ctx, uuid, true) },
 			"UndefineInactive": func() error { return h.UndefineInactive(ctx, uuid) },
+			"Suspend":          func() error { return h.Suspend(ctx, uuid) },
+			"Resume":           func() error { return h.Resume(ctx, uuid) },
+			"State":            func() error { _, _, err := h.State(ctx, uuid); return err },
+			"GuestTime":        func() error { _, err := h.GuestTime(ctx, uuid); return err },
+			"SetGuestTime":     func() error { return h.SetGuestTime(ctx, uuid, time.Now()) },
+			"AgentCommand":     func() error { _, err := h.AgentCommand(ctx, uuid, "guest-ping", nil); return err },
+			"QMP":              func() error { _, err := h.QMP(ctx, uuid, "query-status", nil); return err },
+			"QuitMigrated":     func() error { return h.QuitMigrated(ctx, uuid) },
+			"Save":             func() error { return h.Save(ctx, uuid, "/nowhere") },
 		} {
 			err := call()
 			wantIs(t, op, err, maint.ErrNoGuest)
@@ -140,7 +150,7 @@ func testXML(t *testing.T, env Env) {
 	uuid := newGuest(t, env, "xml")
 	x, err := env.A.Hypervisor().GuestXML(t.Context(), uuid)
 	must(t, err)
-	for form, text := range map[string]string{"live": x.Live, "migratable": x.Migratable, "inactive": x.Inactive} {
+	for form, text := range map[string]string{"live": x.Live, "migratable": x.Migratable, "portable": x.Portable, "inactive": x.Inactive} {
 		g, err := hypervisor.ParseGuest(text)
 		must(t, err)
 		if g.Name != "xml" || g.UUID != uuid || g.MemoryBytes != 64<<20 || g.MachineType == "" {

@@ -2,9 +2,11 @@ package hypervisortest_test
 
 import (
 	"context"
+	"path/filepath"
 	"testing"
 	"time"
 
+	"belay/agent/maint"
 	"belay/hypervisor/hypervisortest"
 )
 
@@ -23,6 +25,11 @@ func (s site) KillLibvirt(testing.TB)                    { s.Host.KillLibvirt() 
 func (s site) RestartLibvirt(testing.TB)                 { s.Host.RestartLibvirt() }
 func (s site) FreezeLibvirt(testing.TB)                  { s.Freeze() }
 func (s site) ThawLibvirt(testing.TB)                    { s.Thaw() }
+func (s site) NewAgentGuest(_ testing.TB, name string) string {
+	return s.PutGuest(name, func(g *maint.Guest) { g.Agent = maint.AgentConnected })
+}
+func (s site) NewLeasedGuest(_ testing.TB, name string) string { return s.PutGuest(name) }
+func (s site) NewFile(t testing.TB) string                     { return filepath.Join(t.TempDir(), "saved") }
 func (s site) RemoveGuest(t testing.TB, uuid string) {
 	s.ReleaseCopies()
 	if _, err := s.Guest(context.Background(), uuid); err == nil {
