@@ -31,7 +31,6 @@ type Line struct {
 	mu       sync.Mutex
 	s        *Status // the order, and what the holder knows
 	launch   []string
-	conn     net.Conn         // nil while the leash is being replaced
 	calls    map[uint64]*call // not answered
 	unsent   []*call          // in order
 	ids      uint64
