@@ -56,3 +56,17 @@ type VMMResult struct {
 	Attempts int           `json:"attempts,omitempty"` // starts of the new QEMU
 	Clock    *ClockReport  `json:"clock,omitempty"`
 }
+
+// The codes of what stands in the way of a method.
+const (
+	CodeMemory     Code = "memory-not-shareable" // no other QEMU can map the guest's memory
+	CodeHook       Code = "hook-missing"         // libvirt does not run Belay's hook
+	CodeConfined   Code = "qemu-confined"        // QEMU cannot reach what it must
+	CodeDevice     Code = "device-stays"         // a device cannot be handed over
+	CodeQEMU       Code = "qemu-refuses"         // QEMU itself, or its version
+	CodeLongPause  Code = "pause-estimate"       // longer than accepted
+	CodeKept       Code = "memory-kept"          // an earlier operation has kept its memory
+	CodeStarted    Code = "started-meanwhile"    // somebody else started the guest, afresh
+	CodeBetween    Code = "between-qemus"        // the guest is off, its memory and state are kept
+	CodeDefinition Code = "definition-changed"   // of the guest, by somebody else, meanwhile
+)

@@ -1,0 +1,229 @@
+package vmm
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"belay/agent/maint"
+)
+
+// plan is all that the phases after preflight, and a start after a crash, need
+// to know. It is written down before anything is touched.
+type plan struct {
+	// Op is the operation that made the plan; its ID is the token of the new
+	// QEMU. An operation that takes up what another has kept goes by that's.
+	Op      maint.OpID      `json:"op"`
+	Adopted bool            `json:"adopted,omitempty"`
+	Guest   string          `json:"guest"`
+	UUID    string          `json:"uuid"`
+	Method  maint.VMMMethod `json:"method"`
+	Boot    string          `json:"boot"` // the host's
+
+	ID  int     `json:"id"`  // libvirt's number of the domain
+	Old process `json:"old"` // its QEMU
+
+	UID       int    `json:"uid"`
+	GID       int    `json:"gid"`
+	OldQEMU   string `json:"old_qemu"`  // version
+	Bandwidth uint64 `json:"bandwidth"` // as it was
+
+	XML      string   `json:"xml,omitempty"`      // in place: to start the new QEMU from
+	Inactive string   `json:"inactive,omitempty"` // the definition
+	Memory   []string `json:"memory,omitempty"`   // in place: the files to be linked
+	Kept     string   `json:"kept,omitempty"`     // in place: the folder of the links; copy: of the image
+	Disks    []string `json:"disks,omitempty"`    // files that the guest writes
+
+	Choices []maint.VMMChoice `json:"choices,omitempty"`
+}
+
+// image is the file of a guest that is saved.
+func (pl plan) image() string { return filepath.Join(pl.Kept, "saved") }
+
+// Preflight surveys guest and host and returns a *maint.Refusal with every
+// reason why the method is not possible. It writes the plan down, and changes
+// nothing.
+//
+// For a guest that is off, and of which an earlier operation has kept memory and
+// state, the plan is that operation's: it is gone on with.
+func (r *Replacement) Preflight(ctx context.Context, s Scratch) error {
+	left, err := r.Places.kept(r.UUID)
+	if err == nil && r.adoptable(ctx, left) {
+		left.Adopted, left.Choices = true, nil
+		if err := s.Save(left); err != nil {
+			return err
+		}
+		return s.Note("goes on with what operation %s has kept of the guest", left.Op)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, r.paced().libvirt)
+	defer cancel()
+	f, err := Survey(ctx, r.Host, r.Places, r.UUID)
+	if err != nil {
+		return err
+	}
+	f.NoBounce = true // is package twin's
+	choices := Choices(f)
+	if _, err := Choose(r.Guest, choices, r.Method, r.MaxPause); err != nil {
+		return err
+	}
+	pl, err := r.plan(ctx, f)
+	if err != nil {
+		return fmt.Errorf("cannot plan a new QEMU for guest %s: %w", r.Guest, err)
+	}
+	pl.Choices = choices
+	return s.Save(pl)
+}
+
+// adoptable: the guest is between two QEMUs, and has been left there.
+func (r *Replacement) adoptable(ctx context.Context, left plan) bool {
+	now, err := r.look(ctx, left)
+	return err == nil && (now == atOff && r.whole(left) == nil || now == atNew)
+}
+
+func (r *Replacement) plan(ctx context.Context, f Facts) (pl plan, err error) {
+	pl = plan{Op: r.Op, Guest: f.Guest.Name, UUID: f.Guest.UUID, Method: r.Method, ID: f.Guest.ID,
+		Old: f.process, UID: f.UID, GID: f.GID, OldQEMU: f.QEMU}
+	if pl.Old.PID == 0 {
+		return pl, errors.New("its QEMU is not found among the processes")
+	}
+	if pl.Boot, err = r.Places.bootID(); err != nil {
+		return pl, err
+	}
+	d, err := r.Host.Describe(ctx, r.UUID)
+	if err != nil {
+		return pl, err
+	}
+	pl.Inactive = d.Inactive
+	for _, disk := range f.Guest.Disks {
+		if disk.Type == "file" && !disk.ReadOnly && disk.Source != "" {
+			pl.Disks = append(pl.Disks, disk.Source)
+		}
+	}
+	if r.Method == maint.VMMCopy {
+		pl.Kept = filepath.Join(r.Places.copies(), r.UUID)
+		return pl, nil
+	}
+	if pl.Bandwidth, err = bandwidth(ctx, r.Host, r.UUID); err != nil {
+		return pl, err
+	}
+	if pl.XML, err = incoming(d.Portable, string(r.Op)); err != nil {
+		return pl, err
+	}
+	for _, m := range f.Memory {
+		if m.Ours {
+			pl.Memory = append(pl.Memory, m.Path)
+		}
+	}
+	dirs := slices.Compact(slices.Sorted(func(yield func(string) bool) {
+		for _, path := range pl.Memory {
+			if !yield(filepath.Dir(path)) {
+				return
+			}
+		}
+	}))
+	if len(dirs) != 1 {
+		return pl, fmt.Errorf("its memory is in %d folders of libvirt's: %q", len(dirs), dirs)
+	}
+	// <memory_backing_dir>/libvirt/qemu/<id>-<name> is libvirt's.
+	pl.Kept = filepath.Join(filepath.Dir(filepath.Dir(filepath.Dir(dirs[0]))), "belay", r.UUID)
+	return pl, nil
+}
+
+// load reads the plan.
+func (r *Replacement) load(s Scratch) (pl plan, err error) {
+	ok, err := s.Load(PhasePreflight, &pl)
+	if err == nil && !ok {
+		err = errors.New("there is no plan")
+	}
+	return pl, err
+}
+
+// Prepare sets the guard and links the memory: all that can be done while the
+// guest runs. It may be done over.
+func (r *Replacement) Prepare(ctx context.Context, s Scratch) error {
+	pl, err := r.load(s)
+	if err != nil || pl.Adopted {
+		return err
+	}
+	if err := r.prepare(pl); err != nil {
+		return fmt.Errorf("cannot prepare a new QEMU for guest %s: %w", r.Guest, err)
+	}
+	return nil
+}
+
+func (r *Replacement) prepare(pl plan) error {
+	text, err := json.Marshal(pl)
+	if err != nil {
+		return err
+	}
+	kept := r.Places.at(pl.Kept)
+	if err := privateDir(filepath.Dir(kept)); err != nil {
+		return err
+	}
+	if err := privateDir(kept); err != nil {
+		return err
+	}
+	var rams string
+	for _, path := range pl.Memory {
+		rams = filepath.Dir(filepath.Dir(path))
+		if err := link(r.Places.at(path), filepath.Join(kept, filepath.Base(path))); err != nil {
+			return err
+		}
+	}
+	// libvirt's hook looks for the guard, so it comes when it can be obeyed.
+	g := r.Places.guard(pl.UUID)
+	if err := os.MkdirAll(filepath.Dir(g.dir), 0o755); err != nil {
+		return err
+	}
+	if err := privateDir(g.dir); err != nil {
+		return err
+	}
+	order := fmt.Sprintf("%s %s\n%s\n%s\n", pl.Method, pl.Op, pl.Kept, rams)
+	return errors.Join(g.write(guardPlan, text), g.write(guardOrder, []byte(order)))
+}
+
+// link makes a hard link. One of another file, which nobody has a guard for any
+// more, gives way.
+func link(from, to string) error {
+	err := os.Link(from, to)
+	if !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	a, errA := os.Stat(from)
+	b, errB := os.Lstat(to)
+	if errA == nil && errB == nil && os.SameFile(a, b) {
+		return nil
+	}
+	if err := errors.Join(errA, errB, os.Remove(to)); err != nil {
+		return err
+	}
+	return os.Link(from, to)
+}
+
+// Unprepare is the undo of Prepare. It leaves everything while the guest is
+// between two QEMUs.
+func (r *Replacement) Unprepare(ctx context.Context, s Scratch) error {
+	pl, err := r.load(s)
+	if err != nil || pl.Adopted {
+		return err
+	}
+	if now, err := r.settled(ctx, pl); err != nil {
+		return err
+	} else if now != atOld && r.Places.guard(pl.UUID).has(guardQuit) {
+		return r.stuck(pl, now, errors.New("it has left its old QEMU"))
+	}
+	return r.drop(pl)
+}
+
+// drop removes all that is kept, the guard last: the hook goes by it.
+func (r *Replacement) drop(pl plan) error {
+	return errors.Join(os.RemoveAll(r.Places.at(pl.Kept)), os.RemoveAll(r.Places.guard(pl.UUID).dir))
+}
