@@ -359,7 +359,7 @@ func TestReservationLapses(t *testing.T) {
 		}
 		defer j.Close()
 		cfg := config.Config{Host: "b", StateDir: dir, Limits: config.Limits{MigrationsIn: 1}, Journal: config.Journal{Keep: config.Duration{Duration: time.Hour}}}
-		a := agent.New(cfg, "test", w.AddHost("b", hypervisortest.HostOptions{}), j, nil, quiet(t))
+		a := agent.New(cfg, "test", w.AddHost("b", hypervisortest.HostOptions{}), j, agent.Preserve{}, nil, quiet(t))
 		ctx, stop := context.WithCancel(t.Context())
 		ended := make(chan struct{})
 		go func() { defer close(ended); _ = a.Run(ctx) }()

@@ -15,6 +15,7 @@ import (
 	"belay/agent/run"
 	"belay/hypervisor"
 	"belay/migrate"
+	"belay/patch/preserve"
 )
 
 // Hypervisor is this host's libvirt. The fake in hypervisortest has the same
@@ -26,12 +27,12 @@ type Hypervisor interface {
 	Inspector
 	Definer
 	Follower
+	preserve.Host
 }
 
 // Inspector reads the host and what its guests are made of.
 type Inspector interface {
 	Info(ctx context.Context) (maint.Host, error)
-	Guests(ctx context.Context) ([]maint.Guest, error)
 	GuestXML(ctx context.Context, uuid string) (hypervisor.GuestXML, error)
 }
 
@@ -75,6 +76,8 @@ type Agent struct {
 	metrics *metrics
 	view    *inventory
 
+	preserve Preserve
+
 	requests chan func()
 	life     context.Context
 	endLife  context.CancelFunc
@@ -91,15 +94,12 @@ type Agent struct {
 }
 
 // liveOp is an operation that a goroutine is running.
-type liveOp struct {
-	guest string // UUID
-	abort context.CancelCauseFunc
-}
+type liveOp struct{ abort context.CancelCauseFunc }
 
 // New puts an agent together; Run makes it live. tlsConfig is for speaking
 // to peers, nil when there are none.
-func New(cfg config.Config, version string, hyp Hypervisor, j Journal, tlsConfig *tls.Config, log *slog.Logger) *Agent {
-	a := &Agent{cfg: cfg, version: version, log: log, hyp: hyp, journal: j,
+func New(cfg config.Config, version string, hyp Hypervisor, j Journal, b Preserve, tlsConfig *tls.Config, log *slog.Logger) *Agent {
+	a := &Agent{cfg: cfg, version: version, log: log, hyp: hyp, journal: j, preserve: b,
 		since: time.Now(), requests: make(chan func()),
 		peers: make(map[string]*peer), live: make(map[maint.OpID]*liveOp)}
 	a.life, a.endLife = context.WithCancel(context.Background())
@@ -198,7 +198,7 @@ func (a *Agent) start(op maint.Op) {
 		deadline = least
 	}
 	ctx, cancel := context.WithDeadline(aborted, deadline)
-	a.live[op.ID] = &liveOp{guest: op.GuestUUID, abort: abort}
+	a.live[op.ID] = &liveOp{abort: abort}
 	if op.AbortBy != "" {
 		abort(run.ErrAborted)
 	}
@@ -220,8 +220,9 @@ const journalRetry = 2 * time.Second
 
 // runToEnd runs op until it has ended or the agent's life has.
 func (a *Agent) runToEnd(ctx context.Context, op maint.Op) {
+	steps := a.steps(op)
 	for {
-		outcome, err := run.Run(a.life, ctx, a.journal, op.ID, a.migrateSteps(op), a.log)
+		outcome, err := run.Run(a.life, ctx, a.journal, op.ID, steps, a.log)
 		switch {
 		case err == nil:
 			a.metrics.ended(op, outcome)

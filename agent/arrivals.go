@@ -47,7 +47,12 @@ func (a *Agent) Check(ctx context.Context, from string, r maint.Arrival) ([]main
 		MemoryLimit: a.cfg.Limits.GuestMemory.Bytes, MemoryReserve: a.cfg.Limits.MemoryReserve.Bytes}
 	ps := migrate.CheckArrival(ctx, r, room, a.hyp)
 	for _, op := range a.journal.Ops() {
-		if op.State != maint.OpEnded && op.GuestUUID == r.GuestUUID {
+		switch {
+		case op.State == maint.OpEnded:
+		case ofAll(op): // it would run while all others are held
+			ps = append(ps, *maint.Problemf(maint.CodeBusy, "host "+a.cfg.Host, "wait for it to end",
+				"operation %s holds all guests there", op.ID))
+		case op.GuestUUID == r.GuestUUID:
 			ps = append(ps, *maint.Problemf(maint.CodeBusy, "host "+a.cfg.Host, "wait for it to end",
 				"operation %s is still at work on guest %s here", op.ID, op.Guest))
 		}

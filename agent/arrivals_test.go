@@ -34,7 +34,7 @@ func TestSlyPeer(t *testing.T) {
 		}
 		host := w.AddHost("b", hypervisortest.HostOptions{})
 		cfg := config.Config{Host: "b", StateDir: dir, Limits: config.Limits{MigrationsIn: 4}, Journal: config.Journal{Keep: config.Duration{Duration: time.Hour}}}
-		a := agent.New(cfg, "test", host, j, nil, quiet(t))
+		a := agent.New(cfg, "test", host, j, agent.Preserve{}, nil, quiet(t))
 		ctx, stop := context.WithCancel(t.Context())
 		ended := make(chan struct{})
 		go func() { defer close(ended); _ = a.Run(ctx) }()

@@ -204,7 +204,7 @@ func TestLapsedInMidCopy(t *testing.T) {
 		defer j.Close()
 		cfg := config.Config{Host: "b", StateDir: dir, Limits: config.Limits{MigrationsIn: 1}, Journal: config.Journal{Keep: config.Duration{Duration: time.Hour}}}
 		host := w.AddHost("b", hypervisortest.HostOptions{})
-		a := agent.New(cfg, "test", host, j, nil, quiet(t))
+		a := agent.New(cfg, "test", host, j, agent.Preserve{}, nil, quiet(t))
 		ctx, stop := context.WithCancel(t.Context())
 		ended := make(chan struct{})
 		go func() { defer close(ended); _ = a.Run(ctx) }()

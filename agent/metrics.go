@@ -16,6 +16,9 @@ type metrics struct {
 	operations *prometheus.CounterVec
 	downtime   prometheus.Histogram
 	total      prometheus.Histogram
+	pause      prometheus.Histogram
+	fired      prometheus.Counter
+	clocks     *prometheus.GaugeVec
 }
 
 func newMetrics(a *Agent) *metrics {
@@ -30,7 +33,16 @@ func newMetrics(a *Agent) *metrics {
 			Name: "belay_migration_duration_seconds", Help: "Time from request to verified of finished migrations.",
 			Buckets: prometheus.ExponentialBuckets(1, 2, 12)}),
 	}
-	m.registry.MustRegister(m.operations, m.downtime, m.total, gauges{a})
+	m.pause = prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name: "belay_hold_pause_seconds", Help: "How long held guests stood still.",
+		Buckets: []float64{.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}})
+	m.fired = prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "belay_leash_fired_total", Help: "Holds whose guests the leash had to release. Never good."})
+	m.clocks = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "belay_guest_clock_offset_seconds",
+		Help: "Guest's clock less the host's when it was last looked at, before and after it was put right.",
+	}, []string{"guest", "when"})
+	m.registry.MustRegister(m.operations, m.downtime, m.total, m.pause, m.fired, m.clocks, gauges{a})
 	return m
 }
 
@@ -41,6 +53,34 @@ func (m *metrics) ended(op maint.Op, o maint.Outcome) {
 func (m *metrics) moved(r maint.MoveResult) {
 	m.downtime.Observe(r.Downtime.Seconds())
 	m.total.Observe(r.Total.Seconds())
+}
+
+func (m *metrics) held(r maint.HoldResult, leash []maint.LeashEvent) {
+	for _, g := range r.Guests {
+		if g.Pause > 0 {
+			m.pause.Observe(g.Pause.Seconds())
+		}
+		if g.Clock != nil {
+			m.clock(*g.Clock)
+		}
+	}
+	for _, e := range leash {
+		if e.Kind == maint.LeashFired {
+			m.fired.Inc()
+		}
+	}
+}
+
+// clock keeps what was last found of a guest's clock; nothing, when nothing is
+// known of it any more.
+func (m *metrics) clock(r maint.ClockReport) {
+	for when, offset := range map[string]*maint.ClockOffset{"before": r.Before, "after": r.After} {
+		if offset == nil {
+			m.clocks.DeleteLabelValues(r.Guest, when)
+			continue
+		}
+		m.clocks.WithLabelValues(r.Guest, when).Set(offset.Offset.Seconds())
+	}
 }
 
 // Metrics serves Prometheus.

@@ -6,78 +6,54 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
 	"belay/agent/maint"
 	"belay/agent/run"
-	"belay/migrate"
 )
 
 // maxTimeout bounds what an operator may ask for.
 const maxTimeout = 24 * time.Hour
 
-// Migrate admits a migration, writes it down and starts it. It refuses what
-// can be refused on the spot: an unknown guest or peer, a guest that is busy.
-func (a *Agent) Migrate(ctx context.Context, by string, r maint.MigrateRequest) (maint.Op, error) {
-	what := fmt.Sprintf("cannot migrate guest %s to %s", r.Guest, r.To)
-	if err := a.checkRequest(r); err != nil {
-		return maint.Op{}, err
-	}
-	p := a.peers[r.To]
-	if p == nil {
-		return maint.Op{}, refuse(what, a.unknownPeer(r.To))
-	}
-	g, err := a.hyp.Guest(ctx, r.Guest)
+// guest looks a guest up by name or UUID for a request.
+func (a *Agent) guest(ctx context.Context, what, name string) (maint.Guest, error) {
+	g, err := a.hyp.Guest(ctx, name)
 	switch {
 	case errors.Is(err, maint.ErrNoGuest):
-		return maint.Op{}, refuse(what, maint.Problemf(maint.CodeUnknownGuest, "guest "+r.Guest,
-			"see 'belay guests' for the names; if it has moved, ask the belayd of the host where it is", "is not on host %s", a.cfg.Host))
-	case errors.Is(err, maint.ErrHypervisorDown):
-		return maint.Op{}, refuse(what, maint.Problemf(maint.CodeHypervisorDown, "host "+a.cfg.Host,
-			"see that libvirtd or virtqemud runs (systemctl status libvirtd virtqemud)", "%v", err))
+		return g, a.unknownGuest(what, name)
 	case err != nil:
-		return maint.Op{}, fmt.Errorf("%s: %w", what, err)
+		return g, a.cannotAsk(what, err)
 	}
+	return g, nil
+}
 
-	if r.Timeout == 0 {
-		r.Timeout = a.cfg.Migration.Timeout.Duration
+func (a *Agent) unknownGuest(what, name string) error {
+	return refuse(what, maint.Problemf(maint.CodeUnknownGuest, "guest "+name,
+		"see 'belay guests' for the names; if it has moved, ask the belayd of the host where it is", "is not on host %s", a.cfg.Host))
+}
+
+// cannotAsk is the answer to a request that libvirt could not be asked about.
+func (a *Agent) cannotAsk(what string, err error) error {
+	if errors.Is(err, maint.ErrHypervisorDown) {
+		return refuse(what, maint.Problemf(maint.CodeHypervisorDown, "host "+a.cfg.Host,
+			"see that libvirtd or virtqemud runs (systemctl status libvirtd virtqemud)", "%v", err))
 	}
-	if r.BandwidthMiBs == 0 {
-		r.BandwidthMiBs = a.cfg.Migration.BandwidthMiBs
-	}
-	now := time.Now()
-	op := maint.Op{ID: newOpID("mig", now), Kind: maint.OpMigrate, Guest: g.Name, GuestUUID: g.UUID,
-		Peer: p.name, By: by, Reason: r.Reason, Deadline: now.Add(r.Timeout), Migrate: &r}
-	var admitErr error
-	if err := a.inLoop(ctx, func() { admitErr = a.admit(what, op) }); err != nil {
+	return fmt.Errorf("%s: %w", what, err)
+}
+
+// submit has an operation admitted, or says why not.
+func (a *Agent) submit(ctx context.Context, what string, op maint.Op) (maint.Op, error) {
+	var refused error
+	if err := a.inLoop(ctx, func() { refused = a.admit(what, op) }); err != nil {
 		return maint.Op{}, err
 	}
-	if admitErr != nil {
-		return maint.Op{}, admitErr
+	if refused != nil {
+		return maint.Op{}, refused
 	}
 	admitted, _ := a.journal.Op(op.ID)
 	return admitted, nil
-}
-
-func (a *Agent) checkRequest(r maint.MigrateRequest) error {
-	bad := func(field, remedy, format string, args ...any) error {
-		return maint.Problemf(maint.CodeBadRequest, field, remedy, format, args...)
-	}
-	switch {
-	case r.Guest == "":
-		return bad("guest", "name one", "is empty")
-	case r.To == "":
-		return bad("to", "name a peer", "is empty")
-	case r.Timeout < 0 || r.Timeout > maxTimeout:
-		return bad("timeout", fmt.Sprintf("choose one up to %s", maxTimeout), "%s is out of range", r.Timeout)
-	case r.BandwidthMiBs > 1<<20:
-		return bad("bandwidth", "it is in MiB/s; 0 means no limit", "%d MiB/s is out of range", r.BandwidthMiBs)
-	case r.To == a.cfg.Host:
-		return refuse(fmt.Sprintf("cannot migrate guest %s to %s", r.Guest, r.To),
-			maint.Problemf(maint.CodeSameHost, "host "+r.To, "name a peer", "is this host"))
-	}
-	return nil
 }
 
 // admit decides and starts; it runs in the loop, so two requests for one
@@ -86,29 +62,37 @@ func (a *Agent) admit(what string, op maint.Op) error {
 	if a.life.Err() != nil {
 		return maint.Problemf(maint.CodeShuttingDown, "belayd on "+a.cfg.Host, "try again in a moment", "is shutting down")
 	}
-	open := 0
-	for id, l := range a.live {
+	same := 0
+	for id := range a.live {
 		running, _ := a.journal.Op(id)
 		if running.State == maint.OpEnded { // whoever watched it knows before the loop does
 			continue
 		}
-		open++
-		if l.guest == op.GuestUUID {
-			return refuse(what, maint.Problemf(maint.CodeBusy, "guest "+op.Guest,
+		if running.Kind == op.Kind {
+			same++
+		}
+		if about := inCommon(op, running); about != "" {
+			return refuse(what, maint.Problemf(maint.CodeBusy, about,
 				fmt.Sprintf("wait for it (belay ops watch %s) or abort it (belay ops abort %s)", id, id),
-				"operation %s, begun by %s at %s, is at work on it", id, running.By, running.Started.Format(time.TimeOnly)))
+				"operation %s (%s), begun by %s at %s, is at work on it", id, running.Kind, running.By, running.Started.Format(time.TimeOnly)))
 		}
 	}
 	for _, r := range a.journal.Reservations(time.Now()) {
-		if r.GuestUUID == op.GuestUUID && !a.view.has(op.GuestUUID, maint.GuestRunning) {
-			return refuse(what, maint.Problemf(maint.CodeBusy, "guest "+op.Guest, "wait until it has arrived",
+		arrives := r.GuestUUID == op.GuestUUID && !a.view.has(op.GuestUUID, maint.GuestRunning)
+		if arrives || ofAll(op) {
+			return refuse(what, maint.Problemf(maint.CodeBusy, "guest "+r.Guest, "wait until it has arrived",
 				"is arriving from %s (operation %s)", r.From, r.Op))
 		}
 	}
-	if open >= a.cfg.Limits.MigrationsOut {
+	switch most := a.most(op.Kind); {
+	case same < most:
+	case op.Kind == maint.OpMigrate:
 		return refuse(what, maint.Problemf(maint.CodeHostBusy, "host "+a.cfg.Host,
 			"wait for one to end (belay ops list), or raise limits.migrations_out",
-			"already runs %d operations, as many as limits.migrations_out allows", open))
+			"already runs %d operations, as many as limits.migrations_out allows", same))
+	default:
+		return refuse(what, maint.Problemf(maint.CodeHostBusy, "host "+a.cfg.Host, "wait for it to end (belay ops list)",
+			"already runs an operation of this kind (%s)", op.Kind))
 	}
 	data, err := json.Marshal(op)
 	if err != nil {
@@ -122,6 +106,42 @@ func (a *Agent) admit(what string, op maint.Op) error {
 	op, _ = a.journal.Op(op.ID)
 	a.start(op)
 	return nil
+}
+
+// most is how many operations of a kind may run at once.
+func (a *Agent) most(k maint.OpKind) int {
+	if k == maint.OpMigrate {
+		return a.cfg.Limits.MigrationsOut
+	}
+	return 1
+}
+
+// ofAll says that an operation is about every guest of the host.
+func ofAll(op maint.Op) bool { return op.Hold != nil && op.Hold.All }
+
+// inCommon names what two operations are both about, "" for nothing.
+func inCommon(op, running maint.Op) string {
+	if ofAll(op) || ofAll(running) {
+		return "this host's guests"
+	}
+	theirs := append([]string{running.GuestUUID}, running.Guests...)
+	for _, uuid := range append([]string{op.GuestUUID}, op.Guests...) {
+		if uuid != "" && slices.Contains(theirs, uuid) {
+			if op.Guest != "" {
+				return "guest " + op.Guest
+			}
+			return "guest " + uuid
+		}
+	}
+	return ""
+}
+
+// steps are what an operation does.
+func (a *Agent) steps(op maint.Op) []run.Step {
+	if op.Kind == maint.OpHold {
+		return a.holdSteps(op)
+	}
+	return a.migrateSteps(op)
 }
 
 // Abort asks a running operation to stop and go back.
@@ -207,73 +227,6 @@ func (a *Agent) Watch(ctx context.Context, id maint.OpID, f func(maint.Op) error
 			return errors.New("belayd is shutting down")
 		}
 	}
-}
-
-// migrateSteps wires the phases of a migration to the runner.
-func (a *Agent) migrateSteps(op maint.Op) []run.Step {
-	p := a.peers[op.Peer]
-	if p == nil { // taken out of the configuration while the operation was open
-		p = &peer{name: op.Peer, to: lostPeer{a.unknownPeer(op.Peer)}}
-	}
-	m := &migrate.Migration{
-		Op: op.ID, Guest: op.Guest, UUID: op.GuestUUID, From: a.cfg.Host, To: p.name,
-		Source: source{a.hyp}, Destination: p.to, Log: a.log.With("op", op.ID),
-		Params: maint.MoveParams{DestURI: p.cfg.LibvirtURI, MigrateURI: p.cfg.MigrateURI,
-			TLS: a.cfg.Migration.TLS, BandwidthMiBs: op.Migrate.BandwidthMiBs},
-		Deadline: op.Deadline,
-		Progress: func(j maint.Job) { a.progress.Store(op.ID, j) },
-	}
-	return []run.Step{
-		{Name: migrate.PhasePreflight,
-			Do: func(ctx context.Context, s *run.Scratch) error { return m.Preflight(ctx, s) }},
-		{Name: migrate.PhaseReserve,
-			Do:   func(ctx context.Context, s *run.Scratch) error { return m.Reserve(ctx, s) },
-			Undo: func(ctx context.Context, s *run.Scratch) error { return m.Release(ctx, s) }},
-		{Name: migrate.PhasePerform, Commit: true,
-			Do: func(ctx context.Context, s *run.Scratch) error {
-				return unlessUnsettled(op, m.Perform(ctx, a.life, s))
-			},
-			Undo: func(ctx context.Context, s *run.Scratch) error { return m.Cancel(ctx, s) }},
-		{Name: migrate.PhaseVerify,
-			Do: func(ctx context.Context, s *run.Scratch) error { return unlessUnsettled(op, m.Verify(ctx, s)) }},
-		{Name: migrate.PhaseFinish,
-			Do: func(ctx context.Context, s *run.Scratch) error { return a.finish(ctx, m, op, s) }},
-	}
-}
-
-// unlessUnsettled gives err, as one that ends the operation without any undo
-// where the guest's place is not settled.
-func unlessUnsettled(op maint.Op, err error) error {
-	if errors.Is(err, migrate.ErrUnsettled) {
-		return &run.Stuck{Problem: maint.AsProblem(err, maint.CodeUnverified, "guest "+op.Guest)}
-	}
-	return err
-}
-
-// finish writes down what was measured and gives the reservation up. Neither
-// can fail the operation: the guest has moved and is verified.
-func (a *Agent) finish(ctx context.Context, m *migrate.Migration, op maint.Op, s *run.Scratch) error {
-	result, err := m.Measure(ctx)
-	if err != nil {
-		if err := s.Note("what the migration measured could not be read: %v", err); err != nil {
-			return err
-		}
-	}
-	result.Total = time.Since(op.Started)
-	if err := s.Record(maint.RecMoved, result); err != nil {
-		return err
-	}
-	a.metrics.moved(result)
-	return m.Release(ctx, s)
-}
-
-func (a *Agent) unknownPeer(name string) *maint.Problem {
-	names := a.peerNames()
-	remedy := "add it to belayd's configuration as [peers." + name + "]"
-	if len(names) > 0 {
-		remedy = "the peers of this host are " + strings.Join(names, ", ") + "; or " + remedy
-	}
-	return maint.Problemf(maint.CodeUnknownPeer, "peer "+name, remedy, "is not configured on %s", a.cfg.Host)
 }
 
 func refuse(what string, p *maint.Problem) error {

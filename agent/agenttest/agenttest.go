@@ -22,6 +22,7 @@ import (
 	"belay/agent/journal"
 	"belay/agent/maint"
 	"belay/hypervisor/hypervisortest"
+	"belay/patch/preserve/preservetest"
 	"belay/vmtests/pki"
 )
 
@@ -32,6 +33,9 @@ type Node struct {
 	Client *api.Client // as root on the unix socket
 	Agent  *agent.Agent
 	CA     pki.CA
+	// Leashes and Steps are the host's: they outlive the agent.
+	Leashes *preservetest.Leashes
+	Steps   *preservetest.Steps
 
 	t       testing.TB
 	log     *slog.Logger
@@ -40,6 +44,7 @@ type Node struct {
 	stop    context.CancelFunc
 	stopped chan struct{}
 	life    *life
+	living  atomic.Pointer[life]  // life, for whoever outlives the agent
 	failing atomic.Pointer[error] // of the journal's appends
 }
 
@@ -138,6 +143,8 @@ func NewOn(t testing.TB, log *slog.Logger, hosts map[string]hypervisortest.HostO
 	}
 	for _, name := range names {
 		n := &Node{t: t, log: log.With("host", name), CA: ca, Host: w.AddHost(name, hosts[name])}
+		alive := func() bool { l := n.living.Load(); return l != nil && !l.over.Load() }
+		n.Leashes, n.Steps = &preservetest.Leashes{Host: n.Host, Alive: alive}, &preservetest.Steps{}
 		home := filepath.Join(dir, name)
 		check(t, os.Mkdir(home, 0o700))
 		n.Config = config.Config{
@@ -147,8 +154,10 @@ func NewOn(t testing.TB, log *slog.Logger, hosts map[string]hypervisortest.HostO
 			Access:    config.Access{OperatorCerts: []string{"ops"}, ViewerCerts: []string{"eyes"}},
 			Limits:    config.Limits{MigrationsOut: 4, MigrationsIn: 4},
 			Migration: config.Migration{Timeout: config.Duration{Duration: time.Minute}},
-			Journal:   config.Journal{Keep: config.Duration{Duration: time.Hour}},
-			Peers:     make(map[string]config.Peer),
+			Hold: config.Hold{MaxPause: config.Duration{Duration: 10 * time.Second}, MaxPauseLimit: config.Duration{Duration: time.Minute},
+				CommandsBy: "root"},
+			Journal: config.Journal{Keep: config.Duration{Duration: time.Hour}},
+			Peers:   make(map[string]config.Peer),
 		}
 		for _, peer := range names {
 			if peer != name {
@@ -176,7 +185,9 @@ func (n *Node) Start(hook func(what string)) {
 	check(n.t, err)
 	id, err := api.LoadIdentity(n.Config.TLS.CA, n.Config.TLS.Cert, n.Config.TLS.Key)
 	check(n.t, err)
-	n.Agent = agent.New(n.Config, "test", mortalHost{n.Host, n.life}, mortalJournal{n.journal, n, n.life}, id.Client, n.log)
+	n.living.Store(n.life)
+	b := agent.Preserve{Leash: mortalLeash{n.Leashes, n.life}, Steps: n.Steps, Clocks: preservetest.Clocks{}}
+	n.Agent = agent.New(n.Config, "test", mortalHost{n.Host, n.life}, mortalJournal{n.journal, n, n.life}, b, id.Client, n.log)
 	n.servers = api.NewServers(n.log)
 	who := api.Access{OperatorCerts: n.Config.Access.OperatorCerts, ViewerCerts: n.Config.Access.ViewerCerts}
 	for name := range n.Config.Peers {

@@ -6,6 +6,8 @@ import (
 	"belay/agent/maint"
 	"belay/hypervisor"
 	"belay/hypervisor/hypervisortest"
+	"belay/patch/preserve"
+	"belay/patch/preserve/preservetest"
 )
 
 // mortalHost is a host whose agent can be killed before and after each call.
@@ -82,4 +84,60 @@ func (m mortalHost) UndefineInactive(ctx context.Context, uuid string) error {
 func (m mortalHost) SetAutostart(ctx context.Context, uuid string, on bool) error {
 	defer m.around("SetAutostart")()
 	return m.Host.SetAutostart(ctx, uuid, on)
+}
+
+func (m mortalHost) State(ctx context.Context, uuid string) (maint.GuestState, string, error) {
+	defer m.around("State")()
+	return m.Host.State(ctx, uuid)
+}
+
+func (m mortalHost) Suspend(ctx context.Context, uuid string) error {
+	defer m.around("Suspend")()
+	return m.Host.Suspend(ctx, uuid)
+}
+
+func (m mortalHost) Resume(ctx context.Context, uuid string) error {
+	defer m.around("Resume")()
+	return m.Host.Resume(ctx, uuid)
+}
+
+// mortalLeash is a leash whose agent can be killed before and after each word
+// to it.
+type mortalLeash struct {
+	*preservetest.Leashes
+	life *life
+}
+
+func (m mortalLeash) Arm(ctx context.Context, o preserve.Order) (preserve.Line, error) {
+	m.life.step("before Arm")
+	defer m.life.step("after Arm")
+	l, err := m.Leashes.Arm(ctx, o)
+	return mortalLine{l, m.life}, err
+}
+
+func (m mortalLeash) Attach(ctx context.Context, op maint.OpID) (preserve.Line, error) {
+	m.life.step("before Attach")
+	defer m.life.step("after Attach")
+	l, err := m.Leashes.Attach(ctx, op)
+	if l == nil {
+		return nil, err
+	}
+	return mortalLine{l, m.life}, err
+}
+
+type mortalLine struct {
+	preserve.Line
+	life *life
+}
+
+func (m mortalLine) Mark(k preserve.Mark, uuid string) {
+	m.life.step("before Mark " + string(k))
+	defer m.life.step("after Mark " + string(k))
+	m.Line.Mark(k, uuid)
+}
+
+func (m mortalLine) Disarm(ctx context.Context) ([]maint.LeashEvent, error) {
+	m.life.step("before Disarm")
+	defer m.life.step("after Disarm")
+	return m.Line.Disarm(ctx)
 }

@@ -32,6 +32,9 @@ var endpoints = []struct {
 	{"GET", "/v1/ops/{id}/records", "", "viewer operator", "Records ID"},
 	{"GET", "/v1/ops/{id}/watch", "", "viewer operator", "Watch ID"},
 	{"POST", "/v1/migrations", `{"guest":"web-1","to":"host-b"}`, "operator", "Migrate me"},
+	{"POST", "/v1/holds", `{"all":true,"step":{"command":["true"]}}`, "operator", "Hold me"},
+	{"GET", "/v1/clocks", "", "viewer operator", "Clock "},
+	{"POST", "/v1/clocks", "", "operator", "SyncClock  me"},
 	{"POST", "/v1/ops/{id}/abort", "", "operator", "Abort ID me"},
 	{"GET", "/v1/peer/greeting", "", "peer", "Greeting"},
 	{"POST", "/v1/peer/checks", `{"op":"ID"}`, "peer", "Check me"},
@@ -39,6 +42,7 @@ var endpoints = []struct {
 	{"DELETE", "/v1/peer/reservations/{id}", "", "peer", "Release ID me"},
 	{"GET", "/v1/peer/guests/{uuid}", "", "peer", "View UUID"},
 	{"GET", "/v1/peer/guests/{uuid}/job", "", "peer", "CompletedJob UUID"},
+	{"POST", "/v1/peer/guests/{uuid}/clock", "", "peer", "ArrivedClock UUID me"},
 	{"POST", "/v1/peer/settlements", `{"op":"ID"}`, "peer", "Settle ID me"},
 }
 

@@ -108,6 +108,22 @@ func (c *Client) Migrate(ctx context.Context, r maint.MigrateRequest) (op maint.
 	return op, c.call(ctx, "POST", "/v1/migrations", r, &op)
 }
 
+// Hold asks for guests to be held around a host step and returns the admitted
+// operation.
+func (c *Client) Hold(ctx context.Context, r maint.HoldRequest) (op maint.Op, err error) {
+	return op, c.call(ctx, "POST", "/v1/holds", r, &op)
+}
+
+// Clock asks for a guest's clock to be measured, or with "" for all.
+func (c *Client) Clock(ctx context.Context, guest string) (rs []maint.ClockReport, err error) {
+	return rs, c.call(ctx, "GET", "/v1/clocks?guest="+url.QueryEscape(guest), nil, &rs)
+}
+
+// SyncClock asks for clocks that are behind to be stepped forward.
+func (c *Client) SyncClock(ctx context.Context, guest string) (rs []maint.ClockReport, err error) {
+	return rs, c.call(ctx, "POST", "/v1/clocks?guest="+url.QueryEscape(guest), nil, &rs)
+}
+
 // Abort asks for an operation to be aborted; it ends some time later.
 func (c *Client) Abort(ctx context.Context, id maint.OpID) (op maint.Op, err error) {
 	return op, c.call(ctx, "POST", opPath(id)+"/abort", nil, &op)
@@ -163,6 +179,12 @@ func (c *Client) Settle(ctx context.Context, s maint.Settlement) error {
 // CompletedJob asks a peer for the statistics of a guest's arrival.
 func (c *Client) CompletedJob(ctx context.Context, uuid string) (j maint.Job, err error) {
 	return j, c.call(ctx, "GET", "/v1/peer/guests/"+url.PathEscape(uuid)+"/job", nil, &j)
+}
+
+// ArrivedClock asks a peer to put the clock of a guest right that has come
+// from here.
+func (c *Client) ArrivedClock(ctx context.Context, uuid string) (r maint.ClockReport, err error) {
+	return r, c.call(ctx, "POST", "/v1/peer/guests/"+url.PathEscape(uuid)+"/clock", nil, &r)
 }
 
 // Greeting asks a peer to introduce itself.

@@ -83,6 +83,22 @@ func (f *fakeAgent) Migrate(_ context.Context, by string, r maint.MigrateRequest
 	return maint.Op{ID: "mig-1", By: by, Guest: r.Guest, Peer: r.To}, f.called("Migrate", by)
 }
 
+func (f *fakeAgent) Hold(_ context.Context, by string, r maint.HoldRequest) (maint.Op, error) {
+	return maint.Op{ID: "hold-1", By: by, Hold: &r}, f.called("Hold", by)
+}
+
+func (f *fakeAgent) Clock(_ context.Context, guest string) ([]maint.ClockReport, error) {
+	return []maint.ClockReport{{Guest: guest}}, f.called("Clock "+guest, "")
+}
+
+func (f *fakeAgent) SyncClock(_ context.Context, by, guest string) ([]maint.ClockReport, error) {
+	return []maint.ClockReport{{Guest: guest}}, f.called("SyncClock "+guest, by)
+}
+
+func (f *fakeAgent) ArrivedClock(_ context.Context, from, uuid string) (maint.ClockReport, error) {
+	return maint.ClockReport{UUID: uuid}, f.called("ArrivedClock "+uuid, from)
+}
+
 func (f *fakeAgent) Abort(_ context.Context, by string, id maint.OpID) (maint.Op, error) {
 	return maint.Op{ID: id}, f.called("Abort "+string(id), by)
 }

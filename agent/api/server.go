@@ -36,7 +36,16 @@ type Operations interface {
 	// has ended (nil), f fails or ctx ends.
 	Watch(ctx context.Context, id maint.OpID, f func(maint.Op) error) error
 	Migrate(ctx context.Context, by string, r maint.MigrateRequest) (maint.Op, error)
+	Hold(ctx context.Context, by string, r maint.HoldRequest) (maint.Op, error)
 	Abort(ctx context.Context, by string, id maint.OpID) (maint.Op, error)
+}
+
+// Clocks are the guests' clocks.
+type Clocks interface {
+	// Clock measures the clock of one guest, or of all that run for "".
+	Clock(ctx context.Context, guest string) ([]maint.ClockReport, error)
+	// SyncClock also steps those forward that are behind.
+	SyncClock(ctx context.Context, by, guest string) ([]maint.ClockReport, error)
 }
 
 // PeerSide is what one host asks of another. from is the asking host's
@@ -48,6 +57,7 @@ type PeerSide interface {
 	View(ctx context.Context, uuid string) (maint.View, error)
 	Settle(ctx context.Context, from string, s maint.Settlement) error
 	CompletedJob(ctx context.Context, uuid string) (maint.Job, error)
+	ArrivedClock(ctx context.Context, from, uuid string) (maint.ClockReport, error)
 	Greeting(ctx context.Context) (Greeting, error)
 }
 
@@ -62,6 +72,7 @@ type Greeting struct {
 type Agent interface {
 	Viewing
 	Operations
+	Clocks
 	PeerSide
 }
 
@@ -101,6 +112,15 @@ func routes(a Agent) []route {
 		{"POST", "/v1/migrations", operators, func(r *http.Request, c Caller) (any, error) {
 			return with(r, func(q maint.MigrateRequest) (any, error) { return a.Migrate(r.Context(), c.Name, q) })
 		}},
+		{"POST", "/v1/holds", operators, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q maint.HoldRequest) (any, error) { return a.Hold(r.Context(), c.Name, q) })
+		}},
+		{"GET", "/v1/clocks", viewers, func(r *http.Request, _ Caller) (any, error) {
+			return a.Clock(r.Context(), r.URL.Query().Get("guest"))
+		}},
+		{"POST", "/v1/clocks", operators, func(r *http.Request, c Caller) (any, error) {
+			return a.SyncClock(r.Context(), c.Name, r.URL.Query().Get("guest"))
+		}},
 		{"POST", "/v1/ops/{id}/abort", operators, func(r *http.Request, c Caller) (any, error) { return a.Abort(r.Context(), c.Name, opID(r)) }},
 
 		{"GET", "/v1/peer/greeting", peers, func(r *http.Request, _ Caller) (any, error) { return a.Greeting(r.Context()) }},
@@ -118,6 +138,9 @@ func routes(a Agent) []route {
 		{"DELETE", "/v1/peer/reservations/{id}", peers, func(r *http.Request, c Caller) (any, error) { return nil, a.Release(r.Context(), c.Name, opID(r)) }},
 		{"GET", "/v1/peer/guests/{uuid}", peers, func(r *http.Request, _ Caller) (any, error) { return a.View(r.Context(), r.PathValue("uuid")) }},
 		{"GET", "/v1/peer/guests/{uuid}/job", peers, func(r *http.Request, _ Caller) (any, error) { return a.CompletedJob(r.Context(), r.PathValue("uuid")) }},
+		{"POST", "/v1/peer/guests/{uuid}/clock", peers, func(r *http.Request, c Caller) (any, error) {
+			return a.ArrivedClock(r.Context(), c.Name, r.PathValue("uuid"))
+		}},
 		{"POST", "/v1/peer/settlements", peers, func(r *http.Request, c Caller) (any, error) {
 			return with(r, func(q maint.Settlement) (any, error) { return nil, a.Settle(r.Context(), c.Name, q) })
 		}},

@@ -27,6 +27,9 @@ type Config struct {
 	Host string `toml:"host"`
 	// StateDir holds the journal.
 	StateDir string `toml:"state_dir"`
+	// RunDir, on a tmpfs, holds what only matters until the next boot: the
+	// leash's notes and what host steps do.
+	RunDir string `toml:"run_dir"`
 
 	API       API             `toml:"api"`
 	TLS       TLS             `toml:"tls"`
@@ -34,6 +37,7 @@ type Config struct {
 	Libvirt   Libvirt         `toml:"libvirt"`
 	Limits    Limits          `toml:"limits"`
 	Migration Migration       `toml:"migration"`
+	Hold      Hold            `toml:"hold"`
 	Journal   Journal         `toml:"journal"`
 	Peers     map[string]Peer `toml:"peers"`
 }
@@ -60,10 +64,26 @@ type Access struct {
 	ViewerCerts   []string `toml:"viewer_certs"`
 }
 
+// Hold has the defaults for holding guests, rung B.
+type Hold struct {
+	MaxPause      Duration `toml:"max_pause"`       // the longest pause unless the request says another
+	MaxPauseLimit Duration `toml:"max_pause_limit"` // what a request may say at most
+	// LeashSilence is how long the leash waits for a word of belayd before it
+	// releases the guests.
+	LeashSilence Duration `toml:"leash_silence"`
+	// CommandsBy says who may have belayd run commands while guests are
+	// held: "root" on this host only, or "operators".
+	CommandsBy string `toml:"commands_by"`
+	// Leash is the leash's program; "" finds it beside belayd's own.
+	Leash string `toml:"leash"`
+}
+
 // Libvirt says how to reach this host's libvirt.
 type Libvirt struct {
 	Socket string `toml:"socket"` // "" finds virtqemud's or libvirtd's
 	URI    string `toml:"uri"`
+	// StateDir is where libvirt keeps the sockets of guests' QEMU monitors.
+	StateDir string `toml:"state_dir"`
 }
 
 // Limits bound what this host takes on.
@@ -100,13 +120,15 @@ func defaults() Config {
 		host = "localhost"
 	}
 	return Config{
-		Host: host, StateDir: "/var/lib/belay",
+		Host: host, StateDir: "/var/lib/belay", RunDir: "/run/belay",
 		API:       API{Socket: "/run/belay/belayd.sock"},
 		Access:    Access{Operators: []string{"@libvirt"}, Viewers: []string{"*"}},
-		Libvirt:   Libvirt{URI: "qemu:///system"},
+		Libvirt:   Libvirt{URI: "qemu:///system", StateDir: "/var/lib/libvirt/qemu"},
 		Limits:    Limits{MemoryReserve: Size{512 << 20}, MigrationsOut: 4, MigrationsIn: 4},
 		Migration: Migration{Timeout: Duration{30 * time.Minute}},
-		Journal:   Journal{Keep: Duration{90 * 24 * time.Hour}},
+		Hold: Hold{MaxPause: Duration{10 * time.Second}, MaxPauseLimit: Duration{5 * time.Minute},
+			LeashSilence: Duration{3 * time.Second}, CommandsBy: "root"},
+		Journal: Journal{Keep: Duration{90 * 24 * time.Hour}},
 	}
 }
 
@@ -222,7 +244,7 @@ func (c *Config) check() error {
 	case !isName(c.Host):
 		bad("host", "%q has spaces or control characters", c.Host)
 	}
-	for key, path := range map[string]string{"state_dir": c.StateDir, "api.socket": c.API.Socket} {
+	for key, path := range map[string]string{"state_dir": c.StateDir, "run_dir": c.RunDir, "api.socket": c.API.Socket, "libvirt.state_dir": c.Libvirt.StateDir} {
 		if !filepath.IsAbs(path) {
 			bad(key, "%q is not an absolute path", path)
 		}
@@ -256,6 +278,18 @@ func (c *Config) check() error {
 	}
 	if c.Migration.BandwidthMiBs > maxBandwidth {
 		bad("migration.bandwidth_mib_s", "%d is out of range; it is in MiB/s, 0 means no limit", c.Migration.BandwidthMiBs)
+	}
+	if h := c.Hold; h.MaxPause.Duration <= 0 || h.MaxPause.Duration > h.MaxPauseLimit.Duration {
+		bad("hold.max_pause", "%s is not between 0 and hold.max_pause_limit, %s", h.MaxPause, h.MaxPauseLimit)
+	}
+	if d := c.Hold.LeashSilence.Duration; d < time.Second || d > time.Minute {
+		bad("hold.leash_silence", "%s is not between 1s and 1m", d)
+	}
+	if by := c.Hold.CommandsBy; by != "root" && by != "operators" {
+		bad("hold.commands_by", "%q is neither \"root\" nor \"operators\"", by)
+	}
+	if c.Hold.Leash != "" && !filepath.IsAbs(c.Hold.Leash) {
+		bad("hold.leash", "%q is not an absolute path", c.Hold.Leash)
 	}
 	if c.Journal.Keep.Duration <= 0 {
 		bad("journal.keep", "must be longer than 0")

@@ -48,13 +48,15 @@ func TestDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := Config{
-		Host: hostname, StateDir: "/var/lib/belay",
+		Host: hostname, StateDir: "/var/lib/belay", RunDir: "/run/belay",
 		API:       API{Socket: "/run/belay/belayd.sock"},
 		Access:    Access{Operators: []string{"@libvirt"}, Viewers: []string{"*"}},
-		Libvirt:   Libvirt{URI: "qemu:///system"},
+		Libvirt:   Libvirt{URI: "qemu:///system", StateDir: "/var/lib/libvirt/qemu"},
 		Limits:    Limits{MemoryReserve: Size{512 << 20}, MigrationsOut: 4, MigrationsIn: 4},
 		Migration: Migration{Timeout: Duration{30 * time.Minute}},
-		Journal:   Journal{Keep: Duration{90 * 24 * time.Hour}},
+		Hold: Hold{MaxPause: Duration{10 * time.Second}, MaxPauseLimit: Duration{5 * time.Minute},
+			LeashSilence: Duration{3 * time.Second}, CommandsBy: "root"},
+		Journal: Journal{Keep: Duration{90 * 24 * time.Hour}},
 	}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)
@@ -66,6 +68,7 @@ func TestEverySetting(t *testing.T) {
 	got, err := Load(one(t, `
 host = "host-a"
 state_dir = "/state"
+run_dir = "/run/b"
 [api]
 socket = "/sock"
 listen = "[::]:7443"
@@ -82,6 +85,7 @@ viewer_certs = ["wall"]
 [libvirt]
 socket = "/run/libvirt/virtqemud-sock"
 uri = "qemu:///session"
+state_dir = "/qemu"
 [limits]
 guest_memory = "64GiB"
 memory_reserve = "1 TiB"
@@ -91,6 +95,12 @@ migrations_in = 8
 timeout = "1h30m"
 bandwidth_mib_s = 500
 tls = true
+[hold]
+max_pause = "5s"
+max_pause_limit = "30s"
+leash_silence = "2s"
+commands_by = "operators"
+leash = "/usr/libexec/leash"
 [journal]
 keep = "24h"
 [peers.host-b]
@@ -106,15 +116,17 @@ libvirt_uri = "qemu+ssh://root@host-c/system"
 		t.Fatal(err)
 	}
 	want := Config{
-		Host: "host-a", StateDir: "/state",
+		Host: "host-a", StateDir: "/state", RunDir: "/run/b",
 		API: API{Socket: "/sock", Listen: "[::]:7443", Metrics: "127.0.0.1:9100"},
 		TLS: TLS{CA: "/ca.pem", Cert: "/cert.pem", Key: "/key.pem"},
 		Access: Access{Operators: []string{"ada", "@ops"}, Viewers: []string{},
 			OperatorCerts: []string{"ops-laptop"}, ViewerCerts: []string{"wall"}},
-		Libvirt:   Libvirt{Socket: "/run/libvirt/virtqemud-sock", URI: "qemu:///session"},
+		Libvirt:   Libvirt{Socket: "/run/libvirt/virtqemud-sock", URI: "qemu:///session", StateDir: "/qemu"},
 		Limits:    Limits{GuestMemory: Size{64 << 30}, MemoryReserve: Size{1 << 40}, MigrationsOut: 1, MigrationsIn: 8},
 		Migration: Migration{Timeout: Duration{90 * time.Minute}, BandwidthMiBs: 500, TLS: true},
-		Journal:   Journal{Keep: Duration{24 * time.Hour}},
+		Hold: Hold{MaxPause: Duration{5 * time.Second}, MaxPauseLimit: Duration{30 * time.Second},
+			LeashSilence: Duration{2 * time.Second}, CommandsBy: "operators", Leash: "/usr/libexec/leash"},
+		Journal: Journal{Keep: Duration{24 * time.Hour}},
 		Peers: map[string]Peer{
 			"host-b": {Address: "192.0.2.2:7443", CertName: "host-b", LibvirtURI: "qemu+tls://host-b/system", MigrateURI: "tcp://192.0.2.2"},
 			"host-c": {Address: "host-c:7443", CertName: "c.example.net", LibvirtURI: "qemu+ssh://root@host-c/system"},
@@ -312,6 +324,11 @@ func TestRefusals(t *testing.T) {
 		{"too many migrations in", "[limits]\nmigrations_in=9", "configuration: limits.migrations_in: 9 is not"},
 		{"no time", "[migration]\ntimeout='0s'", "configuration: migration.timeout: must be longer than 0"},
 		{"negative time", "[migration]\ntimeout='-5m'", "configuration: migration.timeout: must be longer than 0"},
+		{"no pause", "[hold]\nmax_pause='0s'", "configuration: hold.max_pause: "},
+		{"pause beyond its limit", "[hold]\nmax_pause='1h'", "configuration: hold.max_pause: "},
+		{"nervous leash", "[hold]\nleash_silence='10ms'", "configuration: hold.leash_silence: "},
+		{"commands by anybody", "[hold]\ncommands_by='all'", "configuration: hold.commands_by: "},
+		{"leash anywhere", "[hold]\nleash='belay-leash'", "configuration: hold.leash: "},
 		{"negative history", "[journal]\nkeep='-1h'", "configuration: journal.keep: "},
 		{"itself as peer", "host='host-b'\n" + peer, "configuration: peers.host-b: is this host's own name"},
 		{"peer without address", strings.Replace(peer, "b:1", "", 1), `configuration: peers.host-b.address: "" is not host:port`},

@@ -21,7 +21,8 @@ import (
 //	undo-start    undoing           undoing      step: undoing
 //	undo-done     undoing           undoing      step: undone
 //	undo-failed   undoing           undoing      step: undo failed
-//	abort, moved  running, undoing  the same
+//	abort         running, undoing  the same
+//	moved, held, replaced, leash, clock: results, likewise
 //	ended         running, undoing  ended
 //
 // Anything else is an error, and op is unchanged then.
@@ -68,6 +69,16 @@ func Fold(op *maint.Op, r maint.Record) error {
 	case maint.RecMoved:
 		op.Move = new(maint.MoveResult)
 		return json.Unmarshal(r.Data, op.Move)
+	case maint.RecHeld:
+		op.Held = new(maint.HoldResult)
+		return json.Unmarshal(r.Data, op.Held)
+	case maint.RecReplaced:
+		op.Replaced = new(maint.VMMResult)
+		return json.Unmarshal(r.Data, op.Replaced)
+	case maint.RecLeash:
+		return add(&op.Leash, r.Data)
+	case maint.RecClock:
+		return add(&op.Clocks, r.Data)
 	case maint.RecStepStart:
 		if err := needs(maint.OpRunning); err != nil {
 			return err
@@ -130,6 +141,16 @@ func Fold(op *maint.Op, r maint.Record) error {
 	default:
 		return fmt.Errorf("operation %s: unknown record kind %q", r.Op, r.Kind)
 	}
+	return nil
+}
+
+// add appends what a record has to a list of the operation's.
+func add[T any](list *[]T, data json.RawMessage) error {
+	var v T
+	if err := json.Unmarshal(data, &v); err != nil {
+		return err
+	}
+	*list = append(slices.Clip(*list), v)
 	return nil
 }
 

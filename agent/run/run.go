@@ -252,6 +252,17 @@ func (s *Scratch) Record(kind maint.RecordKind, v any) error {
 	return s.r.append(maint.Record{Kind: kind, Data: encode(v)})
 }
 
+// Append journals records of the operation itself, all or none.
+func (s *Scratch) Append(recs ...maint.Record) error {
+	for i := range recs {
+		recs[i].Op = s.r.id
+	}
+	if err := s.r.log.Append(recs...); err != nil {
+		return fmt.Errorf("%w: %w", ErrLeftOpen, err)
+	}
+	return nil
+}
+
 // encode marshals a vocabulary type, which cannot fail.
 func encode(v any) json.RawMessage {
 	b, err := json.Marshal(v)

@@ -87,7 +87,7 @@ to do.`,
 	root.PersistentFlags().StringVarP(&a.format, "output", "o", "table", "form of the answer: table, json or yaml")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
 	fixed(root, "output", "table", "json", "yaml")
-	root.AddCommand(a.statusCmd(), a.guestsCmd(), a.migrateCmd(), a.opsCmd(), a.doctorCmd(), a.versionCmd(), a.manCmd())
+	root.AddCommand(a.statusCmd(), a.guestsCmd(), a.holdCmd(), a.clockCmd(), a.migrateCmd(), a.opsCmd(), a.doctorCmd(), a.versionCmd(), a.manCmd())
 	return root
 }
 
@@ -145,7 +145,7 @@ func exitCode(w io.Writer, err error) int {
 		return exitUsage
 	case errors.As(err, &refusal):
 		printProblems(w, refusal.What, refusal.Problems)
-		if len(refusal.Problems) == 1 && refusal.Problems[0].Code == maint.CodeSameHost {
+		if len(refusal.Problems) == 1 && (refusal.Problems[0].Code == maint.CodeSameHost || refusal.Problems[0].Code == maint.CodeNothing) {
 			return exitNothing
 		}
 		return exitBlocked

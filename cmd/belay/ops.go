@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -87,7 +88,7 @@ func (a *app) opsListCmd() *cobra.Command {
 			return a.print(ops, func(w io.Writer) {
 				row(w, "ID", "STARTED", "GUEST", "TO", "BY", "STATE")
 				for _, op := range ops[:len(ops)-left] {
-					row(w, op.ID, clock(op.Started), op.Guest, dash(op.Peer), op.By, describe(op))
+					row(w, op.ID, clock(op.Started), about(op), dash(op.Peer), op.By, describe(op))
 				}
 				if left > 0 {
 					row(w, fmt.Sprintf("… and %d more, see --all", left))
@@ -173,6 +174,22 @@ const reconnectFor = time.Minute
 // follow waits for the end of an operation, showing its progress, and ends as
 // the operation does: well, when the outcome is the one wished for.
 func (a *app) follow(ctx context.Context, id maint.OpID, wait time.Duration, wish maint.Outcome) error {
+	op, err := a.await(ctx, id, wait)
+	if err != nil {
+		return err
+	}
+	if err := a.print(op, func(w io.Writer) { printOp(w, op) }); err != nil {
+		return err
+	}
+	if op.Outcome != wish {
+		printProblems(a.err, fmt.Sprintf("operation %s: %s", op.ID, op.Outcome), op.Problems)
+		return &ended{outcomeCode(op.Outcome)}
+	}
+	return nil
+}
+
+// await waits for the end of an operation, showing its progress.
+func (a *app) await(ctx context.Context, id maint.OpID, wait time.Duration) (maint.Op, error) {
 	watchCtx, cancel := ctx, context.CancelFunc(func() {})
 	if wait > 0 {
 		watchCtx, cancel = context.WithTimeout(ctx, wait)
@@ -184,21 +201,12 @@ func (a *app) follow(ctx context.Context, id maint.OpID, wait time.Duration, wis
 	switch {
 	case ctx.Err() != nil:
 		fmt.Fprintf(a.err, "\nbelay: detached; operation %s goes on.\n  follow it: belay ops watch %s\n  abort it:  belay ops abort %s\n", id, id, id)
-		return &ended{exitTimeout}
+		return op, &ended{exitTimeout}
 	case watchCtx.Err() != nil:
 		fmt.Fprintf(a.err, "belay: operation %s is still running after %s.\n  follow it: belay ops watch %s\n  abort it:  belay ops abort %s\n", id, wait, id, id)
-		return &ended{exitTimeout}
-	case err != nil:
-		return err
+		return op, &ended{exitTimeout}
 	}
-	if err := a.print(op, func(w io.Writer) { printOp(w, op) }); err != nil {
-		return err
-	}
-	if op.Outcome != wish {
-		printProblems(a.err, fmt.Sprintf("operation %s: %s", op.ID, op.Outcome), op.Problems)
-		return &ended{outcomeCode(op.Outcome)}
-	}
-	return nil
+	return op, err
 }
 
 // watch follows the operation through restarts of belayd.
@@ -239,11 +247,30 @@ func outcomeCode(o maint.Outcome) int {
 	return exitFailed
 }
 
+// about names what an operation is about.
+func about(op maint.Op) string {
+	switch {
+	case op.Guest != "":
+		return op.Guest
+	case op.Hold != nil && op.Hold.All:
+		return "all guests"
+	case op.Hold != nil:
+		return strings.Join(op.Hold.Guests, ",")
+	}
+	return "-"
+}
+
 // describe says in a few words where an operation is.
 func describe(op maint.Op) string {
 	switch {
 	case op.State == maint.OpEnded && op.Outcome == maint.OutcomeDone && op.Move != nil:
 		return fmt.Sprintf("done in %s, downtime %s", span(op.Move.Total), span(op.Move.Downtime))
+	case op.State == maint.OpEnded && op.Outcome == maint.OutcomeDone && op.Held != nil:
+		longest := time.Duration(0)
+		for _, g := range op.Held.Guests {
+			longest = max(longest, g.Pause)
+		}
+		return fmt.Sprintf("done, longest pause %s", span(longest))
 	case op.State == maint.OpEnded:
 		return string(op.Outcome)
 	case op.State == maint.OpUndoing:
@@ -258,12 +285,16 @@ func describe(op maint.Op) string {
 // printOp prints an operation as a small table.
 func printOp(w io.Writer, op maint.Op) {
 	row(w, "operation", op.ID)
-	row(w, "guest", op.Guest)
+	row(w, "guest", about(op))
 	if op.Move != nil {
 		row(w, "moved", fmt.Sprintf("%s → %s", op.Move.From, op.Move.To))
 		row(w, "downtime", span(op.Move.Downtime)+" (QEMU)")
 		row(w, "memory sent", fmt.Sprintf("%s in %d passes, %s", bytes(op.Move.MemorySent), op.Move.Iterations, span(op.Move.Copy)))
 	}
+	for _, k := range op.Clocks {
+		row(w, "clock", fmt.Sprintf("%s: was off by %s, is by %s", k.State, offset(k.Before), clockAfter(k)))
+	}
+	printHeld(w, op)
 	row(w, "asked by", op.By+", "+clock(op.Started)+suffix(": ", op.Reason))
 	for _, s := range op.Steps {
 		took := "…"

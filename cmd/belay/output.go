@@ -34,7 +34,12 @@ func (a *app) print(v any, table func(io.Writer)) error {
 		_, err = fmt.Fprint(a.out, y)
 		return err
 	}
-	w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
+	return a.table(a.out, table)
+}
+
+// table writes a table to out with aligned columns.
+func (a *app) table(out io.Writer, table func(io.Writer)) error {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	table(w)
 	return w.Flush()
 }

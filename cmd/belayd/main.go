@@ -21,12 +21,16 @@ import (
 	"belay/agent/config"
 	"belay/agent/journal"
 	"belay/hypervisor"
+	"belay/patch/hoststep"
 )
 
 // version is set by the build (-X main.version).
 var version = "devel"
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == hoststep.SuperviseArg {
+		os.Exit(hoststep.Supervise(os.Args[2:]))
+	}
 	// Neither a log that nobody reads any more nor a terminal that is closed
 	// is a reason to leave guests on their way alone.
 	signal.Ignore(unix.SIGPIPE, unix.SIGHUP)
@@ -95,7 +99,7 @@ func run(ctx context.Context, cfg config.Config, id api.Identity, log *slog.Logg
 	defer j.Close()
 	hyp := hypervisor.New(hypervisor.Config{Socket: cfg.Libvirt.Socket, URI: cfg.Libvirt.URI, Log: log})
 	defer hyp.Close()
-	a := agent.New(cfg, version, hyp, j, id.Client, log)
+	a := agent.New(cfg, version, hyp, j, agent.NewPreserve(cfg, hyp, log), id.Client, log)
 	servers := api.NewServers(log)
 	defer stopServing(servers)
 	if err := listen(cfg, servers, a, id); err != nil {

@@ -105,9 +105,9 @@ var owned = []struct {
 	reason   string
 }{
 	{"github.com/digitalocean/go-libvirt", []string{"hypervisor"}, "one package has the deadlines, the errors and no call that could end a guest"},
-	{module + "/hypervisor", []string{"hypervisor", "agent", "cmd/belayd"}, "only package agent and its wiring know that a host is libvirt"},
+	{module + "/hypervisor", []string{"hypervisor", "agent", "cmd/belayd", "cmd/belay-leash"}, "only package agent and its wiring know that a host is libvirt; the leash has a connection of its own"},
 	{module + "/migrate", []string{"migrate", "agent"}, "only package agent makes steps of a rung's phases"},
-	{module + "/patch", []string{"patch", "agent"}, "only package agent makes steps of a rung's phases"},
+	{module + "/patch", []string{"patch", "agent", "cmd/belayd", "cmd/belay-leash"}, "only package agent makes steps of a rung's phases; programs are wired up in their mains"},
 	{module + "/notify", []string{"notify", "agent"}, "only package agent makes steps of a rung's phases"},
 	{module + "/agent/run", []string{"agent"}, "only package agent runs operations"},
 	{module + "/agent/journal", []string{"agent", "cmd/belayd"}, "the journal has one owner, and who wires it up opens it"},

@@ -245,15 +245,22 @@ func (p *pause) correct(ctx context.Context, g *held) {
 	if g.Released.IsZero() {
 		return
 	}
-	by, released := g.ReleasedBy, g.Released
+	by, released, lost := g.ReleasedBy, g.Released, time.Duration(0)
+	if !g.Paused.IsZero() {
+		lost = released.Round(0).Sub(g.Paused.Round(0))
+	}
+	guest := maint.Guest{Name: g.Guest, UUID: g.UUID, Agent: g.agent}
 	p.clocks.Go(func() {
 		ctx, cancel := context.WithTimeout(ctx, clockTimeout)
 		defer cancel()
 		var r maint.ClockReport
-		if c := p.h.clocks[g.UUID]; c != nil && by == belayd {
+		switch c := p.h.clocks[g.UUID]; {
+		case c != nil && by == belayd:
 			r = c.Correct(ctx, released)
-		} else {
-			r = p.h.Clocks.Sync(ctx, maint.Guest{Name: g.Guest, UUID: g.UUID, Agent: g.agent})
+		case lost > 0:
+			r = p.h.Clocks.Restore(ctx, guest, lost)
+		default:
+			r = p.h.Clocks.Sync(ctx, guest)
 		}
 		g.Clock = &r
 	})

@@ -84,6 +84,9 @@ type Clocks interface {
 	// Sync is for a guest that nothing was prepared for. Of the guest it
 	// needs names and agent.
 	Sync(ctx context.Context, g maint.Guest) maint.ClockReport
+	// Restore is the same for one that is known to have stood still for a
+	// time: only that is taken back where its clock was off on purpose.
+	Restore(ctx context.Context, g maint.Guest, lost time.Duration) maint.ClockReport
 }
 
 // Clock is one guest's clock.

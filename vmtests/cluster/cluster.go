@@ -28,20 +28,20 @@ import (
 // port is where belayd listens on the lab's LAN.
 const port = "7443"
 
-// Binaries are the built programs.
+// Binaries are the built programs. belay-leash is beside them.
 type Binaries struct{ Belay, Belayd string }
 
-// Build builds both programs into dir.
+// Build builds the programs into dir.
 func Build(ctx context.Context, dir string) (Binaries, error) {
 	b := Binaries{filepath.Join(dir, "belay"), filepath.Join(dir, "belayd")}
 	root, err := moduleRoot(ctx)
 	if err != nil {
 		return b, err
 	}
-	cmd := exec.CommandContext(ctx, "go", "build", "-o", dir+string(filepath.Separator), "./cmd/belay", "./cmd/belayd")
+	cmd := exec.CommandContext(ctx, "go", "build", "-o", dir+string(filepath.Separator), "./cmd/...")
 	cmd.Dir = root
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return b, fmt.Errorf("cannot build belay and belayd: %w\n%s", err, out)
+		return b, fmt.Errorf("cannot build Belay's programs: %w\n%s", err, out)
 	}
 	return b, nil
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -198,6 +199,7 @@ func (ls *Leashes) Lose(op maint.OpID) {
 //	true             succeed at once
 //	sleep DURATION   take that long
 //	false            fail
+//	exit CODE        end with that
 type Steps struct {
 	// Did, if set, is told the name of every step as it is run.
 	Did func(name string)
@@ -209,7 +211,7 @@ type Steps struct {
 
 // Check implements preserve.Steps.
 func (s *Steps) Check(_ context.Context, step maint.HostStep) []maint.Problem {
-	if len(step.Command) == 0 || !slices.Contains([]string{"true", "false", "sleep", "/bin/sh"}, step.Command[0]) {
+	if len(step.Command) == 0 || !slices.Contains([]string{"true", "false", "sleep", "exit", "/bin/sh"}, step.Command[0]) {
 		return []maint.Problem{{Code: maint.CodeBadRequest, Subject: strings.Join(step.Command, " "), Reason: "is no program"}}
 	}
 	return nil
@@ -237,6 +239,12 @@ func (s *Steps) Run(ctx context.Context, name string, step maint.HostStep, _ []s
 	switch words[0] {
 	case "false":
 		end.ExitCode = 1
+	case "exit":
+		code, err := strconv.Atoi(words[1])
+		if err != nil {
+			end.Error = err.Error()
+		}
+		end.ExitCode = code
 	case "sleep":
 		d, err := time.ParseDuration(words[1])
 		if err != nil {
@@ -293,6 +301,11 @@ func (c Clocks) Prepare(_ context.Context, g maint.Guest) (preserve.Clock, *main
 func (c Clocks) Sync(_ context.Context, g maint.Guest) maint.ClockReport {
 	return maint.ClockReport{Guest: g.Name, UUID: g.UUID, State: maint.ClockSynchronised, Shots: 1,
 		Before: &maint.ClockOffset{Offset: -time.Second}, After: &maint.ClockOffset{}}
+}
+
+// Restore implements preserve.Clocks.
+func (c Clocks) Restore(ctx context.Context, g maint.Guest, _ time.Duration) maint.ClockReport {
+	return c.Sync(ctx, g)
 }
 
 // Measure implements the agent's Clocks.

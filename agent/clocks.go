@@ -1,0 +1,108 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"belay/agent/maint"
+	"belay/migrate"
+)
+
+// clockWait bounds what is asked of guests' agents for a request.
+const clockWait = 20 * time.Second
+
+// Clock measures the clock of one guest, or of all that run for "".
+func (a *Agent) Clock(ctx context.Context, guest string) ([]maint.ClockReport, error) {
+	return a.eachClock(ctx, guest, a.preserve.Clocks.Measure)
+}
+
+// SyncClock also steps those forward that are behind.
+func (a *Agent) SyncClock(ctx context.Context, by, guest string) ([]maint.ClockReport, error) {
+	a.log.Info("clocks are put right on request", "guest", guest, "by", by)
+	return a.eachClock(ctx, guest, a.preserve.Clocks.Sync)
+}
+
+// eachClock does f to the guests named, all at once.
+func (a *Agent) eachClock(ctx context.Context, guest string, f func(ctx context.Context, g maint.Guest) maint.ClockReport) ([]maint.ClockReport, error) {
+	const what = "cannot look at guests' clocks"
+	ctx, cancel := context.WithTimeout(ctx, clockWait)
+	defer cancel()
+	var guests []maint.Guest
+	if guest != "" {
+		g, err := a.guest(ctx, what, guest)
+		if err != nil {
+			return nil, err
+		}
+		if g.State != maint.GuestRunning && g.State != maint.GuestBlocked {
+			return nil, refuse(what, maint.Problemf(maint.CodeGuestState, "guest "+g.Name, "start or resume it first", "is %s: its clock cannot be asked for", g.State))
+		}
+		guests = append(guests, g)
+	} else {
+		all, err := a.hyp.Guests(ctx)
+		if err != nil {
+			return nil, a.cannotAsk(what, err)
+		}
+		for _, g := range all {
+			if g.State == maint.GuestRunning || g.State == maint.GuestBlocked {
+				guests = append(guests, g)
+			}
+		}
+	}
+	reports := make([]maint.ClockReport, len(guests))
+	var each sync.WaitGroup
+	for i, g := range guests {
+		each.Go(func() { reports[i] = f(ctx, g) })
+	}
+	each.Wait()
+	for _, r := range reports {
+		a.metrics.clock(r)
+	}
+	slices.SortFunc(reports, func(x, y maint.ClockReport) int { return strings.Compare(x.Guest, y.Guest) })
+	return reports, nil
+}
+
+// ArrivedClock puts the clock of a guest right that has come from a peer.
+func (a *Agent) ArrivedClock(ctx context.Context, from, uuid string) (maint.ClockReport, error) {
+	ctx, cancel := context.WithTimeout(ctx, clockWait)
+	defer cancel()
+	mine := slices.ContainsFunc(a.journal.Reservations(time.Time{}), func(r maint.Reservation) bool {
+		return r.GuestUUID == uuid && r.From == from
+	})
+	if !mine {
+		return maint.ClockReport{}, maint.Problemf(maint.CodeForbidden, "guest "+uuid, "", "was not announced by %s", from)
+	}
+	g, err := a.hyp.Guest(ctx, uuid)
+	if err != nil {
+		return maint.ClockReport{}, err
+	}
+	var r maint.ClockReport
+	if job, err := a.hyp.CompletedJob(ctx, uuid); err == nil {
+		r = a.preserve.Clocks.Restore(ctx, g, job.Downtime)
+	} else {
+		r = a.preserve.Clocks.Sync(ctx, g)
+	}
+	a.metrics.clock(r)
+	return r, nil
+}
+
+// clockAfterMove has the destination put a moved guest's clock right: it lost
+// the blackout. That it cannot be done is no failure of the move.
+func (a *Agent) clockAfterMove(ctx context.Context, m *migrate.Migration, to clockPeer) maint.ClockReport {
+	ctx, cancel := context.WithTimeout(ctx, clockWait)
+	defer cancel()
+	r, err := to.ArrivedClock(ctx, m.UUID)
+	if err != nil {
+		r.State, r.Reason = maint.ClockUnsynchronised, fmt.Sprintf("%s could not put it right: %v", m.To, err)
+	}
+	r.Guest, r.UUID = m.Guest, m.UUID
+	return r
+}
+
+// clockPeer is a peer that a guest went to.
+type clockPeer interface {
+	ArrivedClock(ctx context.Context, uuid string) (maint.ClockReport, error)
+}

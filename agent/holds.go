@@ -1,0 +1,184 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"belay/agent/maint"
+	"belay/agent/run"
+	"belay/patch/preserve"
+)
+
+// Preserve is what rung B needs beside libvirt: a leash, a way to run what is
+// done to the host, and the guests' clocks.
+type Preserve struct {
+	Leash  preserve.Leash
+	Steps  preserve.Steps
+	Clocks Clocks
+}
+
+// Clocks measures and corrects guests' clocks; see package guestclock.
+type Clocks interface {
+	preserve.Clocks
+	Measure(ctx context.Context, g maint.Guest) maint.ClockReport
+}
+
+const (
+	// minPause is the shortest pause that can be asked for: the release
+	// itself takes a part of it.
+	minPause = 500 * time.Millisecond
+	// holdGrace is what a hold has beside the pause, for all that comes
+	// before it.
+	holdGrace = time.Minute
+)
+
+// Hold admits a hold of guests around a host step, writes it down and starts it.
+func (a *Agent) Hold(ctx context.Context, by string, r maint.HoldRequest) (maint.Op, error) {
+	const what = "cannot hold guests"
+	if by != "root" && a.cfg.Hold.CommandsBy != "operators" {
+		return maint.Op{}, maint.Problemf(maint.CodeForbidden, "caller "+by,
+			`ask root, or set hold.commands_by = "operators" in belayd's configuration`, "may not have belayd run a command, which it runs as root")
+	}
+	if r.MaxPause == 0 {
+		r.MaxPause = a.cfg.Hold.MaxPause.Duration
+	}
+	if err := a.checkHold(r); err != nil {
+		return maint.Op{}, err
+	}
+	guests, err := a.hyp.Guests(ctx)
+	if err != nil {
+		return maint.Op{}, a.cannotAsk(what, err)
+	}
+	now := time.Now()
+	op := maint.Op{ID: newOpID("hold", now), Kind: maint.OpHold, By: by, Reason: r.Reason,
+		Deadline: now.Add(holdGrace + r.MaxPause), Hold: &r}
+	for _, name := range r.Guests {
+		i := slices.IndexFunc(guests, func(g maint.Guest) bool { return name == g.Name || name == g.UUID })
+		if i < 0 {
+			return maint.Op{}, a.unknownGuest(what, name)
+		}
+		op.Guests = append(op.Guests, guests[i].UUID)
+	}
+	if r.All && !slices.ContainsFunc(guests, func(g maint.Guest) bool { return g.State.Active() }) {
+		return maint.Op{}, refuse(what, maint.Problemf(maint.CodeNothing, "host "+a.cfg.Host, "run the command itself: no guest would feel it", "runs no guest"))
+	}
+	if len(r.Guests) == 1 {
+		op.Guest = r.Guests[0]
+	}
+	return a.submit(ctx, what, op)
+}
+
+func (a *Agent) checkHold(r maint.HoldRequest) error {
+	bad := func(field, remedy, format string, args ...any) error {
+		return maint.Problemf(maint.CodeBadRequest, field, remedy, format, args...)
+	}
+	most := a.cfg.Hold.MaxPauseLimit.Duration
+	switch {
+	case r.All && len(r.Guests) > 0:
+		return bad("guests", "name guests or ask for all, not both", "are named together with all")
+	case !r.All && len(r.Guests) == 0:
+		return bad("guests", "name guests or ask for all", "are not named")
+	case r.MaxPause < minPause || r.MaxPause > most:
+		return bad("max_pause", fmt.Sprintf("choose one from %s to %s (hold.max_pause_limit)", minPause, most), "%s is out of range", r.MaxPause)
+	}
+	for _, s := range []*maint.HostStep{&r.Step, r.Verify, r.Undo} {
+		if s != nil && (s.Timeout < 0 || s.Timeout > maxTimeout) {
+			return bad("timeout", fmt.Sprintf("choose one up to %s", maxTimeout), "%s is out of range", s.Timeout)
+		}
+	}
+	return nil
+}
+
+// holdSteps wires the phases of a hold to the runner.
+func (a *Agent) holdSteps(op maint.Op) []run.Step {
+	h := &preserve.Hold{Op: op.ID, Request: *op.Hold, MaxPause: op.Hold.MaxPause, Host: a.hyp,
+		Leash: a.preserve.Leash, Steps: a.preserve.Steps, Clocks: a.preserve.Clocks, Log: a.log.With("op", op.ID)}
+	return []run.Step{
+		{Name: preserve.PhasePreflight,
+			Do: func(ctx context.Context, s *run.Scratch) error { return h.Preflight(ctx, s) }},
+		{Name: preserve.PhaseHold, Commit: true,
+			Do: func(ctx context.Context, s *run.Scratch) error {
+				if now, _ := a.journal.Op(op.ID); now.Held != nil { // it was over when belayd died
+					return preserve.Judge(*op.Hold, *now.Held)
+				}
+				return h.Perform(ctx, s, func(o preserve.Outcome) error { return a.recordHold(s, o) })
+			},
+			Undo: func(ctx context.Context, s *run.Scratch) error {
+				if now, _ := a.journal.Op(op.ID); now.Held != nil {
+					return stillHeld(*now.Held)
+				}
+				return h.Recover(ctx, s, func(o preserve.Outcome) error {
+					return errors.Join(a.recordHold(s, o), stillHeld(o.Result))
+				})
+			}},
+		{Name: preserve.PhaseVerify,
+			Do: func(context.Context, *run.Scratch) error {
+				now, _ := a.journal.Op(op.ID)
+				return maint.Refuse("not all is well after the hold",
+					preserve.Verify(*now.Held, now.Leash, op.Hold.MaxPause))
+			}},
+	}
+}
+
+// stillHeld is an error for a guest that nobody could release yet: a person is
+// to know.
+func stillHeld(r maint.HoldResult) error {
+	for _, g := range r.Guests {
+		if g.Problem != nil && g.Problem.Code == maint.CodePaused {
+			return g.Problem
+		}
+	}
+	return nil
+}
+
+// recordHold journals how a hold went, all or nothing.
+func (a *Agent) recordHold(s *run.Scratch, o preserve.Outcome) error {
+	held, err := json.Marshal(o.Result)
+	if err != nil {
+		return err
+	}
+	recs := []maint.Record{{Kind: maint.RecHeld, Data: held}}
+	leash, err := leashRecords(o.Leash)
+	if err != nil {
+		return err
+	}
+	if err := s.Append(append(recs, leash...)...); err != nil {
+		return err
+	}
+	a.metrics.held(o.Result, o.Leash)
+	return nil
+}
+
+func leashRecords(events []maint.LeashEvent) ([]maint.Record, error) {
+	var recs []maint.Record
+	for _, e := range events {
+		b, err := json.Marshal(e)
+		if err != nil {
+			return nil, err
+		}
+		recs = append(recs, maint.Record{Kind: maint.RecLeash, Data: b, Text: describeLeash(e)})
+	}
+	return recs, nil
+}
+
+// describeLeash is an event of the leash for people.
+func describeLeash(e maint.LeashEvent) string {
+	text := "leash " + e.Kind
+	if e.Guest != "" {
+		text += " " + e.Guest
+	}
+	if e.Count > 1 {
+		text += fmt.Sprintf(" %d times", e.Count)
+	}
+	if e.Way != "" {
+		text += " by " + e.Way
+	}
+	if e.Text != "" {
+		text += ": " + e.Text
+	}
+	return text
+}

@@ -1,0 +1,133 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"belay/agent/maint"
+	"belay/agent/run"
+	"belay/migrate"
+)
+
+// Migrate admits a migration, writes it down and starts it. It refuses what
+// can be refused on the spot: an unknown guest or peer, a guest that is busy.
+func (a *Agent) Migrate(ctx context.Context, by string, r maint.MigrateRequest) (maint.Op, error) {
+	what := fmt.Sprintf("cannot migrate guest %s to %s", r.Guest, r.To)
+	if err := a.checkRequest(r); err != nil {
+		return maint.Op{}, err
+	}
+	p := a.peers[r.To]
+	if p == nil {
+		return maint.Op{}, refuse(what, a.unknownPeer(r.To))
+	}
+	g, err := a.guest(ctx, what, r.Guest)
+	if err != nil {
+		return maint.Op{}, err
+	}
+
+	if r.Timeout == 0 {
+		r.Timeout = a.cfg.Migration.Timeout.Duration
+	}
+	if r.BandwidthMiBs == 0 {
+		r.BandwidthMiBs = a.cfg.Migration.BandwidthMiBs
+	}
+	now := time.Now()
+	op := maint.Op{ID: newOpID("mig", now), Kind: maint.OpMigrate, Guest: g.Name, GuestUUID: g.UUID,
+		Peer: p.name, By: by, Reason: r.Reason, Deadline: now.Add(r.Timeout), Migrate: &r}
+	return a.submit(ctx, what, op)
+}
+
+func (a *Agent) checkRequest(r maint.MigrateRequest) error {
+	bad := func(field, remedy, format string, args ...any) error {
+		return maint.Problemf(maint.CodeBadRequest, field, remedy, format, args...)
+	}
+	switch {
+	case r.Guest == "":
+		return bad("guest", "name one", "is empty")
+	case r.To == "":
+		return bad("to", "name a peer", "is empty")
+	case r.Timeout < 0 || r.Timeout > maxTimeout:
+		return bad("timeout", fmt.Sprintf("choose one up to %s", maxTimeout), "%s is out of range", r.Timeout)
+	case r.BandwidthMiBs > 1<<20:
+		return bad("bandwidth", "it is in MiB/s; 0 means no limit", "%d MiB/s is out of range", r.BandwidthMiBs)
+	case r.To == a.cfg.Host:
+		return refuse(fmt.Sprintf("cannot migrate guest %s to %s", r.Guest, r.To),
+			maint.Problemf(maint.CodeSameHost, "host "+r.To, "name a peer", "is this host"))
+	}
+	return nil
+}
+
+// migrateSteps wires the phases of a migration to the runner.
+func (a *Agent) migrateSteps(op maint.Op) []run.Step {
+	p := a.peers[op.Peer]
+	if p == nil { // taken out of the configuration while the operation was open
+		p = &peer{name: op.Peer, to: lostPeer{a.unknownPeer(op.Peer)}}
+	}
+	m := &migrate.Migration{
+		Op: op.ID, Guest: op.Guest, UUID: op.GuestUUID, From: a.cfg.Host, To: p.name,
+		Source: source{a.hyp}, Destination: p.to, Log: a.log.With("op", op.ID),
+		Params: maint.MoveParams{DestURI: p.cfg.LibvirtURI, MigrateURI: p.cfg.MigrateURI,
+			TLS: a.cfg.Migration.TLS, BandwidthMiBs: op.Migrate.BandwidthMiBs},
+		Deadline: op.Deadline,
+		Progress: func(j maint.Job) { a.progress.Store(op.ID, j) },
+	}
+	return []run.Step{
+		{Name: migrate.PhasePreflight,
+			Do: func(ctx context.Context, s *run.Scratch) error { return m.Preflight(ctx, s) }},
+		{Name: migrate.PhaseReserve,
+			Do:   func(ctx context.Context, s *run.Scratch) error { return m.Reserve(ctx, s) },
+			Undo: func(ctx context.Context, s *run.Scratch) error { return m.Release(ctx, s) }},
+		{Name: migrate.PhasePerform, Commit: true,
+			Do: func(ctx context.Context, s *run.Scratch) error {
+				return unlessUnsettled(op, m.Perform(ctx, a.life, s))
+			},
+			Undo: func(ctx context.Context, s *run.Scratch) error { return m.Cancel(ctx, s) }},
+		{Name: migrate.PhaseVerify,
+			Do: func(ctx context.Context, s *run.Scratch) error { return unlessUnsettled(op, m.Verify(ctx, s)) }},
+		{Name: migrate.PhaseFinish,
+			Do: func(ctx context.Context, s *run.Scratch) error { return a.finish(ctx, m, op, s) }},
+	}
+}
+
+// unlessUnsettled gives err, as one that ends the operation without any undo
+// where the guest's place is not settled.
+func unlessUnsettled(op maint.Op, err error) error {
+	if errors.Is(err, migrate.ErrUnsettled) {
+		return &run.Stuck{Problem: maint.AsProblem(err, maint.CodeUnverified, "guest "+op.Guest)}
+	}
+	return err
+}
+
+// finish writes down what was measured and gives the reservation up. Neither
+// can fail the operation: the guest has moved and is verified.
+func (a *Agent) finish(ctx context.Context, m *migrate.Migration, op maint.Op, s *run.Scratch) error {
+	result, err := m.Measure(ctx)
+	if err != nil {
+		if err := s.Note("what the migration measured could not be read: %v", err); err != nil {
+			return err
+		}
+	}
+	result.Total = time.Since(op.Started)
+	if err := s.Record(maint.RecMoved, result); err != nil {
+		return err
+	}
+	a.metrics.moved(result)
+	if p := a.peers[op.Peer]; p != nil {
+		if err := s.Record(maint.RecClock, a.clockAfterMove(ctx, m, p.client)); err != nil {
+			return err
+		}
+	}
+	return m.Release(ctx, s)
+}
+
+func (a *Agent) unknownPeer(name string) *maint.Problem {
+	names := a.peerNames()
+	remedy := "add it to belayd's configuration as [peers." + name + "]"
+	if len(names) > 0 {
+		remedy = "the peers of this host are " + strings.Join(names, ", ") + "; or " + remedy
+	}
+	return maint.Problemf(maint.CodeUnknownPeer, "peer "+name, remedy, "is not configured on %s", a.cfg.Host)
+}

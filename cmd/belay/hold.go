@@ -1,0 +1,238 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"belay/agent/maint"
+)
+
+func (a *app) holdCmd() *cobra.Command {
+	var r maint.HoldRequest
+	var groups []string
+	var verify, undo string
+	var detach bool
+	c := &cobra.Command{
+		Use:   "hold {--all | --guest GUEST ...} [flags] {-- COMMAND [ARGUMENT ...] | --unit UNIT}",
+		Short: "Run a command on the host while guests are held",
+		Long: `Pause guests together, run a command on the host, see that it worked, release
+the guests and put their clocks right. The guests' memory stays where it is.
+
+The command runs as root, started by belayd, in the current folder. Its output
+goes to standard output and its exit code is belay's; what Belay has to say goes
+to standard error. When the command was not run, belay's own exit codes apply;
+with 4 the command worked, but something about the guests did not.
+
+Guests are released at the latest when --max-pause has passed, whatever the
+command does, and whatever has died meanwhile: a leash, a process of its own,
+sees to it. A command that is still running shortly before is ended.
+
+Guests that are paused already, by somebody else, stay as they are.`,
+		Example: `  belay hold --all -- systemctl restart openvswitch-switch
+  belay hold --guest web-1 --guest db-1 --group db-1 --group web-1 -- ./swap-bridge
+  belay hold --all --max-pause 30s --verify 'ip link show br0 up' --undo ./back -- ./new-bridge
+  belay hold --all --unit openvswitch-switch.service`,
+		RunE: func(c *cobra.Command, args []string) error {
+			switch {
+			case len(args) > 0 && c.ArgsLenAtDash() != 0:
+				return usage("put -- before the command: belay hold ... -- %s", strings.Join(args, " "))
+			case len(args) == 0 && r.Step.Unit == "":
+				return usage("belay hold needs a command after --, or --unit")
+			case len(args) > 0 && r.Step.Unit != "":
+				return usage("belay hold takes a command or --unit, not both")
+			case r.All == (len(r.Guests) > 0):
+				return usage("belay hold needs either --all or --guest")
+			case r.MaxPause < 0 || r.Step.Timeout < 0:
+				return usage("--max-pause and --timeout cannot be negative")
+			}
+			if len(args) > 0 {
+				dir, err := os.Getwd()
+				if err != nil {
+					return err
+				}
+				r.Step.Command, r.Step.Dir = args, dir
+			}
+			for _, g := range groups {
+				r.Groups = append(r.Groups, strings.Split(g, ","))
+			}
+			r.Verify, r.Undo = shell(verify), shell(undo)
+			op, err := a.client().Hold(c.Context(), r)
+			if err != nil {
+				return err
+			}
+			if detach {
+				return a.print(op, func(w io.Writer) { row(w, op.ID) })
+			}
+			return a.followHold(c, op.ID)
+		},
+	}
+	f := c.Flags()
+	f.StringArrayVar(&r.Guests, "guest", nil, "hold this guest (name or UUID); may be given more than once")
+	f.BoolVar(&r.All, "all", false, "hold every guest that runs")
+	f.StringArrayVar(&groups, "group", nil, "guests, with commas, that are released together: one group after the other in the order given, all others last")
+	f.DurationVar(&r.MaxPause, "max-pause", 0, "the longest a guest may stand still (default: belayd's hold.max_pause)")
+	f.DurationVar(&r.Step.Timeout, "timeout", 0, "end the command after this time (default: in time for --max-pause)")
+	f.StringVar(&r.Step.Unit, "unit", "", "instead of a command: a systemd unit")
+	f.StringVar(&r.Step.Job, "job", "", "what to do with the unit: restart (default), reload, start, stop")
+	f.StringVar(&verify, "verify", "", "shell command that sees whether it worked, while the guests are still held")
+	f.StringVar(&undo, "undo", "", "shell command that takes it back when it, or --verify, failed")
+	f.StringVar(&r.Reason, "reason", "", "why, for the record")
+	f.BoolVar(&detach, "detach", false, "print the operation's ID and return at once")
+	_ = c.RegisterFlagCompletionFunc("guest", a.completeGuests)
+	fixed(c, "job", "restart", "reload", "start", "stop")
+	return c
+}
+
+// shell is a step that a shell runs, nil for "".
+func shell(command string) *maint.HostStep {
+	if command == "" {
+		return nil
+	}
+	return &maint.HostStep{Command: []string{"/bin/sh", "-c", command}}
+}
+
+// followHold waits for the end of a hold, and ends as its command did.
+func (a *app) followHold(c *cobra.Command, id maint.OpID) error {
+	op, err := a.await(c.Context(), id, 0)
+	if err != nil {
+		return err
+	}
+	if a.format == "table" {
+		if op.Held != nil && op.Held.Step != nil {
+			fmt.Fprint(a.out, op.Held.Step.Output)
+		}
+		err = a.table(a.err, func(w io.Writer) { printHeld(w, op) })
+	} else {
+		err = a.print(op, nil)
+	}
+	if err != nil {
+		return err
+	}
+	if op.Outcome != maint.OutcomeDone {
+		printProblems(a.err, fmt.Sprintf("operation %s: %s", op.ID, op.Outcome), op.Problems)
+	}
+	if op.Held != nil && op.Held.Step != nil && op.Held.Step.ExitCode > 0 {
+		return &ended{op.Held.Step.ExitCode}
+	}
+	if op.Outcome != maint.OutcomeDone {
+		return &ended{outcomeCode(op.Outcome)}
+	}
+	return nil
+}
+
+// printHeld tells what a hold did to each guest.
+func printHeld(w io.Writer, op maint.Op) {
+	if op.Held == nil {
+		return
+	}
+	row(w, "GUEST", "PAUSED FOR", "RELEASED BY", "CLOCK WAS OFF", "CLOCK IS OFF", "RAN WITH A STALE CLOCK")
+	for _, g := range op.Held.Guests {
+		if g.Left != "" {
+			row(w, g.Guest, "not paused: "+g.Left)
+			continue
+		}
+		before, after, stale := "-", "unsynchronised", "-"
+		if k := g.Clock; k != nil {
+			before, after, stale = offset(k.Before), clockAfter(*k), staleness(*k)
+		}
+		row(w, g.Guest, span(g.Pause), dash(g.ReleasedBy), before, after, stale)
+	}
+	for _, run := range []struct {
+		name string
+		run  *maint.StepRun
+	}{{"command", op.Held.Step}, {"verify", op.Held.Verify}, {"undo", op.Held.Undo}} {
+		if run.run != nil {
+			row(w, run.name, fmt.Sprintf("exit code %d, %s%s", run.run.ExitCode, span(run.run.Ended.Sub(run.run.Started)), suffix(": ", run.run.Error)))
+		}
+	}
+}
+
+func offset(o *maint.ClockOffset) string {
+	if o == nil {
+		return "-"
+	}
+	return fmt.Sprintf("%s ± %s", fine(o.Offset), fine(o.Error))
+}
+
+// clockAfter is how a clock was left.
+func clockAfter(r maint.ClockReport) string {
+	switch {
+	case r.State == maint.ClockUnsynchronised:
+		return string(r.State) + suffix(": ", r.Reason)
+	case r.State == maint.ClockOff:
+		return offset(cmp.Or(r.After, r.Before)) + suffix(": ", r.Reason)
+	}
+	return offset(cmp.Or(r.After, r.Before))
+}
+
+func staleness(r maint.ClockReport) string {
+	if r.Stale == 0 {
+		return "-"
+	}
+	return fmt.Sprintf("%s ± %s", fine(r.Stale), fine(r.StaleError))
+}
+
+// fine writes a duration to the tenth of a millisecond, below that to the
+// microsecond.
+func fine(d time.Duration) string {
+	if d.Abs() < time.Millisecond {
+		return d.Round(time.Microsecond).String()
+	}
+	return d.Round(100 * time.Microsecond).String()
+}
+
+func (a *app) clockCmd() *cobra.Command {
+	var sync bool
+	c := &cobra.Command{
+		Use: "clock [GUEST]", Short: "Measure guests' clocks, and put them right",
+		Long: `Measure the wall clock of a guest, or of all that run, against this host's
+through the guest agent. With --sync, clocks that are behind are stepped forward;
+none is ever stepped back. Exits with 4 when a clock is not synchronised.`,
+		Args: func(c *cobra.Command, args []string) error {
+			if len(args) > 1 {
+				return usage("%s: one argument too many: %q", c.CommandPath(), args[1])
+			}
+			return nil
+		},
+		ValidArgsFunction: a.completeGuests,
+		RunE: func(c *cobra.Command, args []string) error {
+			ask, guest := a.client().Clock, ""
+			if sync {
+				ask = a.client().SyncClock
+			}
+			if len(args) == 1 {
+				guest = args[0]
+				if guest == "" {
+					return usage("GUEST is empty")
+				}
+			}
+			reports, err := ask(c.Context(), guest)
+			if err != nil {
+				return err
+			}
+			err = a.print(reports, func(w io.Writer) {
+				row(w, "GUEST", "CLOCK", "OFF BY", "AFTER", "REMARK")
+				for _, r := range reports {
+					row(w, r.Guest, r.State, offset(r.Before), offset(r.After), r.Reason)
+				}
+			})
+			if err != nil {
+				return err
+			}
+			for _, r := range reports {
+				if r.State != maint.ClockSynchronised {
+					return &ended{exitPartly}
+				}
+			}
+			return nil
+		},
+	}
+	c.Flags().BoolVar(&sync, "sync", false, "step clocks forward that are behind")
+	return c
+}
