@@ -183,6 +183,13 @@ func TestBus(t *testing.T) {
 	if err := bus.Start(ctx, hoststep.Transient{Unit: "belay-step-x.service", Program: "/usr/sbin/belayd", Args: []string{"belay-step", "run-step", "/run/x"}, StopTimeout: 3 * time.Second}); err != nil {
 		t.Error(err)
 	}
+	for _, unit := range []string{"x.service", "gone.service"} {
+		if err := bus.Kill(ctx, unit); err != nil {
+			t.Errorf("%s: %v", unit, err)
+		}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	for name, want := range map[string]string{
 		"ExecStart":        `[["/usr/sbin/belayd", ["belay-step", "run-step", "/run/x"], false]]`,
 		"Type":             `"notify"`,
@@ -198,11 +205,6 @@ func TestBus(t *testing.T) {
 	}
 	if got := m.props["ExecStart"].Signature().String(); got != "a(sasb)" {
 		t.Errorf("ExecStart has the signature %s", got)
-	}
-	for _, unit := range []string{"x.service", "gone.service"} {
-		if err := bus.Kill(ctx, unit); err != nil {
-			t.Errorf("%s: %v", unit, err)
-		}
 	}
 	got := strings.Join(m.calls, "\n")
 	if want := "RestartUnit x.service replace\nStopUnit x.service replace\nStartUnit x.service replace\nReloadUnit x.service replace\n" +

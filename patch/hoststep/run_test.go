@@ -117,7 +117,7 @@ func TestWhatItIsGiven(t *testing.T) {
 	run := h.sh(t.Context(), "mig-1-step", `
 		tr '\0' '\n' </proc/$$/environ | grep -v -e TOKEN -e BELAY_TEST | sort
 		umask; pwd -P
-		grep -e SigIgn -e SigBlk /proc/$$/status
+		grep -e SigIgn -e SigBlk /proc/self/status # the shell's own are blocked while it forks
 		ls /proc/$$/fd | tr '\n' ' '; readlink /proc/$$/fd/0
 		cut -d' ' -f 5-8 /proc/$$/stat | sed "s/^$$ $$/leader/"
 		cat /proc/$$/oom_score_adj
@@ -197,6 +197,7 @@ func TestItIsCancelled(t *testing.T) {
 	}{
 		"heeds":   {`echo $$ >$1; exec sleep 100`, 143},
 		"lies":    {`trap 'exit 0' TERM; echo $$ >$1; while :; do sleep 0.1; done`, 0},
+		"stopped": {`trap 'exit 9' TERM; echo $$ >$1; kill -STOP $$; exec sleep 100`, 9},
 		"ignores": {wild, 137},
 		"storm":   {`trap "" TERM; echo $$ >$1; while :; do setsid sleep 100 & sleep 0.01; done`, 137},
 	} {

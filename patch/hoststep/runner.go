@@ -277,9 +277,16 @@ func (r *Runner) note(p place, o outcome) {
 
 // await waits for the end of a command that was begun, and ends it with ctx.
 func (r *Runner) await(ctx context.Context, p place, s spec) maint.StepRun {
-	o, err := p.ask(ctx, request{Ask: askWait})
-	if err == nil {
-		return o.StepRun
+	for range 2 { // its supervisor may just be starting
+		if o, err := p.ask(ctx, request{Ask: askWait}); err == nil {
+			return o.StepRun
+		}
+		if ctx.Err() != nil {
+			break
+		}
+		if o, over := r.over(p); over {
+			return o.StepRun
+		}
 	}
 	q := request{Ask: askEnd}
 	if ctx.Err() != nil {
@@ -289,9 +296,26 @@ func (r *Runner) await(ctx context.Context, p place, s spec) maint.StepRun {
 	return r.end(context.WithoutCancel(ctx), p, s, q).StepRun
 }
 
+// over tells how a command went that has ended, or that has not begun, and
+// from now on never will. Else its supervisor has begun it and listens.
+func (r *Runner) over(p place) (outcome, bool) {
+	if o, ok, _ := p.result(); ok {
+		return o, true
+	}
+	now := time.Now()
+	_, err := p.claim(claim{Time: now})
+	c, ok, err2 := p.claimed()
+	if err := errors.Join(err, err2); err != nil || !ok || c.PID != 0 {
+		return outcome{}, false
+	}
+	o := outcome{StepRun: maint.StepRun{Started: now, Ended: now, ExitCode: -1, Error: "the step was not begun"}}
+	r.note(p, o)
+	return o, true
+}
+
 // end ends a command, by its supervisor where that answers.
 func (r *Runner) end(ctx context.Context, p place, s spec, q request) outcome {
-	if o, ok, _ := p.result(); ok {
+	if o, over := r.over(p); over {
 		return o
 	}
 	asking, cancel := context.WithTimeout(ctx, s.Grace+killLimit+slack)
@@ -302,19 +326,14 @@ func (r *Runner) end(ctx context.Context, p place, s spec, q request) outcome {
 	if o, ok, _ := p.result(); ok { // it has ended meanwhile
 		return o
 	}
-	o := outcome{StepRun: maint.StepRun{Started: time.Now(), ExitCode: -1, TimedOut: q.TimedOut}}
-	_, unclaimable := p.claim(claim{Time: o.Started})
+	o := outcome{StepRun: maint.StepRun{Started: s.Asked, ExitCode: -1, TimedOut: q.TimedOut}}
 	c, _, err := p.claimed()
-	if err := errors.Join(unclaimable, err); err == nil && c.PID == 0 {
-		o.Error = "the step was not begun"
+	if err != nil || c.PID == 0 { // the step may have removed our files: its mark is left
+		r.cfg.Log.Error("cannot find a host step's supervisor", "step", p.name(), "err", err)
 	} else {
-		if err != nil { // the step may have removed our files: its mark is left
-			r.cfg.Log.Error("cannot find a host step's supervisor", "step", p.name(), "err", err)
-		} else {
-			o.Started = c.Time
-		}
-		o.Error, o.Stuck = r.force(ctx, p, s, c)
+		o.Started = c.Time
 	}
+	o.Error, o.Stuck = r.force(ctx, p, s, c)
 	o.Ended = time.Now()
 	r.note(p, o)
 	return o

@@ -39,6 +39,13 @@ func (f *fakeSystemd) set(unit string, s hoststep.UnitState) {
 	f.units[unit] = s
 }
 
+// jobs gives how many jobs were asked for.
+func (f *fakeSystemd) jobs() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.asked)
+}
+
 func (f *fakeSystemd) Unit(_ context.Context, unit string) (hoststep.UnitState, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -205,8 +212,8 @@ func TestAUnitsJob(t *testing.T) {
 			t.Errorf("%d: Look gives %+v, %v", i, seen, err)
 		}
 		h.Run(t.Context(), "mig-1-step", maint.HostStep{Unit: "x.service", Job: c.job}, nil)
-		if len(f.asked) != 1 {
-			t.Errorf("%d: asked for %v", i, f.asked)
+		if f.jobs() != 1 {
+			t.Errorf("%d: asked for %d jobs", i, f.jobs())
 		}
 		if err := h.Forget("mig-1-step"); err != nil {
 			t.Error(err)
@@ -285,8 +292,8 @@ func TestBelaydDiesDuringAUnitsJob(t *testing.T) {
 	if run := <-done; !run.OK() || !strings.Contains(run.Output, "its result was lost") {
 		t.Errorf("got %+v", run)
 	}
-	if len(f.asked) != 1 {
-		t.Errorf("asked for %v", f.asked)
+	if f.jobs() != 1 {
+		t.Errorf("asked for %d jobs", f.jobs())
 	}
 
 	// And before it had asked: nothing is asked for any more.
@@ -301,7 +308,7 @@ func TestBelaydDiesDuringAUnitsJob(t *testing.T) {
 		t.Error(err)
 	}
 	run, err := next.Look(t.Context(), "mig-2-step")
-	if err != nil || !strings.Contains(run.Error, "not begun") || len(f.asked) != 1 {
-		t.Errorf("Look: %+v, %v; asked for %v", run, err, f.asked)
+	if err != nil || !strings.Contains(run.Error, "not begun") || f.jobs() != 1 {
+		t.Errorf("Look: %+v, %v; asked for %d jobs", run, err, f.jobs())
 	}
 }
