@@ -22,6 +22,9 @@ type conn struct {
 	l      *libvirt.Libvirt
 	wire   *wire
 	socket string
+	// settled are domains of which this libvirt, since its start, has been
+	// seen to know the state; see settle.
+	settled map[libvirt.UUID]bool
 }
 
 // sockets are where a daemon that serves QEMU listens, best first: at the one
@@ -65,7 +68,7 @@ func dialReason(err error) string {
 
 // open makes the libvirt connection on nc.
 func open(ctx context.Context, nc net.Conn, socket, uri string) (*conn, error) {
-	c := &conn{wire: newWire(nc), socket: socket}
+	c := &conn{wire: newWire(nc), socket: socket, settled: make(map[libvirt.UUID]bool)}
 	c.l = libvirt.NewWithDialer(c)
 	_, err := invoke(ctx, c, "ConnectOpen", func(l *libvirt.Libvirt) (struct{}, error) {
 		return struct{}{}, l.ConnectToURI(libvirt.ConnectURI(uri))

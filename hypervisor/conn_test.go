@@ -8,6 +8,7 @@ import (
 	"net"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -181,6 +182,122 @@ func TestSearchesSockets(t *testing.T) {
 	h.sockets = []string{first, good}
 	if err := h.Ping(t.Context()); err != nil {
 		t.Errorf("the socket that is there is not found: %v", err)
+	}
+}
+
+// counted is a daemon that answers every call with zeros, and counts
+// connections and calls. Each connection's first two calls open it.
+func counted(t *testing.T) (h *Host, conns, calls *atomic.Int32) {
+	t.Helper()
+	conns, calls = new(atomic.Int32), new(atomic.Int32)
+	h = New(Config{Socket: serve(t, func(c net.Conn) {
+		conns.Add(1)
+		reply(func(int) []byte {
+			calls.Add(1)
+			return make([]byte, 16)
+		})(c)
+	})})
+	t.Cleanup(func() { _ = h.Close() })
+	return h, conns, calls
+}
+
+// Nothing is opened, and nothing asked twice, while guests stand still.
+func TestOneRoundTrip(t *testing.T) {
+	const uuid = "10000000-0000-4000-8000-000000000000"
+	h, conns, calls := counted(t)
+	if err := h.Warm(t.Context(), fanSize); err != nil {
+		t.Fatal(err)
+	}
+	if got := conns.Load(); got != fanSize {
+		t.Fatalf("%d connections after Warm", got)
+	}
+	if _, _, err := h.State(t.Context(), uuid); err != nil { // settled now
+		t.Fatal(err)
+	}
+	for op, call := range map[string]func() error{
+		"Suspend":      func() error { return h.Suspend(t.Context(), uuid) },
+		"Resume":       func() error { return h.Resume(t.Context(), uuid) },
+		"State":        func() error { _, _, err := h.State(t.Context(), uuid); return err },
+		"GuestTime":    func() error { _, err := h.GuestTime(t.Context(), uuid); return err },
+		"SetGuestTime": func() error { return h.SetGuestTime(t.Context(), uuid, time.Now()) },
+		"Warm":         func() error { return h.Warm(t.Context(), 1000) },
+	} {
+		before := calls.Load()
+		if err := call(); err != nil {
+			t.Errorf("%s: %v", op, err)
+		}
+		want := before + 1
+		if op == "Warm" {
+			want = before
+		}
+		if after := calls.Load(); after != want {
+			t.Errorf("%s makes %d calls", op, after-before)
+		}
+	}
+	if got := conns.Load(); got != fanSize {
+		t.Errorf("%d connections at the end", got)
+	}
+}
+
+// Connections that are lost are replaced, by Warm or by who needs one.
+func TestFanReplacesLost(t *testing.T) {
+	h, conns, _ := counted(t)
+	if err := h.Warm(t.Context(), 3); err != nil {
+		t.Fatal(err)
+	}
+	lose := func() {
+		h.fan.mu.Lock()
+		defer h.fan.mu.Unlock()
+		for _, c := range h.fan.idle {
+			_ = c.wire.Conn.Close() // as the other side would
+			<-c.wire.lost
+		}
+	}
+	lose()
+	if err := h.Suspend(t.Context(), "10000000-0000-4000-8000-000000000000"); err != nil || conns.Load() != 4 {
+		t.Errorf("Suspend: %v, %d connections so far; want 4", err, conns.Load())
+	}
+	lose()
+	if err := h.Warm(t.Context(), 2); err != nil || conns.Load() != 6 {
+		t.Errorf("Warm: %v, %d connections so far; want 6", err, conns.Load())
+	}
+}
+
+// A libvirt that has just started is waited for, and not believed.
+func TestStateIsSettled(t *testing.T) {
+	const uuid = "10000000-0000-4000-8000-000000000000"
+	word := func(n uint32) []byte { return append(binary.BigEndian.AppendUint32(nil, n), make([]byte, 12)...) }
+	var asked atomic.Int32
+	h := New(Config{Socket: serve(t, reply(func(call int) []byte {
+		switch {
+		case call < 2: // auth list, open
+			return word(0)
+		case call < 5: // control info: a job
+			asked.Add(1)
+			return word(uint32(libvirt.DomainControlJob))
+		case call == 5:
+			return word(uint32(libvirt.DomainControlOk))
+		default:
+			return word(uint32(libvirt.DomainPaused))
+		}
+	}))})
+	defer func() { _ = h.Close() }()
+	state, _, err := h.State(t.Context(), uuid)
+	if err != nil || state != maint.GuestPaused || asked.Load() != 3 {
+		t.Errorf("%s, %v, after %d questions", state, err, asked.Load())
+	}
+
+	busy := New(Config{Socket: serve(t, reply(func(call int) []byte {
+		return word(uint32(min(call/2, 1))) // after the opening: a job, always
+	}))})
+	defer func() { _ = busy.Close() }()
+	if _, _, err := busy.State(t.Context(), uuid); !errors.Is(err, ErrBusy) || errors.Is(err, maint.ErrHypervisorDown) {
+		t.Errorf("with a job that does not end: %v", err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, _, err := busy.State(ctx, uuid); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("past the deadline: %v", err)
 	}
 }
 

@@ -2,13 +2,15 @@
 // imports go-libvirt, and it gives everything back in the words of belay/agent/maint.
 //
 //	Host
-//	 ├─ pool of up to four control connections   one call at a time on each
-//	 │     Ping Info Guests Guest GuestXML CompareCPU DryRun
-//	 │     AbortJob Job CompletedJob SetAutostart Define UndefineInactive
+//	 ├─ pool of up to 4 control connections      one call at a time on each
+//	 │     Ping Info Guests Guest GuestXML CompareCPU DryRun QMP QuitMigrated
+//	 │     AbortJob Job CompletedJob SetAutostart Define UndefineInactive SavedXML
+//	 ├─ fan of up to 16 more, see Warm           the same, for many guests at once
+//	 │     Suspend Resume State GuestTime SetGuestTime AgentCommand
 //	 ├─ events connection, kept by Run           lifecycle, agent state
 //	 │     └─► hub ─► one unbounded queue per Subscribe
-//	 └─ one connection per running Migrate       lives as long as the migration
-//	        │
+//	 └─ one connection per running Migrate, Save, Restore, CreatePaused
+//	        │                                    lives as long as that does
 //	        ▼  unix socket, libvirt's RPC
 //	     virtqemud or libvirtd
 //
@@ -18,7 +20,9 @@
 // there will be none: whatever a bug, a crash or a confused recovery makes of
 // the rest of Belay, it cannot end a guest through this package. A test reads
 // the package's source for such calls. Undefining is refused while a domain is
-// active.
+// active. QMP and AgentCommand refuse commands that end a guest. The one call that
+// ends a process is QuitMigrated, and only where QEMU itself says that its guest
+// has left it.
 //
 // # Connections
 //
@@ -34,6 +38,14 @@
 // (re)connection subscribers get EventResync: whatever happened before it must
 // be found by listing.
 //
+// # After libvirt's start
+//
+// A libvirt that has just started answers with the states that its predecessor
+// wrote down, and asks the QEMUs meanwhile. State and the listings therefore look,
+// once on each connection, whether it knows better yet. And a predecessor that
+// died while it paused or resumed a guest may have left that guest paused with
+// its disk leases held, which no libvirt can resume: Resume gives them up first.
+//
 // # Errors
 //
 // A failed call gives an *Error with the libvirt function, the socket, and
@@ -41,5 +53,7 @@
 // maint.ErrHypervisorDown (refused, lost, or no answer in time) and the
 // context's error in it. CompareCPU gives *IncompatibleCPU and UndefineInactive
 // ErrActive where those are the answer, and ErrBusy and ErrIncoming stand for
-// calls that libvirt would let hang.
+// calls that libvirt would let hang. maint.ErrNoAgent and maint.ErrLocked are
+// found in errors of what concerns agents and leases; *AgentError and *QMPError are
+// what the agent or QEMU say themselves.
 package hypervisor

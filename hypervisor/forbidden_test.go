@@ -6,6 +6,8 @@ import (
 	"go/token"
 	"path/filepath"
 	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -45,6 +47,76 @@ func TestCallsThatAreNotThere(t *testing.T) {
 	for _, call := range []string{"DomainDestroy", "DomainDestroyFlags", "DomainShutdownFlags", "DomainReset", "DomainReboot", "Destroy"} {
 		if !forbidden.MatchString(call) {
 			t.Errorf("the test would not find %s", call)
+		}
+	}
+}
+
+// Commands to QEMU that end a guest are named in one place, where they are
+// refused; "quit" beside that in QuitMigrated alone, which asks first.
+func TestCommandsThatAreNotThere(t *testing.T) {
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := map[string][]string{} // functions by command
+	for _, name := range files {
+		if strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), name, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, decl := range file.Decls {
+			where := "package level"
+			if f, ok := decl.(*ast.FuncDecl); ok {
+				where = f.Name.Name
+			}
+			ast.Inspect(decl, func(n ast.Node) bool {
+				switch n := n.(type) {
+				case *ast.BasicLit:
+					if text, err := strconv.Unquote(n.Value); err == nil && (text == "quit" || EndsGuest(text, nil)) {
+						named[text] = append(named[text], where)
+					}
+				case *ast.Ident:
+					if n.Name == "quit" && where != "package level" {
+						named["quit"] = append(named["quit"], where)
+					}
+				}
+				return true
+			})
+		}
+	}
+	for command, where := range named {
+		want := []string{"EndsGuest"}
+		if command == "quit" {
+			want = []string{"package level", "QuitMigrated", "EndsGuest"}
+		}
+		slices.Sort(where)
+		slices.Sort(want)
+		if !slices.Equal(where, want) {
+			t.Errorf("%q is named in %q, want %q", command, where, want)
+		}
+	}
+	if len(named) < 5 {
+		t.Errorf("found %v only", named)
+	}
+	for command, args := range map[string]any{
+		"quit":             nil,
+		"migrate":          map[string]any{"uri": "exec:true"},
+		"migrate-incoming": map[string]any{"channels": []any{map[string]any{"addr": map[string]any{"transport": "exec", "args": []string{"true"}}}}},
+	} {
+		if !EndsGuest(command, args) {
+			t.Errorf("%s %v is let through", command, args)
+		}
+	}
+	for command, args := range map[string]any{
+		"migrate":      map[string]any{"uri": "unix:/run/executive"},
+		"query-status": nil,
+		"cont":         nil,
+	} {
+		if EndsGuest(command, args) {
+			t.Errorf("%s %v is refused", command, args)
 		}
 	}
 }

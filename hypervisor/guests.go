@@ -14,9 +14,12 @@ import (
 // Guests lists all domains, sorted by name. A domain that goes away while it
 // is being looked at is left out.
 //
-// Source: virConnectListAllDomains, and for each domain virDomainGetJobStats,
-// virDomainGetState and virDomainGetXMLDesc.
-// None of them waits for a domain's job or asks a QEMU that might not answer.
+// A guest whose QEMU libvirt has not reached yet since its own start has the Job
+// "catching up", and a State that may be out of date.
+//
+// Sources: virConnectListAllDomains, and for each domain virDomainGetJobStats,
+// virDomainGetState and virDomainGetXMLDesc; on each connection, the first time,
+// virDomainGetControlInfo before them.
 func (h *Host) Guests(ctx context.Context) ([]maint.Guest, error) {
 	var guests []maint.Guest
 	err := h.do(ctx, func(s *session) error {
@@ -118,12 +121,20 @@ func (s *session) listSet(filter libvirt.ConnectListAllDomainsFlags) (map[libvir
 // guest looks at a domain, all but its persistence and autostart.
 func (s *session) guest(d libvirt.Domain) (maint.Guest, error) {
 	var g maint.Guest
-	// The job comes first: were it asked for last, a migration that ends in
-	// between would leave "running" and no job, which is a guest that stays.
-	job, err := s.job(d)
-	if err != nil && !isCode(err, libvirt.ErrNoSupport) { // the test driver has no jobs
+	job := maint.Job{Operation: catchingUp}
+	switch err := s.settle(d); {
+	case err == nil:
+		// The job comes before the state: were it asked for last, a migration
+		// that ends in between would leave "running" and no job, which is a
+		// guest that stays.
+		job, err = s.job(d)
+		if err != nil && !isCode(err, libvirt.ErrNoSupport) { // the test driver has no jobs
+			return g, err
+		}
+	case !errors.Is(err, ErrBusy): // else to ask for the job would mean to wait for it
 		return g, err
 	}
+	var err error
 	if g.State, g.Reason, err = s.state(d); err != nil {
 		return g, err
 	}

@@ -2,6 +2,8 @@ package hypervisor
 
 import (
 	"context"
+	"errors"
+	"time"
 
 	"github.com/digitalocean/go-libvirt"
 
@@ -9,8 +11,9 @@ import (
 )
 
 // The calls in this file come for many guests at once, while guests stand
-// still. They go by the fan, and each is one round trip. (Resume needs another
-// to tell a guest that runs from one that is off: libvirt refuses both alike.)
+// still. They go by the fan, and each is one round trip, save for what is said of
+// State. (Resume needs another to tell a guest that runs from one that is off:
+// libvirt refuses both alike.)
 
 // Warm opens connections until n of the fan's 16 stand, so that none has to be
 // opened within a pause. One that is lost afterwards is replaced by the next
@@ -37,7 +40,9 @@ func (h *Host) Suspend(ctx context.Context, uuid string) error {
 // Resume starts a guest's vCPUs, whoever stopped them. Resuming a guest that
 // runs succeeds and changes nothing. It wraps maint.ErrNoGuest, and
 // maint.ErrLocked when a disk's lease, given up while the guest was paused, has
-// been taken by somebody else: the guest is left paused then.
+// been taken by somebody else: the guest is left paused then. Where it is the
+// guest itself that still holds the lease, which is what a libvirtd leaves that
+// dies in the middle of Suspend or Resume, the lease is given up first.
 //
 // Source: virDomainResume.
 func (h *Host) Resume(ctx context.Context, uuid string) error {
@@ -46,16 +51,30 @@ func (h *Host) Resume(ctx context.Context, uuid string) error {
 		if err != nil {
 			return err
 		}
-		_, err = call(s, "DomainResume", func(l *libvirt.Libvirt) (struct{}, error) {
-			return struct{}{}, l.DomainResume(d)
-		})
-		if isCode(err, libvirt.ErrOperationInvalid) { // it is off, or runs already
-			if state, _, _ := s.state(d); state == maint.GuestRunning {
-				return nil
+		err = s.resume(d)
+		if errors.Is(err, maint.ErrLocked) {
+			freed, ownErr := h.giveUpOwn(s, d)
+			switch {
+			case freed:
+				return s.resume(d)
+			case ownErr != nil:
+				h.log.Warn("cannot tell whether a lease is the guest's own", "guest", uuid, "err", ownErr)
 			}
 		}
-		return locked(err)
+		return err
 	})
+}
+
+func (s *session) resume(d libvirt.Domain) error {
+	_, err := call(s, "DomainResume", func(l *libvirt.Libvirt) (struct{}, error) {
+		return struct{}{}, l.DomainResume(d)
+	})
+	if isCode(err, libvirt.ErrOperationInvalid) { // it is off, or runs already
+		if state, _, _ := s.state(d); state == maint.GuestRunning {
+			return nil
+		}
+	}
+	return locked(err)
 }
 
 // locked has an error of a lease that is taken wrap maint.ErrLocked.
@@ -68,15 +87,21 @@ func locked(err error) error {
 
 // State gives a guest's state and its reason, in virsh's words. It is what
 // libvirt knows, asks no QEMU, and waits for no job of the guest's. It wraps
-// maint.ErrNoGuest.
+// maint.ErrNoGuest, and ErrBusy where libvirt itself has just started and does
+// not know yet.
 //
-// Source: virDomainGetState.
+// Source: virDomainGetState; on each connection, the first time, after
+// virDomainGetControlInfo.
 func (h *Host) State(ctx context.Context, uuid string) (state maint.GuestState, reason string, err error) {
 	err = h.lend(ctx, h.fan, func(s *session) error {
 		d, err := s.handle(uuid)
-		if err == nil {
-			state, reason, err = s.state(d)
+		if err != nil {
+			return err
 		}
+		if err := s.settle(d); err != nil {
+			return err
+		}
+		state, reason, err = s.state(d)
 		return err
 	})
 	return state, reason, err
@@ -91,4 +116,44 @@ func (s *session) state(d libvirt.Domain) (state maint.GuestState, reason string
 		return struct{}{}, err
 	})
 	return state, reason, err
+}
+
+// settleGrace is how long settle waits. libvirt needs some tens of milliseconds
+// for each guest when it starts.
+const settleGrace = time.Second
+
+// settle waits until libvirt knows what became of a domain while there was no
+// libvirt. One that has just started has the states that its predecessor wrote
+// down, answers with them, and asks the QEMUs meanwhile: a guest may be "running"
+// whose vCPUs the predecessor had stopped. While it asks, the domain has a
+// job. Once seen without one, a domain is settled for the life of the connection,
+// which is libvirt's at most. It wraps ErrBusy when the job does not end.
+//
+// Source: virDomainGetControlInfo, which waits for nothing.
+func (s *session) settle(d libvirt.Domain) error {
+	const op = "DomainGetControlInfo"
+	giveUp := time.Now().Add(settleGrace)
+	for wait := 2 * time.Millisecond; !s.conn.settled[d.UUID]; wait *= 2 {
+		control, err := call(s, op, func(l *libvirt.Libvirt) (libvirt.DomainControlState, error) {
+			control, _, _, err := l.DomainGetControlInfo(d, 0)
+			return libvirt.DomainControlState(control), err
+		})
+		switch {
+		case isCode(err, libvirt.ErrOperationInvalid), // it is off
+			isCode(err, libvirt.ErrNoSupport), // the test driver
+			err == nil && control != libvirt.DomainControlJob && control != libvirt.DomainControlOccupied:
+			s.conn.settled[d.UUID] = true
+			return nil
+		case err != nil:
+			return err
+		case time.Now().After(giveUp):
+			return NewError(op, s.conn.socket, 0, "libvirt has not caught up with the guest's QEMU, or a job of its does not end", ErrBusy)
+		}
+		select {
+		case <-time.After(wait):
+		case <-s.ctx.Done():
+			return s.conn.abandoned(op, context.Cause(s.ctx))
+		}
+	}
+	return nil
 }

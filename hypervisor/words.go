@@ -91,6 +91,9 @@ func jobState(t int32) string {
 const (
 	migrationIn  = "migration in"
 	migrationOut = "migration out"
+
+	// catchingUp is no word of libvirt's: see settle.
+	catchingUp = "catching up"
 )
 
 // jobOperation gives a virDomainJobOperation.

@@ -126,6 +126,8 @@ func (g *guest) view() maint.Guest {
 		v.Job = "migration out"
 	case g.in != nil:
 		v.Job = "migration in"
+	case g.lag && g.State.Active():
+		v.Job = "catching up"
 	}
 	return v
 }

@@ -2,10 +2,12 @@ package hypervisortest_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"runtime"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"belay/agent/maint"
+	"belay/hypervisor"
 	"belay/hypervisor/hypervisortest"
 )
 
@@ -275,5 +278,148 @@ func TestWorldClosesInAnyState(t *testing.T) {
 			t.Errorf("Migrate: %v", err)
 		}
 		_, _ = b.Subscribe()
+	})
+}
+
+// A guest that is held loses the time, whoever holds it and however it is
+// released, and gets it back when its clock is set.
+func TestClockStands(t *testing.T) {
+	inWorld(t, func(t *testing.T, _ *hypervisortest.World, a, b *hypervisortest.Host, uuid string) {
+		ctx := t.Context()
+		a.SetAgent(t, uuid, maint.AgentConnected)
+		offset := func(h *hypervisortest.Host) time.Duration {
+			at, err := h.GuestTime(ctx, uuid)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return time.Until(at)
+		}
+		must := func(err error) {
+			t.Helper()
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		want := func(what string, got, want time.Duration) {
+			t.Helper()
+			if got != want {
+				t.Errorf("%s: the clock is off by %v, want %v", what, got, want)
+			}
+		}
+		want("booted", offset(a), 0)
+		must(a.Suspend(ctx, uuid))
+		time.Sleep(3 * time.Second)
+		must(a.Suspend(ctx, uuid))
+		time.Sleep(2 * time.Second)
+		a.KillLibvirt()
+		a.Unpause(t, uuid) // past libvirt
+		a.RestartLibvirt()
+		want("held", offset(a), -5*time.Second)
+		must(a.Migrate(ctx, uuid, maint.MoveParams{DestURI: b.URI(), Persist: true}))
+		want("migrated", offset(b), -5050*time.Millisecond)
+		must(b.Save(ctx, uuid, "/saved"))
+		time.Sleep(time.Minute)
+		must(b.Restore(ctx, "/saved", true))
+		time.Sleep(time.Second)
+		must(b.Resume(ctx, uuid))
+		want("saved and restored", offset(b), -66050*time.Millisecond)
+
+		b.SetAgentDelay(t, uuid, 10*time.Millisecond, 20*time.Millisecond)
+		must(b.SetGuestTime(ctx, uuid, time.Now()))
+		want("set, in its time", b.ClockOffset(t, uuid), -10*time.Millisecond)
+		b.SetClock(t, uuid, time.Hour)
+		want("asked, in its time", offset(b), time.Hour-20*time.Millisecond)
+		b.Stop(t, uuid, "destroyed")
+		time.Sleep(time.Minute)
+		b.Start(t, uuid)
+		b.SetAgentDelay(t, uuid, 0, 0)
+		want("booted again", offset(b), 0)
+
+		b.SetAgentDelay(t, uuid, time.Hour, 0)
+		start := time.Now()
+		_, err := b.GuestTime(ctx, uuid)
+		if !errors.Is(err, maint.ErrNoAgent) || errors.Is(err, maint.ErrHypervisorDown) || time.Since(start) != 10*time.Second {
+			t.Errorf("an agent that hangs: %v after %v", err, time.Since(start))
+		}
+	})
+}
+
+func TestDelayedCalls(t *testing.T) {
+	inWorld(t, func(t *testing.T, _ *hypervisortest.World, a, _ *hypervisortest.Host, uuid string) {
+		a.Fault("Suspend", hypervisortest.Fault{Delay: time.Second})
+		start := time.Now()
+		if err := a.Suspend(t.Context(), uuid); err != nil || time.Since(start) != time.Second {
+			t.Errorf("Suspend: %v after %v", err, time.Since(start))
+		}
+		if err := a.Resume(t.Context(), uuid); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		defer cancel()
+		if err := a.Suspend(ctx, uuid); !errors.Is(err, maint.ErrHypervisorDown) {
+			t.Errorf("Suspend: %v", err)
+		}
+		if got := where(t, uuid, a); got != "running (unpaused)" {
+			t.Errorf("guest is %s", got)
+		}
+	})
+}
+
+func TestAnswers(t *testing.T) {
+	inWorld(t, func(t *testing.T, _ *hypervisortest.World, a, b *hypervisortest.Host, uuid string) {
+		ctx := t.Context()
+		a.SetAgent(t, uuid, maint.AgentConnected)
+		answer := func(got, command string, args json.RawMessage) (any, bool, error) {
+			switch {
+			case got != uuid:
+				t.Errorf("asked of %s", got)
+			case command == "give":
+				return map[string]any{"given": args}, true, nil
+			case command == "refuse":
+				return nil, true, &hypervisor.QMPError{Class: "GenericError", Desc: "no"}
+			case command == "crash":
+				runtime.Goexit()
+			}
+			return nil, false, nil
+		}
+		a.OnQMP(answer)
+		a.OnAgent(answer)
+		for name, call := range map[string]func(context.Context, string, string, any) (json.RawMessage, error){"QMP": a.QMP, "AgentCommand": a.AgentCommand} {
+			value, err := call(ctx, uuid, "give", []int{1, 2})
+			if err != nil || string(value) != `{"given":[1,2]}` {
+				t.Errorf("%s: %s, %v", name, value, err)
+			}
+			if _, err := call(ctx, uuid, "refuse", nil); !errors.As(err, new(*hypervisor.QMPError)) {
+				t.Errorf("%s: %v", name, err)
+			}
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				_, _ = call(ctx, uuid, "crash", nil)
+			}()
+			<-done
+			if _, err := call(ctx, uuid, "no-such", nil); err == nil { // the host's own answer, and the host is alive
+				t.Errorf("%s: no error", name)
+			}
+		}
+		a.SetQEMU("10.0.2")
+		value, err := a.QMP(ctx, uuid, "query-version", nil)
+		if err != nil || !strings.Contains(string(value), `"major":7`) {
+			t.Errorf("version %s, %v: the guest was started before the upgrade", value, err)
+		}
+	})
+}
+
+func TestLag(t *testing.T) {
+	inWorld(t, func(t *testing.T, _ *hypervisortest.World, a, _ *hypervisortest.Host, uuid string) {
+		a.Lag(t, uuid, true)
+		_, _, err := a.State(t.Context(), uuid)
+		if g, guestErr := a.Guest(t.Context(), uuid); !errors.Is(err, hypervisor.ErrBusy) || guestErr != nil || g.Job != "catching up" {
+			t.Errorf("State: %v; guest %+v, %v", err, g, guestErr)
+		}
+		a.Lag(t, uuid, false)
+		if state, _, err := a.State(t.Context(), uuid); err != nil || state != maint.GuestRunning {
+			t.Errorf("%s, %v", state, err)
+		}
 	})
 }

@@ -62,6 +62,13 @@ func (h *Host) FreeLease(t testing.TB, uuid string) {
 	h.change(t, uuid, func(g *guest) { g.rival = false })
 }
 
+// Lag has libvirt, restarted, not know what became of a guest: State wraps
+// hypervisor.ErrBusy, and the guest has the job "catching up", until it is ended.
+func (h *Host) Lag(t testing.TB, uuid string, on bool) {
+	t.Helper()
+	h.change(t, uuid, func(g *guest) { g.lag = on })
+}
+
 // Answer answers a command to an agent or to a QEMU, or leaves it (handled
 // false) to the host. An error is returned as it is: *hypervisor.AgentError or
 // *hypervisor.QMPError for a refusal. It is called without locks held.
@@ -131,7 +138,13 @@ func (h *Host) leaseTaken(op string, g *guest) error {
 
 // State gives a guest's state and its reason.
 func (h *Host) State(ctx context.Context, uuid string) (maint.GuestState, string, error) {
-	g, err := onGuest(ctx, h, "State", uuid, func(g *guest) (maint.Guest, error) { return g.Guest, nil })
+	g, err := onGuest(ctx, h, "State", uuid, func(g *guest) (maint.Guest, error) {
+		if g.lag && g.State.Active() {
+			return maint.Guest{}, h.failed("DomainGetControlInfo", 0,
+				"libvirt has not caught up with the guest's QEMU, or a job of its does not end", hypervisor.ErrBusy)
+		}
+		return g.Guest, nil
+	})
 	return g.State, g.Reason, err
 }
 

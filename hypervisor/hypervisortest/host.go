@@ -46,6 +46,7 @@ type guest struct {
 	qemu        string        // the version that it runs in
 	postMigrate bool          // its QEMU has sent it away
 	rival       bool          // somebody else has its disk's lease
+	lag         bool          // libvirt does not know its state
 	there, back time.Duration // what a call to its agent takes, before and after the effect
 }
 

@@ -85,19 +85,23 @@ func connect(ctx context.Context, path string) (net.Conn, error) {
 
 // greet takes the greeting and ends the negotiation of capabilities.
 func (m *Monitor) greet(ctx context.Context) error {
-	return m.within(ctx, func() error {
+	greeted := false
+	err := m.within(ctx, func() error {
 		msg, err := m.receive()
-		switch {
-		case errors.Is(err, os.ErrDeadlineExceeded):
-			return ErrTaken
-		case err != nil:
+		if err != nil {
 			return err
-		case msg.QMP == nil:
+		}
+		greeted = true
+		if msg.QMP == nil {
 			return errors.New("the other end is no QMP monitor")
 		}
 		_, err = m.command("qmp_capabilities")
 		return err
 	})
+	if !greeted && errors.Is(err, os.ErrDeadlineExceeded) {
+		return fmt.Errorf("%w (%w)", ErrTaken, err)
+	}
+	return err
 }
 
 // Close ends the connection, and lets libvirtd have the monitor.
@@ -282,7 +286,7 @@ func (m *Monitor) within(ctx context.Context, exchange func() error) error {
 	switch {
 	case err == nil: // it ended in the last moment: the answer counts
 	case cause != nil:
-		err = fmt.Errorf("%w (%w)", err, cause)
+		err = fmt.Errorf("%w: %w", cause, err)
 		fallthrough
 	default:
 		m.lost = err
