@@ -21,6 +21,8 @@ const (
 	// releaseGrace is how long after the deadline belayd goes on trying to
 	// release a guest; the leash does so for ever.
 	releaseGrace = 20 * time.Second
+	// endingTakes is what the end of a step takes that has to be killed.
+	endingTakes = 400 * time.Millisecond
 	// clockTimeout bounds the correction of all clocks.
 	clockTimeout = 20 * time.Second
 )
@@ -72,12 +74,14 @@ func (p *pause) margin() time.Duration {
 // the leash does.
 func (p *pause) releaseBy() time.Time { return p.line.Deadline().Add(-p.margin()) }
 
-// stepEnd is when the step has to be over; an undo gets a third of the pause.
+// stepEnd is when the step is told to end: in time to be over before the
+// release. An undo gets a third of the pause.
 func (p *pause) stepEnd(undo bool) time.Time {
+	end := p.releaseBy().Add(-min(endingTakes, p.order.MaxPause/5))
 	if undo {
-		return p.releaseBy().Add(-p.order.MaxPause / 3)
+		end = end.Add(-p.order.MaxPause / 3)
 	}
-	return p.releaseBy()
+	return end
 }
 
 // begin stops the vCPUs of all guests together. Who is found paused is left

@@ -108,8 +108,26 @@ func (h *Hold) service(ctx context.Context, p *pause, r *maint.HoldResult) error
 	}
 }
 
-// run runs one step under a name that is its operation's alone.
+// run runs one step, and frees the guests when that takes longer than there is
+// time, whatever keeps the step from ending.
 func (h *Hold) run(ctx context.Context, role string, step maint.HostStep, p *pause) maint.StepRun {
+	done := make(chan maint.StepRun, 1)
+	go func() { done <- h.start(ctx, role, step, p) }()
+	left := time.NewTimer(time.Until(p.releaseBy()))
+	defer left.Stop()
+	select {
+	case run := <-done:
+		return run
+	case <-left.C:
+		h.Log.Warn("the host step takes longer than the pause may: releasing the guests meanwhile", "step", role)
+	case <-p.line.Lost():
+	}
+	p.free(context.WithoutCancel(ctx))
+	return <-done
+}
+
+// start runs one step under a name that is its operation's alone.
+func (h *Hold) start(ctx context.Context, role string, step maint.HostStep, p *pause) maint.StepRun {
 	if step.Timeout > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, step.Timeout)
@@ -144,31 +162,14 @@ func stepFailure(what string, step maint.HostStep, run maint.StepRun) error {
 	return &maint.Problem{Code: maint.CodeStep, Subject: "'" + subject + "'", Reason: reason, Remedy: remedy}
 }
 
-// undo takes the step back, while the guests are held if there is time: when
-// there is none left they are released while it goes on.
+// undo takes the step back, while the guests are held if there is time.
 func (h *Hold) undo(ctx context.Context, p *pause, r *maint.HoldResult) {
 	if h.Request.Undo == nil {
 		return
 	}
-	ctx = context.WithoutCancel(ctx)
-	done := make(chan maint.StepRun, 1)
-	go func() {
-		ctx, cancel := context.WithTimeout(ctx, undoTimeout)
-		defer cancel()
-		done <- h.run(ctx, "undo", *h.Request.Undo, p)
-	}()
-	left := time.NewTimer(time.Until(p.releaseBy()))
-	defer left.Stop()
-	select {
-	case run := <-done:
-		r.Undo = &run
-		return
-	case <-left.C:
-		h.Log.Warn("the undo of the host step takes longer than the pause may: releasing the guests meanwhile")
-	case <-p.line.Lost():
-	}
-	p.free(ctx)
-	run := <-done
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	defer cancel()
+	run := h.run(ctx, "undo", *h.Request.Undo, p)
 	r.Undo = &run
 }
 

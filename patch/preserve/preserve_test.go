@@ -220,6 +220,8 @@ func TestStepFails(t *testing.T) {
 		{"without undo", maint.HoldRequest{All: true, Step: command("false")}, []string{"hold-1-step"}, maint.CodeStep},
 		{"with undo", maint.HoldRequest{All: true, Step: command("false"), Undo: ptr(command("sleep 1s"))}, []string{"hold-1-step", "hold-1-undo"}, maint.CodeStep},
 		{"hangs", maint.HoldRequest{All: true, Step: command("sleep 1h"), Undo: ptr(command("sleep 1s"))}, []string{"hold-1-step", "hold-1-undo"}, maint.CodeStep},
+		{"cannot be ended", maint.HoldRequest{All: true, Step: command("stuck 1m"), Verify: ptr(command("false")), Undo: ptr(command("true"))},
+			[]string{"hold-1-step", "hold-1-undo", "hold-1-verify"}, maint.CodeStep},
 		{"and its undo hangs", maint.HoldRequest{All: true, Step: command("false"), Undo: ptr(command("sleep 1h"))}, []string{"hold-1-step", "hold-1-undo"}, maint.CodeStep},
 		{"is found not to have worked", maint.HoldRequest{All: true, Step: command("true"), Verify: ptr(command("false")), Undo: ptr(command("true"))},
 			[]string{"hold-1-step", "hold-1-undo", "hold-1-verify"}, maint.CodeStep},

@@ -200,6 +200,7 @@ func (ls *Leashes) Lose(op maint.OpID) {
 //	sleep DURATION   take that long
 //	false            fail
 //	exit CODE        end with that
+//	stuck DURATION   take that long, and cannot be ended
 type Steps struct {
 	// Did, if set, is told the name of every step as it is run.
 	Did func(name string)
@@ -211,7 +212,7 @@ type Steps struct {
 
 // Check implements preserve.Steps.
 func (s *Steps) Check(_ context.Context, step maint.HostStep) []maint.Problem {
-	if len(step.Command) == 0 || !slices.Contains([]string{"true", "false", "sleep", "exit", "/bin/sh"}, step.Command[0]) {
+	if len(step.Command) == 0 || !slices.Contains([]string{"true", "false", "sleep", "stuck", "exit", "/bin/sh"}, step.Command[0]) {
 		return []maint.Problem{{Code: maint.CodeBadRequest, Subject: strings.Join(step.Command, " "), Reason: "is no program"}}
 	}
 	return nil
@@ -245,15 +246,19 @@ func (s *Steps) Run(ctx context.Context, name string, step maint.HostStep, _ []s
 			end.Error = err.Error()
 		}
 		end.ExitCode = code
-	case "sleep":
+	case "sleep", "stuck":
 		d, err := time.ParseDuration(words[1])
 		if err != nil {
 			end.Error = err.Error()
 			break
 		}
+		stop := ctx.Done()
+		if words[0] == "stuck" {
+			stop = nil
+		}
 		select {
 		case <-time.After(d):
-		case <-ctx.Done():
+		case <-stop:
 			end.ExitCode, end.TimedOut = 143, true
 		}
 	}
