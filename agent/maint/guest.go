@@ -165,6 +165,10 @@ type MoveParams struct {
 	TLSName string `json:"tls_name,omitempty"`
 	// BandwidthMiBs limits the memory stream, in MiB/s; 0 is no limit.
 	BandwidthMiBs uint64 `json:"bandwidth_mib_s,omitempty"`
+	// SameHost says that source and destination are on one host: a disk that
+	// is opened through the host's page cache, or is a local file, is then the
+	// same for both (VIR_MIGRATE_UNSAFE).
+	SameHost bool `json:"same_host,omitempty"`
 	// Persist defines the guest on the destination and undefines it on the
 	// source; false for a transient guest.
 	Persist bool `json:"persist"`

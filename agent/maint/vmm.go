@@ -11,6 +11,10 @@ const (
 	// and back. The guest feels two blackouts; its memory is there twice
 	// meanwhile.
 	VMMBounce VMMMethod = "bounce"
+	// VMMPrewarmed: as bounce, but its memory, in a file that two processes can
+	// map, stays where it is; the guest feels two pauses of some ten
+	// milliseconds.
+	VMMPrewarmed VMMMethod = "prewarmed"
 	// VMMInPlace: device state through a socket, memory stays where it is.
 	// Needs memory that another process can map.
 	VMMInPlace VMMMethod = "in-place"
