@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -28,9 +29,8 @@ type bed struct {
 	ctx  context.Context // the leash's: its end is a SIGTERM
 	stop context.CancelFunc
 
-	epoch   time.Time
-	asleep  time.Duration // for how long the host was suspended
-	armedAt time.Duration
+	epoch  time.Time
+	asleep atomic.Int64 // ns for which the host was suspended
 
 	k     *Keeper
 	conns chan net.Conn
@@ -51,7 +51,9 @@ func within(t *testing.T, w *world, test func(b *bed)) {
 	})
 }
 
-func (b *bed) clock() time.Duration { return time.Since(b.epoch) + b.asleep + time.Hour }
+func (b *bed) clock() time.Duration {
+	return time.Since(b.epoch) + time.Duration(b.asleep.Load()) + time.Hour
+}
 
 // start starts a leash. Accept and Close are those of a listener.
 func (b *bed) start() {
@@ -143,7 +145,6 @@ func (b *bed) order() *Status {
 
 func (b *bed) arm() *Status {
 	b.t.Helper()
-	b.armedAt = b.clock()
 	return b.must(request{Do: doArm, Order: b.order()}).Status
 }
 

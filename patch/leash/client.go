@@ -81,12 +81,8 @@ func (c *Client) arm(ctx context.Context, o Order) (*Line, error) {
 	ctx, cancel := context.WithTimeout(ctx, launchTimeout)
 	defer cancel()
 	l := newLine(c, s)
-	conn, err := l.reach(ctx)
-	if err != nil {
-		return nil, err
-	}
-	s.Deadline = Boottime() + o.MaxPause // the launch is no part of the pause
-	return l.begin(ctx, conn, doArm)
+	l.pause = o.MaxPause
+	return l.begin(ctx, doArm)
 }
 
 // Attach takes up the leash of an operation whose holder has died, and renews
@@ -117,12 +113,7 @@ func (c *Client) attach(ctx context.Context, op maint.OpID) (*Line, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, launchTimeout)
 	defer cancel()
-	l := newLine(c, s)
-	conn, err := l.reach(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return l.begin(ctx, conn, doTake)
+	return newLine(c, s).begin(ctx, doTake)
 }
 
 // dial connects to a leash that is there.

@@ -171,7 +171,7 @@ func TestHeldUp(t *testing.T) {
 		bed.arm()
 		bed.pause(a)
 		bed.renewFor(5 * time.Second)
-		bed.asleep += 20 * time.Second // the clock runs, the leash does not
+		bed.asleep.Add(int64(20 * time.Second)) // the clock runs, the leash does not
 		bed.renewFor(5 * time.Second)
 		if m := bed.w.get(a); m.resumes > 0 {
 			t.Fatal("it fired")
@@ -181,7 +181,7 @@ func TestHeldUp(t *testing.T) {
 		if left > 31*time.Second {
 			t.Errorf("%s are left", left)
 		}
-		bed.asleep += left
+		bed.asleep.Add(int64(left))
 		bed.runsWithin(200*time.Millisecond, a)
 	})
 }

@@ -27,6 +27,7 @@ type Line struct {
 	c       *Client
 	op      maint.OpID
 	silence time.Duration
+	pause   time.Duration // for which it is armed
 
 	mu       sync.Mutex
 	s        *Status // the order, and what the holder knows
@@ -58,16 +59,35 @@ func newLine(c *Client, s *Status) *Line {
 	return l
 }
 
-// begin introduces the holder to a leash, and then keeps the line.
-func (l *Line) begin(ctx context.Context, conn net.Conn, do string) (*Line, error) {
-	in, err := l.introduce(ctx, conn, do)
+// begin connects to a leash, and then keeps the line.
+func (l *Line) begin(ctx context.Context, do string) (*Line, error) {
+	conn, in, err := l.connect(ctx, do)
 	if err != nil {
-		conn.Close()
 		l.end()
 		return nil, err
 	}
 	l.done.Go(func() { l.keep(conn, in) })
 	return l, nil
+}
+
+// connect reaches a leash, starting one if need be, and introduces the holder to
+// it. One that dies in the middle of that, as one does that was just killed, is
+// one that was not there.
+func (l *Line) connect(ctx context.Context, do string) (net.Conn, *lines, error) {
+	for {
+		conn, err := l.reach(ctx)
+		if err != nil {
+			return nil, nil, err
+		}
+		in, err := l.introduce(ctx, conn, do)
+		if err == nil {
+			return conn, in, nil
+		}
+		conn.Close()
+		if lost := new(lostError); !errors.As(err, &lost) || !sleep(ctx, redial) {
+			return nil, nil, err
+		}
+	}
 }
 
 // introduce makes the first exchange on a connection: all that the holder knows
@@ -76,6 +96,9 @@ func (l *Line) introduce(ctx context.Context, conn net.Conn, do string) (*lines,
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
 	l.mu.Lock()
+	if do == doArm { // the launch is no part of the pause
+		l.s.Deadline = Boottime() + l.pause
+	}
 	l.ids++
 	req := request{ID: l.ids, Do: do, Order: l.s.clone()}
 	// What an earlier leash was told of guests is in the order now; what
@@ -90,15 +113,18 @@ func (l *Line) introduce(ctx context.Context, conn net.Conn, do string) (*lines,
 	}
 	l.mu.Unlock()
 	req.Order.Events, req.Order.Warnings = nil, nil
-	if _, err := conn.Write(encode(req)); err != nil {
-		return nil, err
-	}
 	in := newLines(conn, maxReply)
 	var r reply
-	if err := in.next(&r); err != nil {
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
-		}
+	_, err := conn.Write(encode(req))
+	if err != nil {
+		err = &lostError{err}
+	} else {
+		err = in.next(&r)
+	}
+	if ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("the leash does not answer: %w", err)
 	}
 	if r.Problem != nil {
@@ -169,16 +195,7 @@ func (l *Line) keep(conn net.Conn, in *lines) {
 func (l *Line) replace() (net.Conn, *lines, error) {
 	ctx, cancel := context.WithTimeout(l.life, l.silence)
 	defer cancel()
-	conn, err := l.reach(ctx)
-	if err != nil {
-		return nil, nil, err
-	}
-	in, err := l.introduce(ctx, conn, doTake)
-	if err != nil {
-		conn.Close()
-		return nil, nil, err
-	}
-	return conn, in, nil
+	return l.connect(ctx, doTake)
 }
 
 // errDumb: the leash is there and does not answer. It cannot be replaced.

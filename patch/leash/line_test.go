@@ -1,0 +1,525 @@
+package leash
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"belay/agent/maint"
+)
+
+// kinds are the kinds of events, in order.
+func kinds(events []maint.LeashEvent) (k []string) {
+	for _, e := range events {
+		k = append(k, e.Kind)
+	}
+	return k
+}
+
+func TestLine(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	s.set(c, "paused") // by somebody else
+	l := s.hold(time.Minute, 300*time.Millisecond)
+	st := l.Status()
+	if st.guest(c).Fate != Left || !slices.Equal(l.Ours(), []string{a, b}) {
+		t.Errorf("held are %q, of %+v", l.Ours(), st.Guests)
+	}
+	if !slices.Contains(st.Warnings, "a test has started it") {
+		t.Errorf("the launcher's warning is lost: %q", st.Warnings)
+	}
+	if left := time.Until(l.Deadline()); left > time.Minute || left < 50*time.Second {
+		t.Errorf("the deadline is in %s", left)
+	}
+	time.Sleep(time.Second) // far longer than the silence
+	if err := errors.Join(l.Err(), l.Check()); err != nil || s.runs(a) || s.runs(b) {
+		t.Fatalf("it has not held: %v", err)
+	}
+	if _, err := l.Disarm(t.Context()); !isCode(err, maint.CodeGuestPaused) {
+		t.Errorf("disarmed with guests paused: %v", err)
+	}
+	s.resume(l)
+	pid := s.pid()
+	events, err := l.Disarm(t.Context())
+	if want := []string{maint.LeashArmed, maint.LeashRenewed, maint.LeashDisarmed}; err != nil || !slices.Equal(kinds(events), want) {
+		t.Errorf("events %+v, %v; want %q", events, err, want)
+	}
+	if n := events[1].Count; n < 7 || n > 15 {
+		t.Errorf("renewed %d times in a second, with a silence of 300 ms", n)
+	}
+	s.await("the leash's end", func() bool { return !lives(pid) })
+	if s.exec.count() != 1 {
+		t.Errorf("%d leashes were started", s.exec.count())
+	}
+	if left, err := os.ReadDir(s.Dir); err != nil || len(left) > 0 {
+		t.Errorf("it leaves %v, %v", left, err)
+	}
+	if s.runs(c) {
+		t.Error("somebody else's guest was resumed")
+	}
+	if err := l.Err(); err != nil {
+		t.Errorf("a line that was disarmed: %v", err)
+	}
+	if _, err := l.Events(t.Context()); err == nil {
+		t.Error("a line that was disarmed answers")
+	}
+}
+
+func isCode(err error, code maint.Code) bool {
+	var p *maint.Problem
+	return errors.As(err, &p) && p.Code == code
+}
+
+func TestLineFires(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	l := s.hold(500*time.Millisecond, 3*time.Second)
+	if late := time.Since(l.Deadline()) + s.released(a, b); late > 700*time.Millisecond {
+		t.Errorf("released after %s", late)
+	}
+	s.lost(l)
+	if err := l.Err(); !errors.Is(err, ErrFired) || l.Check() == nil {
+		t.Errorf("the line is lost for %v", err)
+	}
+	events, err := l.Disarm(t.Context()) // c is waited for: it was Left
+	if want := []string{maint.LeashArmed, maint.LeashFired, maint.LeashReleased, maint.LeashReleased, maint.LeashDisarmed}; err != nil ||
+		!slices.Equal(slices.DeleteFunc(kinds(events), func(k string) bool { return k == maint.LeashRenewed }), want) {
+		t.Errorf("events %q, %v; want %q", kinds(events), err, want)
+	}
+}
+
+func TestArmIsRefused(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	gone := order(time.Minute, 0)
+	gone.Guests = append(gone.Guests, Guest{UUID: "dddddddd-0000-0000-0000-000000000000", Name: "guest-d"})
+	if _, err := s.Arm(t.Context(), gone); !errors.Is(err, maint.ErrNoGuest) || !strings.Contains(err.Error(), "guest-d") {
+		t.Errorf("a guest that is not there: %v", err)
+	}
+	// The same operation, put right, has the leash that is there.
+	if _, err := s.Arm(t.Context(), order(time.Minute, 0)); err != nil || s.exec.count() != 1 {
+		t.Errorf("the second order: %v, %d leashes", err, s.exec.count())
+	}
+
+	bad := func(change func(*Order)) Order { o := order(time.Minute, 0); change(&o); return o }
+	for _, o := range []Order{
+		bad(func(o *Order) { o.Op = "../../etc/passwd" }), bad(func(o *Order) { o.Op = "" }),
+		bad(func(o *Order) { o.Guests = nil }), bad(func(o *Order) { o.MaxPause = 0 }),
+		bad(func(o *Order) { o.MaxPause = -1 }), bad(func(o *Order) { o.Silence = time.Hour }),
+	} {
+		if _, err := s.Arm(t.Context(), o); !isCode(err, maint.CodeBadRequest) {
+			t.Errorf("%+v: %v", o, err)
+		}
+	}
+	s.signal(syscall.SIGKILL)
+	s.exec.fail(errors.New("no more processes"))
+	if _, err := s.Arm(t.Context(), bad(func(o *Order) { o.Op = "hold-2" })); err == nil || !strings.Contains(err.Error(), "no more processes") {
+		t.Errorf("without a leash: %v", err)
+	}
+	if _, err := os.Stat(path(s.Dir, "hold-2", notesExt)); err == nil {
+		t.Error("there are notes of a leash that was not armed")
+	}
+}
+
+// The folder must keep others out.
+func TestFolderOfOthers(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	if err := os.Mkdir(s.Dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Arm(t.Context(), order(time.Minute, 0)); err == nil || !strings.Contains(err.Error(), "0700") {
+		t.Errorf("armed in a folder that others may enter: %v", err)
+	}
+	if s.exec.count() > 0 {
+		t.Error("a leash was started")
+	}
+}
+
+// A leash is killed: another goes on, with the same deadline and knowledge, and
+// the holder's next words reach it.
+func TestLeashIsKilled(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	l := s.hold(time.Minute, 2*time.Second)
+	before := l.Status()
+	first := s.pid()
+	s.signal(syscall.SIGKILL)
+	for range 50 { // while it is being replaced
+		l.Paused(a)
+		l.Released(b)
+		l.Paused(b)
+		time.Sleep(time.Millisecond)
+	}
+	s.await("another leash", func() bool { return s.pid() != first && l.Check() == nil })
+	if _, err := l.Events(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	notes, err := readNotes(s.Dir, testOp)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if notes.Deadline != before.Deadline || notes.guest(a).Fate != Paused || notes.guest(b).Fate != Paused || notes.guest(c).Fate != Left {
+		t.Errorf("it goes on with %+v, before it was %+v", notes, before)
+	}
+	if err := l.Err(); err != nil || s.runs(a) || s.runs(b) {
+		t.Fatalf("it has not held: %v", err)
+	}
+	// That one does its work, when the holder dies.
+	l.Close()
+	if took := s.released(a, b); took < 1500*time.Millisecond || took > 4*time.Second {
+		t.Errorf("released %s after the holder's end, with a silence of 2s", took)
+	}
+}
+
+// A leash dies and there is no other: the pause must end now, and the holder
+// hears of it at once.
+func TestLeashCannotBeReplaced(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	l := s.hold(time.Minute, 3*time.Second)
+	s.exec.fail(errors.New("no more processes"))
+	s.signal(syscall.SIGKILL)
+	if took := s.lost(l); took > time.Second {
+		t.Errorf("the holder hears of it after %s", took)
+	}
+	if err := l.Err(); errors.Is(err, ErrFired) || !strings.Contains(err.Error(), "no more processes") {
+		t.Errorf("the line is lost for %v", err)
+	}
+	if got := l.Ours(); !slices.Equal(got, []string{a, b}) {
+		t.Errorf("to be released are %q", got)
+	}
+	l.Released(a) // is no use, and does no harm
+	if _, err := l.Disarm(t.Context()); err == nil {
+		t.Error("it was disarmed")
+	}
+}
+
+// What kills every leash would kill it when it is needed.
+func TestLeashesDieAgainAndAgain(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	l := s.hold(time.Minute, 3*time.Second)
+	for range maxReplaced {
+		killed := s.pid()
+		s.signal(syscall.SIGKILL)
+		s.await("another leash", func() bool { return s.pid() != killed && l.Check() == nil && lives(s.pid()) })
+		if _, err := l.Events(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.signal(syscall.SIGKILL)
+	s.lost(l)
+	if s.exec.count() != 1+maxReplaced {
+		t.Errorf("%d leashes were started", s.exec.count())
+	}
+}
+
+// A leash that is there and does not answer: it cannot be replaced, and telling
+// it costs the holder nothing.
+func TestLeashHangs(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	l := s.hold(time.Minute, time.Second)
+	s.signal(syscall.SIGSTOP)
+	begun := time.Now()
+	for range 20000 {
+		l.Paused(a)
+	}
+	if took := time.Since(begun); took > 500*time.Millisecond {
+		t.Errorf("20000 words took %s", took)
+	}
+	s.await("doubt", func() bool { return l.Check() != nil })
+	if took := time.Since(begun); took > time.Second {
+		t.Errorf("doubted after %s only, with a silence of 1s", took)
+	}
+	s.lost(l)
+	if took := time.Since(begun); took > 2*time.Second {
+		t.Errorf("given up after %s, with a silence of 1s", took)
+	}
+	if l.Err() == nil || errors.Is(l.Err(), ErrFired) || s.exec.count() != 1 {
+		t.Errorf("%v, %d leashes", l.Err(), s.exec.count())
+	}
+	// It has what it was told before, and when it goes on it hears of nobody.
+	s.signal(syscall.SIGCONT)
+	s.released(a, b)
+}
+
+// A holder that stood still hears that the leash has fired.
+func TestHolderStoodStill(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	holder := s.holder(500 * time.Millisecond)
+	if err := holder.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	s.released(a, b)
+	if err := holder.Process.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	l, err := s.Attach(t.Context(), testOp)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	s.lost(l)
+	if !errors.Is(l.Err(), ErrFired) || len(l.Ours()) > 0 {
+		t.Errorf("%v, held are %q", l.Err(), l.Ours())
+	}
+}
+
+func TestHolderIsKilled(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	holder := s.holder(time.Second)
+	time.Sleep(2 * time.Second)
+	if s.runs(a) || s.runs(b) {
+		t.Fatal("it was not held")
+	}
+	if err := holder.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if took := s.released(a, b); took > 2*time.Second {
+		t.Errorf("released after %s, with a silence of 1s", took)
+	}
+	all, err := Leftovers(s.Dir)
+	if err != nil || len(all) != 1 || !all[0].Alive || all[0].Void || all[0].Fired == "" {
+		t.Errorf("left is %+v, %v", all, err)
+	}
+	if err := Discard(s.Dir, testOp); err == nil {
+		t.Error("discarded while the leash lives")
+	}
+	s.signal(syscall.SIGTERM)
+	s.await("the leash's end", func() bool { return !lives(s.pid()) })
+	all, err = Leftovers(s.Dir)
+	if err != nil || len(all) != 1 || all[0].Alive || !slices.Contains(kinds(all[0].Events), maint.LeashReleased) {
+		t.Errorf("left is %+v, %v", all, err)
+	}
+	if err := Discard(s.Dir, testOp); err != nil {
+		t.Error(err)
+	}
+	if all, err := Leftovers(s.Dir); err != nil || len(all) > 0 {
+		t.Errorf("after that, left is %+v, %v", all, err)
+	}
+}
+
+// Holder and leash are killed together. The next leash, whoever starts it, goes
+// on from the notes; so does the next holder.
+func TestBothAreKilled(t *testing.T) {
+	t.Parallel()
+	t.Run("the leash is started again", func(t *testing.T) {
+		t.Parallel()
+		s := newSite(t)
+		holder := s.holder(time.Second)
+		s.signal(syscall.SIGKILL)
+		_ = holder.Process.Kill()
+		// Should the holder have been the quicker, that one is killed too.
+		time.Sleep(100 * time.Millisecond)
+		if lives(s.pid()) {
+			s.signal(syscall.SIGKILL)
+		}
+		if s.runs(a) {
+			t.Fatal("it runs")
+		}
+		if err := Discard(s.Dir, testOp); !isCode(err, maint.CodeBusy) {
+			t.Errorf("discarded with guests paused: %v", err)
+		}
+		if _, err := s.exec.Launch(t.Context(), testOp); err != nil {
+			t.Fatal(err)
+		}
+		if took := s.released(a, b); took > 3*time.Second {
+			t.Errorf("released after %s, with a silence of 1s", took)
+		}
+	})
+	t.Run("belayd is started again", func(t *testing.T) {
+		t.Parallel()
+		s := newSite(t)
+		holder := s.holder(time.Second)
+		before, err := readNotes(s.Dir, testOp)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = holder.Process.Kill()
+		s.signal(syscall.SIGKILL)
+		l, err := s.Attach(t.Context(), testOp)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := l.Ours(); !slices.Equal(got, []string{a, b}) || l.Status().Deadline != before.Deadline {
+			t.Errorf("held are %q; %+v", got, l.Status())
+		}
+		time.Sleep(1500 * time.Millisecond)
+		if s.runs(a) || l.Err() != nil {
+			t.Errorf("it does not renew: %v", l.Err())
+		}
+		s.resume(l)
+		if _, err := l.Disarm(t.Context()); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// A belayd that is restarted takes up a living leash.
+func TestAttach(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	if _, err := s.Attach(t.Context(), testOp); !errors.Is(err, ErrNone) {
+		t.Errorf("attached to nothing: %v", err)
+	}
+	holder := s.holder(time.Second)
+	_ = holder.Process.Kill()
+	l, err := s.Attach(t.Context(), testOp)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.exec.count() > 0 {
+		t.Error("another leash was started")
+	}
+	time.Sleep(2 * time.Second)
+	if got := l.Ours(); s.runs(a) || !slices.Equal(got, []string{a, b}) {
+		t.Errorf("it does not hold: %v, held are %q", l.Err(), got)
+	}
+	s.resume(l)
+	events, err := l.Disarm(t.Context())
+	if err != nil || kinds(events)[0] != maint.LeashArmed {
+		t.Errorf("%q, %v", kinds(events), err)
+	}
+	if _, err := s.Attach(t.Context(), testOp); !errors.Is(err, ErrNone) {
+		t.Errorf("attached to a leash that was disarmed: %v", err)
+	}
+
+	old := &Status{Op: testOp, Boot: "another", Guests: []GuestStatus{{Guest: Guest{UUID: a}, Fate: Paused}}}
+	if err := old.write(s.Dir); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Attach(t.Context(), testOp); !errors.Is(err, ErrNone) {
+		t.Errorf("attached to a leash of another boot: %v", err)
+	}
+	if all, err := Leftovers(s.Dir); err != nil || len(all) != 1 || !all[0].Void {
+		t.Errorf("left is %+v, %v", all, err)
+	}
+	if err := Discard(s.Dir, testOp); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestDamagedLeftovers(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	if all, err := Leftovers(s.Dir); err != nil || len(all) > 0 {
+		t.Errorf("of no folder: %+v, %v", all, err)
+	}
+	good := &Status{Op: "hold-2", Boot: "another"}
+	err := errors.Join(os.Mkdir(s.Dir, 0o700), good.write(s.Dir),
+		os.WriteFile(filepath.Join(s.Dir, "hold-1.json"), []byte("{"), 0o600),
+		os.WriteFile(filepath.Join(s.Dir, "hold-3.json"), []byte(`{"op":"hold-2"}`), 0o600),
+		os.WriteFile(filepath.Join(s.Dir, "hold-4.json.new"), []byte("{"), 0o600),
+		os.Mkdir(filepath.Join(s.Dir, "..json"), 0o700))
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, err := Leftovers(s.Dir)
+	if len(all) != 1 || all[0].Op != "hold-2" || err == nil || !strings.Contains(err.Error(), "hold-1") || !strings.Contains(err.Error(), "hold-3") {
+		t.Errorf("%+v, %v", all, err)
+	}
+	if err := Discard(s.Dir, "hold-1"); err != nil {
+		t.Error(err)
+	}
+	if _, err := Leftovers(s.Dir); err == nil || strings.Contains(err.Error(), "hold-1") {
+		t.Errorf("after that: %v", err)
+	}
+}
+
+// There is one leash for an operation, also when two are started at once.
+func TestOneLeash(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	l := s.hold(time.Minute, time.Second)
+	first := s.pid()
+	for range 3 {
+		if _, err := s.exec.Launch(t.Context(), testOp); err != nil {
+			t.Fatal(err)
+		}
+	}
+	time.Sleep(2 * claimWait)
+	if s.pid() != first || !lives(first) || l.Err() != nil || s.runs(a) {
+		t.Errorf("leash %d instead of %d, %v", s.pid(), first, l.Err())
+	}
+	if _, _, err := Listen(s.Dir, testOp); !errors.Is(err, errClaimed) {
+		t.Errorf("claimed twice: %v", err)
+	}
+}
+
+// The leash has nothing to do with what happens around it.
+func TestHardened(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	l := s.hold(time.Minute, time.Second)
+	pid := s.pid()
+	for _, sig := range []syscall.Signal{syscall.SIGHUP, syscall.SIGINT, syscall.SIGPIPE} {
+		s.signal(sig)
+	}
+	if _, err := l.Events(t.Context()); err != nil || !lives(pid) {
+		t.Errorf("a signal has ended it: %v", err)
+	}
+	proc := func(name string) string {
+		b, err := os.ReadFile(filepath.Join("/proc", itoa(pid), name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	if cwd, err := os.Readlink(filepath.Join("/proc", itoa(pid), "cwd")); cwd != "/" {
+		t.Errorf("it is in %q, %v", cwd, err)
+	}
+	open, err := os.ReadDir(filepath.Join("/proc", itoa(pid), "fd"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range open {
+		target, _ := os.Readlink(filepath.Join("/proc", itoa(pid), "fd", f.Name()))
+		if strings.Contains(target, s.exec.inherited()) {
+			t.Errorf("it has kept %s open", target)
+		}
+	}
+	warnings := strings.Join(l.Status().Warnings, "\n")
+	for what, has := range map[string]bool{
+		"be spared by the OOM killer": strings.TrimSpace(proc("oom_score_adj")) == "-1000",
+		"keep its memory in RAM":      !strings.Contains(proc("status"), "VmLck:\t       0 kB"),
+		"run before others":           strings.Contains(proc("stat"), " 0 -20 "),
+	} {
+		if warned := strings.Contains(warnings, what); has == warned {
+			t.Errorf("it can %s: %t, and says\n%s", what, has, warnings)
+		}
+	}
+
+	// Told to end, it releases first.
+	s.signal(syscall.SIGTERM)
+	if took := s.released(a, b); took > time.Second {
+		t.Errorf("released after %s", took)
+	}
+	s.await("the leash's end", func() bool { return !lives(pid) })
+}
+
+// A context that ends is no answer to wait for.
+func TestNoAnswerInTime(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	l := s.hold(time.Minute, 30*time.Second)
+	s.signal(syscall.SIGSTOP)
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := l.Events(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%v", err)
+	}
+	s.signal(syscall.SIGCONT)
+	if _, err := l.Events(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
