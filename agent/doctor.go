@@ -37,9 +37,11 @@ func (a *Agent) Doctor(ctx context.Context) ([]maint.Check, error) {
 		add("host", "libvirt", maint.CheckOK, "", "libvirt %s, QEMU %s, host UUID %s", host.LibvirtVersion, host.QEMUVersion, host.UUID)
 	}
 	checks = append(checks, a.checkState(), a.checkCert())
-	for _, rung := range []struct{ rung, name string }{{"A", "hot patch"}, {"B", "preserve"}, {"C", "self-service"}} {
-		add(rung.rung, rung.name, maint.CheckNA, "", "this belayd has no support for this rung")
-	}
+	const no = "this belayd has no support for this rung"
+	add("A", "hot patch", maint.CheckNA, "", no)
+	checks = append(checks, a.doctorB(ctx)...)
+	add("B", "kexec", maint.CheckNA, "", "this belayd cannot replace the host's kernel under its guests (B3)")
+	add("C", "self-service", maint.CheckNA, "", no)
 	if len(a.peers) == 0 {
 		add("D", "peers", maint.CheckFail, "add one to the configuration as [peers.NAME]", "no peer is configured, guests have nowhere to go")
 		return checks, nil

@@ -148,14 +148,14 @@ func NewOn(t testing.TB, log *slog.Logger, hosts map[string]hypervisortest.HostO
 		home := filepath.Join(dir, name)
 		check(t, os.Mkdir(home, 0o700))
 		n.Config = config.Config{
-			Host: name, StateDir: filepath.Join(home, "state"),
+			Host: name, StateDir: filepath.Join(home, "state"), RunDir: "/run",
 			API:       config.API{Socket: filepath.Join(home, "sock"), Listen: addrs[name]},
 			TLS:       config.TLS{CA: ca.CertFile("ca"), Cert: ca.CertFile(name), Key: ca.KeyFile(name)},
 			Access:    config.Access{OperatorCerts: []string{"ops"}, ViewerCerts: []string{"eyes"}},
 			Limits:    config.Limits{MigrationsOut: 4, MigrationsIn: 4},
 			Migration: config.Migration{Timeout: config.Duration{Duration: time.Minute}},
 			Hold: config.Hold{MaxPause: config.Duration{Duration: 10 * time.Second}, MaxPauseLimit: config.Duration{Duration: time.Minute},
-				CommandsBy: "root"},
+				CommandsBy: "root", Leash: "/bin/true"}, // the leashes are in memory
 			Journal: config.Journal{Keep: config.Duration{Duration: time.Hour}},
 			Peers:   make(map[string]config.Peer),
 		}
