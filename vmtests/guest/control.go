@@ -264,3 +264,8 @@ func (c *Control) Heartbeat(ctx context.Context, s probe.HeartbeatSettings) (r p
 func (c *Control) Kmsg(ctx context.Context) (r probe.KmsgReport, err error) {
 	return r, c.call(ctx, probe.CmdKmsg, nil, &r)
 }
+
+// Clock reads the guest's clocks.
+func (c *Control) Clock(ctx context.Context) (r probe.ClockReading, err error) {
+	return r, c.call(ctx, probe.CmdClock, nil, &r)
+}

@@ -2,6 +2,9 @@ package probe
 
 import (
 	"fmt"
+	"log/slog"
+	"runtime"
+	"sync"
 	"time"
 	"unsafe"
 
@@ -42,5 +45,65 @@ func sleepUntil(t time.Duration) {
 		if errno != unix.EINTR {
 			return
 		}
+	}
+}
+
+// Clock notes each time that somebody sets the guest's wall clock: the ruler for
+// those who put clocks right. It waits on a timer that the kernel cancels when
+// the clock is set (timerfd_create(2), TFD_TIMER_CANCEL_ON_SET), so a step is
+// noted by the guest's own monotonic clock within a scheduling of its happening.
+type Clock struct {
+	mu    sync.Mutex
+	steps []ClockStep
+}
+
+// maxSteps bounds what is kept; the oldest are forgotten.
+const maxSteps = 1000
+
+// Read reads both clocks, one right after the other, and tells the steps.
+func (c *Clock) Read() ClockReading {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	r := ClockReading{Steps: append([]ClockStep(nil), c.steps...)}
+	r.Monotonic, r.Wall = monotonic(), wall()
+	return r
+}
+
+// Watch notes steps for ever. What fails is logged, and ends it.
+func (c *Clock) Watch(log *slog.Logger) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := realtime(); err != nil {
+		log.Warn("clock steps are noted at normal priority", "err", err)
+	}
+	fd, err := unix.TimerfdCreate(unix.CLOCK_REALTIME, unix.TFD_CLOEXEC)
+	if err != nil {
+		log.Error("cannot watch the clock", "err", err)
+		return
+	}
+	defer unix.Close(fd)
+	never := unix.ItimerSpec{Value: unix.Timespec{Sec: 1 << 33}} // in the year 2242
+	before := wall() - int64(monotonic())
+	for b := make([]byte, 8); ; {
+		if err := unix.TimerfdSettime(fd, unix.TFD_TIMER_ABSTIME|unix.TFD_TIMER_CANCEL_ON_SET, &never, nil); err != nil {
+			log.Error("cannot watch the clock", "err", err)
+			return
+		}
+		// A step between the last look and the arming is seen at the next one.
+		_, err := unix.Read(fd, b)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != unix.ECANCELED {
+			log.Error("the clock's timer ended", "err", err)
+			return
+		}
+		at := monotonic()
+		now := wall() - int64(monotonic())
+		c.mu.Lock()
+		c.steps = append(c.steps, ClockStep{Monotonic: at, By: time.Duration(now - before)})
+		c.steps = c.steps[max(0, len(c.steps)-maxSteps):]
+		c.mu.Unlock()
+		before = now
 	}
 }

@@ -12,6 +12,8 @@
 //     replayed is found by [Memory.Verify].
 //   - a [Disk] writes a known pattern to the raw block device and reads it
 //     back past the page cache.
+//   - a [Clock] notes each time that somebody sets the guest's wall clock, for
+//     those who put clocks right.
 //   - a [Server] answers JSON lines on a virtio-serial port.
 //
 // The binary is belay/vmtests/probe/cmd. It is static and started by the guest

@@ -19,9 +19,12 @@ import (
 type Port struct{ fd int }
 
 const (
-	// hungUp is how often a port without peer is looked at. No poll waits
-	// for a peer to come.
-	hungUp = 20 * time.Millisecond
+	// hungUp is how soon a port that lost its peer is looked at again. No
+	// poll waits for a peer to come. The time is doubled while none does, up
+	// to hungUpLong: waking up is dear under emulation, and twenty guests
+	// that look fifty times a second leave a small host no time.
+	hungUp     = 20 * time.Millisecond
+	hungUpLong = 250 * time.Millisecond
 	// writeTimeout is how long a connected peer may leave a reply unread.
 	writeTimeout = 10 * time.Second
 	// hangUpGrace is how long a Write waits on a port that has hung up: a
@@ -55,6 +58,7 @@ func (p *Port) poll(events int16, d time.Duration) (int16, error) {
 // Read blocks until there are bytes. It returns io.EOF never, and an error
 // only when the device itself fails.
 func (p *Port) Read(b []byte) (int, error) {
+	wait := hungUp
 	for {
 		n, err := unix.Read(p.fd, b)
 		switch {
@@ -63,7 +67,8 @@ func (p *Port) Read(b []byte) (int, error) {
 		case err == unix.EINTR:
 			continue
 		case err == nil: // no peer
-			time.Sleep(hungUp)
+			time.Sleep(wait)
+			wait = min(2*wait, hungUpLong)
 			continue
 		case err != unix.EAGAIN:
 			return 0, fmt.Errorf("read port: %w", err)

@@ -18,6 +18,7 @@ const (
 	CmdDiskVerify = "disk-verify" // DiskSettings → DiskReport
 	CmdHeartbeat  = "heartbeat"   // HeartbeatSettings → HeartbeatStatus
 	CmdKmsg       = "kmsg"        // - → KmsgReport
+	CmdClock      = "clock"       // - → ClockReading
 )
 
 // Request is one line to the probe. The ID comes back in the reply, so that a
@@ -132,4 +133,18 @@ type KmsgReport struct {
 // Clean reports whether the kernel had nothing to complain about.
 func (r KmsgReport) Clean() bool {
 	return r.SoftLockups == 0 && r.RCUStalls == 0 && r.HungTasks == 0 && r.Bugs == 0
+}
+
+// ClockReading is what the guest's clocks say, and how the wall clock was set
+// since the probe started.
+type ClockReading struct {
+	Monotonic time.Duration `json:"monotonic_ns"`
+	Wall      int64         `json:"wall_ns"` // ns since 1970
+	Steps     []ClockStep   `json:"steps,omitempty"`
+}
+
+// ClockStep is one setting of the guest's wall clock.
+type ClockStep struct {
+	Monotonic time.Duration `json:"monotonic_ns"` // when it was noted
+	By        time.Duration `json:"by_ns"`        // positive: forward
 }

@@ -63,6 +63,8 @@ func Main(ctx context.Context, log *slog.Logger) error {
 	}
 	// First the heartbeats: filling memory takes a while under emulation.
 	go sender.Run(ctx)
+	clock := &Clock{}
+	go clock.Watch(log)
 
 	memory, err := NewMemory(incarnation, startWorkingSet, startFixed)
 	if err != nil {
@@ -83,6 +85,7 @@ func Main(ctx context.Context, log *slog.Logger) error {
 		Memory:      memory,
 		Disk:        NewDisk("/dev/vda"),
 		Sender:      sender,
+		Clock:       clock,
 		KmsgPath:    "/dev/kmsg",
 		ProcRoot:    "/proc",
 		SysRoot:     "/sys",

@@ -22,7 +22,7 @@ const DefaultInterval = time.Millisecond
 const minInterval = 50 * time.Microsecond
 
 // idle is how often a sender without destination looks for one.
-const idle = 20 * time.Millisecond
+const idle = 250 * time.Millisecond
 
 // Sender sends heartbeats. Make one with NewSender.
 type Sender struct {
@@ -111,7 +111,7 @@ func (s *Sender) Run(ctx context.Context) {
 		to, every := s.to, s.every
 		s.mu.Unlock()
 		if !to.IsValid() {
-			sleepUntil(monotonic() + idle)
+			time.Sleep(idle) // not as sleepUntil does, which keeps a CPU awake
 			next = monotonic()
 			continue
 		}

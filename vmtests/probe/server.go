@@ -22,6 +22,7 @@ type Server struct {
 	Memory      *Memory
 	Disk        *Disk
 	Sender      *Sender
+	Clock       *Clock
 	KmsgPath    string // /dev/kmsg
 	ProcRoot    string // /proc
 	SysRoot     string // /sys
@@ -112,6 +113,8 @@ func (s *Server) call(req Request) (any, error) {
 		})
 	case CmdKmsg:
 		return Kmsg(s.KmsgPath)
+	case CmdClock:
+		return s.Clock.Read(), nil
 	}
 	return nil, fmt.Errorf("unknown command %q", req.Cmd)
 }

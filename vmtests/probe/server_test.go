@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 // testServer serves one end of a pipe; ask sends raw lines and returns the
@@ -23,7 +24,7 @@ func testServer(t *testing.T) (ask func(n int, lines string) map[string]Reply, s
 	}
 	s = &Server{
 		Log: slog.New(slog.DiscardHandler), Guest: "g", Incarnation: 5, Memory: newMemory(t), Disk: NewDisk(disk),
-		Sender: &Sender{every: DefaultInterval}, KmsgPath: "/dev/null", ProcRoot: "/proc", SysRoot: "/sys",
+		Sender: &Sender{every: DefaultInterval}, Clock: &Clock{}, KmsgPath: "/dev/null", ProcRoot: "/proc", SysRoot: "/sys",
 	}
 	far, near := net.Pipe()
 	ended := make(chan error, 1)
@@ -58,7 +59,8 @@ func testServer(t *testing.T) (ask func(n int, lines string) map[string]Reply, s
 
 func TestServerAnswers(t *testing.T) {
 	ask, _ := testServer(t)
-	got := ask(5, `{"id":"1","cmd":"status"}
+	got := ask(6, `{"id":"6","cmd":"clock"}
+{"id":"1","cmd":"status"}
 {"id":"2","cmd":"verify"}
 {"id":"3","cmd":"dirty","args":{"working_set_mib":1}}
 {"id":"4","cmd":"no such thing"}
@@ -70,6 +72,10 @@ func TestServerAnswers(t *testing.T) {
 	}
 	if got["2"].Error != "" || got["3"].Error != "" {
 		t.Errorf("%+v", got)
+	}
+	var c ClockReading
+	if err := json.Unmarshal(got["6"].Result, &c); err != nil || time.Since(time.Unix(0, c.Wall)).Abs() > time.Minute || c.Monotonic <= 0 || len(c.Steps) != 0 {
+		t.Errorf("clock: %+v, %v", c, err)
 	}
 	if !strings.Contains(got["4"].Error, "no such thing") || got["5"].Error == "" {
 		t.Errorf("errors: %+v", got)
