@@ -46,7 +46,7 @@ func (h *Host) dial(ctx context.Context) (*conn, error) {
 			return open(ctx, nc, socket, h.uri)
 		}
 		if ctx.Err() != nil {
-			return nil, unanswered("connect", socket, context.Cause(ctx))
+			return nil, gaveUp("connect", socket, context.Cause(ctx))
 		}
 		reason = dialReason(err)
 		if !errors.Is(err, fs.ErrNotExist) {

@@ -33,6 +33,11 @@
 // control connection carries one call at a time: the caller who gives up loses
 // its own call and nobody else's, and an abort never waits behind a slow listing.
 //
+// What libvirt was sent it may carry out all the same, when it is itself again.
+// For most calls that is harmless, or is said with the call. A late Suspend would
+// leave a guest paused that everybody believes running: its connection is kept
+// until it is answered, and State, Resume and the next Suspend wait for that.
+//
 // Events are subscribed to once per connection and end with it, because
 // cancelling a subscription can block the connection for good. After each
 // (re)connection subscribers get EventResync: whatever happened before it must

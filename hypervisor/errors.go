@@ -98,13 +98,13 @@ func (c *conn) wrap(ctx context.Context, op string, err error) error {
 
 // abandoned is the error of a call whose context ended.
 func (c *conn) abandoned(op string, ctxErr error) error {
-	return unanswered(op, c.socket, ctxErr)
+	return gaveUp(op, c.socket, ctxErr)
 }
 
-// unanswered is the error of a call that its context ended. A deadline means
+// gaveUp is the error of a call that its context ended. A deadline means
 // that libvirt did not answer in time, which callers treat as its being down;
 // a caller's own cancellation says nothing about libvirt.
-func unanswered(op, socket string, ctxErr error) error {
+func gaveUp(op, socket string, ctxErr error) error {
 	if errors.Is(ctxErr, context.DeadlineExceeded) {
 		return NewError(op, socket, 0, "no answer in time", maint.ErrHypervisorDown, ctxErr)
 	}

@@ -3,6 +3,7 @@ package hypervisor
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/digitalocean/go-libvirt"
@@ -26,15 +27,48 @@ func (h *Host) Warm(ctx context.Context, n int) error {
 
 // Suspend stops a guest's vCPUs; its memory stays, and with virtlockd its disk
 // leases are given up. Suspending a guest that is paused, by whomever, succeeds
-// and changes nothing. It wraps maint.ErrNoGuest. An error, of a deadline or a
-// lost connection above all, does not say that the guest runs: see State.
+// and changes nothing. It wraps maint.ErrNoGuest.
+//
+// When ctx ends first, libvirt has the call all the same, and a libvirt that was
+// hung stops the guest when it is itself again. State, Resume and the next
+// Suspend of this Host therefore wait for the answer to one that was given up, or
+// the end of its connection; another process's do not.
 //
 // Source: virDomainSuspend.
 func (h *Host) Suspend(ctx context.Context, uuid string) error {
-	_, err := direct(ctx, h, h.fan, uuid, "DomainSuspend", func(l *libvirt.Libvirt, d libvirt.Domain) (struct{}, error) {
-		return struct{}{}, l.DomainSuspend(d)
-	})
-	return err
+	const op = "DomainSuspend"
+	ctx, cancel := h.bounded(ctx)
+	defer cancel()
+	if err := h.late.wait(ctx, uuid); err != nil {
+		return err
+	}
+	c, err := h.fan.get(ctx)
+	if err != nil {
+		return err
+	}
+	d, err := (&session{ctx: ctx, conn: c}).handle(uuid)
+	if err != nil {
+		h.fan.put(c)
+		return err
+	}
+	over := h.late.begin(uuid)
+	answer := make(chan error, 1)
+	go func() {
+		_, err := invoke(h.base, c, op, func(l *libvirt.Libvirt) (struct{}, error) {
+			return struct{}{}, l.DomainSuspend(d)
+		})
+		over()
+		answer <- err
+	}()
+	select {
+	case err := <-answer:
+		h.fan.put(c)
+		return err
+	case <-ctx.Done():
+		h.fan.forget()
+		go func() { <-answer; c.close() }()
+		return fmt.Errorf("%w; it may yet be carried out", c.abandoned(op, context.Cause(ctx)))
+	}
 }
 
 // Resume starts a guest's vCPUs, whoever stopped them. Resuming a guest that
@@ -46,6 +80,11 @@ func (h *Host) Suspend(ctx context.Context, uuid string) error {
 //
 // Source: virDomainResume.
 func (h *Host) Resume(ctx context.Context, uuid string) error {
+	ctx, cancel := h.bounded(ctx)
+	defer cancel()
+	if err := h.late.wait(ctx, uuid); err != nil {
+		return err
+	}
 	return h.lend(ctx, h.fan, func(s *session) error {
 		d, err := s.handle(uuid)
 		if err != nil {
@@ -93,6 +132,11 @@ func locked(err error) error {
 // Source: virDomainGetState; on each connection, the first time, after
 // virDomainGetControlInfo.
 func (h *Host) State(ctx context.Context, uuid string) (state maint.GuestState, reason string, err error) {
+	ctx, cancel := h.bounded(ctx)
+	defer cancel()
+	if err := h.late.wait(ctx, uuid); err != nil {
+		return "", "", err
+	}
 	err = h.lend(ctx, h.fan, func(s *session) error {
 		d, err := s.handle(uuid)
 		if err != nil {

@@ -179,6 +179,67 @@ func TestKilledAroundHold(t *testing.T) {
 	}
 }
 
+// A libvirtd that hangs carries out, when it is itself again, what nobody waits
+// for any more. Whoever looks at the guest, or releases it, comes after that.
+func TestLateSuspend(t *testing.T) {
+	s, ctx := holdSite(t), t.Context()
+	uuid := s.NewGuest(t, "late")
+	defer s.RemoveGuest(t, uuid)
+	defer func() { _ = s.host.Kill(context.Background(), lab.Libvirtd, syscall.SIGCONT) }()
+	for i := range 6 {
+		if err := s.hv.Warm(ctx, 1); err != nil {
+			t.Fatal(err)
+		}
+		s.FreezeLibvirt(t)
+		short, cancel := context.WithTimeout(ctx, 100*time.Millisecond)
+		if err := s.hv.Suspend(short, uuid); !errors.Is(err, maint.ErrHypervisorDown) || !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Suspend: %v", err)
+		}
+		cancel()
+		short, cancel = context.WithTimeout(ctx, 100*time.Millisecond)
+		for op, call := range map[string]func() error{
+			"Suspend": func() error { return s.hv.Suspend(short, uuid) },
+			"Resume":  func() error { return s.hv.Resume(short, uuid) },
+			"State":   func() error { _, _, err := s.hv.State(short, uuid); return err },
+		} {
+			if err := call(); !errors.Is(err, maint.ErrHypervisorDown) || !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("%s after one that is not answered: %v", op, err)
+			}
+		}
+		cancel()
+		s.ThawLibvirt(t)
+		if i%2 == 0 {
+			if state, reason, err := s.hv.State(ctx, uuid); err != nil || state != maint.GuestPaused {
+				t.Errorf("guest is %s (%s), %v", state, reason, err)
+			}
+		}
+		if err := s.hv.Resume(ctx, uuid); err != nil {
+			t.Error(err)
+		}
+		for range 10 { // and stays so
+			if state, reason, err := s.hv.State(ctx, uuid); err != nil || state != maint.GuestRunning {
+				t.Fatalf("guest is %s (%s), %v", state, reason, err)
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	}
+	// One that is never answered, since libvirtd dies, holds nobody up.
+	if err := s.hv.Warm(ctx, 1); err != nil {
+		t.Fatal(err)
+	}
+	s.FreezeLibvirt(t)
+	short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
+	defer cancel()
+	if err := s.hv.Suspend(short, uuid); err == nil {
+		t.Error("a libvirtd that is stopped has suspended the guest")
+	}
+	s.KillLibvirt(t)
+	s.RestartLibvirt(t)
+	if err := s.hv.Resume(ctx, uuid); err != nil {
+		t.Error(err)
+	}
+}
+
 // A save outlives who asked for it.
 func TestSaveGoesOn(t *testing.T) {
 	s, ctx := holdSite(t), t.Context()

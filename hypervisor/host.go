@@ -38,6 +38,7 @@ type Host struct {
 
 	pool  *pool                 // for all calls but those that come for many guests at once
 	fan   *pool                 // for those
+	late  unanswered            // calls of Suspend
 	fixed atomic.Pointer[fixed] // see Info; nil when not known
 	hub   feed.Hub
 

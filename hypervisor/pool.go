@@ -53,7 +53,7 @@ func (p *pool) get(ctx context.Context) (*conn, error) {
 	select {
 	case p.slots <- struct{}{}:
 	case <-ctx.Done():
-		return nil, unanswered("connect", "a busy connection", context.Cause(ctx))
+		return nil, gaveUp("connect", "a busy connection", context.Cause(ctx))
 	}
 	c, err := p.take()
 	if c == nil && err == nil {
@@ -95,6 +95,9 @@ func (p *pool) put(c *conn) {
 	p.mu.Unlock()
 	<-p.slots
 }
+
+// forget gives up the place of a lent connection, which is not to come back.
+func (p *pool) forget() { <-p.slots }
 
 // close closes the idle connections; lent ones follow as they come back.
 func (p *pool) close() {

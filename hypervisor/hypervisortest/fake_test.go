@@ -344,23 +344,70 @@ func TestClockStands(t *testing.T) {
 	})
 }
 
+// A Suspend that was given up comes into effect all the same, and what is asked
+// or done after it comes after it.
+func TestLateSuspend(t *testing.T) {
+	inWorld(t, func(t *testing.T, _ *hypervisortest.World, a, _ *hypervisortest.Host, uuid string) {
+		suspend := func(timeout time.Duration) error {
+			ctx, cancel := context.WithTimeout(t.Context(), timeout)
+			defer cancel()
+			return a.Suspend(ctx, uuid)
+		}
+		for name, hang := range map[string]func(){
+			"delayed": func() { a.Fault("Suspend", hypervisortest.Fault{Delay: time.Second, Times: 1}) },
+			"frozen":  func() { a.Freeze(); time.AfterFunc(time.Second, a.Thaw) },
+		} {
+			hang()
+			start := time.Now()
+			if err := suspend(time.Millisecond); !errors.Is(err, maint.ErrHypervisorDown) || !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("%s: %v", name, err)
+			}
+			short, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+			if err := a.Resume(short, uuid); !errors.Is(err, maint.ErrHypervisorDown) {
+				t.Errorf("%s: Resume: %v", name, err)
+			}
+			cancel()
+			if state, _, err := a.State(t.Context(), uuid); err != nil || state != maint.GuestPaused || time.Since(start) != time.Second {
+				t.Errorf("%s: %s, %v after %v", name, state, err, time.Since(start))
+			}
+			if err := a.Resume(t.Context(), uuid); err != nil {
+				t.Error(err)
+			}
+			time.Sleep(time.Minute)
+			if got := where(t, uuid, a); got != "running (unpaused)" {
+				t.Errorf("%s: guest is %s", name, got)
+			}
+		}
+
+		// One that is never answered, since libvirt dies, holds nobody up.
+		a.Fault("Suspend", hypervisortest.Fault{Hang: true, Times: 1})
+		if err := suspend(time.Second); !errors.Is(err, maint.ErrHypervisorDown) {
+			t.Errorf("Suspend: %v", err)
+		}
+		a.KillLibvirt()
+		a.RestartLibvirt()
+		if state, _, err := a.State(t.Context(), uuid); err != nil || state != maint.GuestRunning {
+			t.Errorf("%s, %v", state, err)
+		}
+		a.Fault("Suspend", hypervisortest.Fault{Delay: time.Hour}) // closed with the World
+		_ = suspend(time.Second)
+	})
+}
+
 func TestDelayedCalls(t *testing.T) {
 	inWorld(t, func(t *testing.T, _ *hypervisortest.World, a, _ *hypervisortest.Host, uuid string) {
-		a.Fault("Suspend", hypervisortest.Fault{Delay: time.Second})
+		a.Fault("SetAutostart", hypervisortest.Fault{Delay: time.Second})
 		start := time.Now()
-		if err := a.Suspend(t.Context(), uuid); err != nil || time.Since(start) != time.Second {
-			t.Errorf("Suspend: %v after %v", err, time.Since(start))
-		}
-		if err := a.Resume(t.Context(), uuid); err != nil {
-			t.Fatal(err)
+		if err := a.SetAutostart(t.Context(), uuid, true); err != nil || time.Since(start) != time.Second {
+			t.Errorf("SetAutostart: %v after %v", err, time.Since(start))
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 		defer cancel()
-		if err := a.Suspend(ctx, uuid); !errors.Is(err, maint.ErrHypervisorDown) {
-			t.Errorf("Suspend: %v", err)
+		if err := a.SetAutostart(ctx, uuid, false); !errors.Is(err, maint.ErrHypervisorDown) {
+			t.Errorf("SetAutostart: %v", err)
 		}
-		if got := where(t, uuid, a); got != "running (unpaused)" {
-			t.Errorf("guest is %s", got)
+		if g, _ := a.Guest(t.Context(), uuid); !g.Autostart {
+			t.Error("a call that was given up has an effect")
 		}
 	})
 }

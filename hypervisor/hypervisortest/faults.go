@@ -2,6 +2,7 @@ package hypervisortest
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"belay/agent/maint"
@@ -13,7 +14,7 @@ type Fault struct {
 	// Err is returned in place of the call's result; nil leaves that as it is.
 	Err error
 	// Delay is how long the call takes first. If its context ends meanwhile
-	// it has no effect, as in a queue of libvirt's.
+	// it has no effect; Suspend has it all the same, when the time is over.
 	Delay time.Duration
 	// After has the call take its full effect first. Otherwise it has none.
 	After bool
@@ -93,7 +94,8 @@ func (h *Host) RestartLibvirt() {
 
 // Freeze stops libvirt as SIGSTOP does: connections stand, and calls wait until
 // their context ends (10 s if that has no deadline), until Thaw, or until
-// libvirt is killed. Running migrations go on.
+// libvirt is killed. Running migrations go on. A Suspend that was given up is
+// carried out at Thaw.
 func (h *Host) Freeze() {
 	h.w.mu.Lock()
 	defer h.w.mu.Unlock()
@@ -149,14 +151,50 @@ const defaultTimeout = 10 * time.Second
 // do makes one call of the operation: hooks, faults, deadline, and libvirt's
 // being there, around the effect. bounded gives it the default deadline.
 func do[T any](ctx context.Context, h *Host, op string, bounded bool, effect func(context.Context) (T, error)) (T, error) {
-	var none T
 	h.w.called(Call{Host: h.info.Name, Op: op})
 	defer h.w.called(Call{Host: h.info.Name, Op: op, Done: true})
-	if _, ok := ctx.Deadline(); !ok && bounded {
+	if bounded {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, defaultTimeout)
+		ctx, cancel = withDefault(ctx)
 		defer cancel()
 	}
+	return attempt(ctx, h, op, effect)
+}
+
+// withDefault gives a context without a deadline the default one.
+func withDefault(ctx context.Context) (context.Context, context.CancelFunc) {
+	if _, ok := ctx.Deadline(); ok {
+		return ctx, func() {}
+	}
+	return context.WithTimeout(ctx, defaultTimeout)
+}
+
+// outlive makes a call that is carried out also when its context has ended
+// meanwhile. late is closed when it is answered.
+func outlive(ctx context.Context, h *Host, op string, late chan struct{}, effect func() error) error {
+	h.w.called(Call{Host: h.info.Name, Op: op})
+	defer h.w.called(Call{Host: h.info.Name, Op: op, Done: true})
+	if ctx.Err() != nil {
+		close(late)
+		return h.unanswered(op, ctx.Err())
+	}
+	answer := make(chan error, 1)
+	h.w.running.Go(func() {
+		_, err := attempt(h.w.life, h, op, func(context.Context) (struct{}, error) { return struct{}{}, effect() })
+		close(late)
+		answer <- err
+	})
+	select {
+	case err := <-answer:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("%w; it may yet be carried out", h.unanswered(op, ctx.Err()))
+	}
+}
+
+// attempt is a call from when libvirt has it.
+func attempt[T any](ctx context.Context, h *Host, op string, effect func(context.Context) (T, error)) (T, error) {
+	var none T
 	h.w.mu.Lock()
 	up, frozen, interrupt, f := h.up, h.frozen, h.interrupt, h.fault(op)
 	h.w.mu.Unlock()

@@ -94,26 +94,62 @@ func (h *Host) notRunning(op string, causes ...error) error {
 	return h.failed(op, codeOperationInvalid, "Requested operation is not valid: domain is not running", causes...)
 }
 
-// Suspend stops a guest's vCPUs.
+// Suspend stops a guest's vCPUs, also when ctx has ended meanwhile.
 func (h *Host) Suspend(ctx context.Context, uuid string) error {
-	_, err := onGuest(ctx, h, "Suspend", uuid, func(g *guest) (struct{}, error) {
-		switch {
-		case !g.State.Active():
-			return struct{}{}, h.notRunning("DomainSuspend")
-		case g.State == maint.GuestSuspended:
-			return struct{}{}, h.failed("DomainSuspend", codeOperationInvalid, "Requested operation is not valid: domain is pmsuspended")
-		case g.State == maint.GuestPaused:
-			return struct{}{}, nil
-		}
-		g.become(maint.GuestPaused, "user")
-		h.lifecycle(g, "suspended", "paused")
-		return struct{}{}, nil
+	ctx, cancel := withDefault(ctx)
+	defer cancel()
+	if err := h.afterLate(ctx, uuid); err != nil {
+		return err
+	}
+	late := make(chan struct{})
+	h.w.mu.Lock()
+	if g := h.guests[uuid]; g != nil {
+		g.late = late
+	}
+	h.w.mu.Unlock()
+	return outlive(ctx, h, "Suspend", late, func() error {
+		return h.with(uuid, func(g *guest) error {
+			switch {
+			case !g.State.Active():
+				return h.notRunning("DomainSuspend")
+			case g.State == maint.GuestSuspended:
+				return h.failed("DomainSuspend", codeOperationInvalid, "Requested operation is not valid: domain is pmsuspended")
+			case g.State == maint.GuestPaused:
+				return nil
+			}
+			g.become(maint.GuestPaused, "user")
+			h.lifecycle(g, "suspended", "paused")
+			return nil
+		})
 	})
-	return err
+}
+
+// afterLate waits until the guest's last Suspend is answered.
+func (h *Host) afterLate(ctx context.Context, uuid string) error {
+	h.w.mu.Lock()
+	var late <-chan struct{}
+	if g := h.guests[uuid]; g != nil {
+		late = g.late
+	}
+	h.w.mu.Unlock()
+	if late == nil {
+		return nil
+	}
+	select {
+	case <-late:
+		return nil
+	case <-ctx.Done():
+		return h.unanswered("DomainSuspend", ctx.Err())
+	}
 }
 
 // Resume starts a guest's vCPUs.
 func (h *Host) Resume(ctx context.Context, uuid string) error {
+	ctx, cancel := withDefault(ctx)
+	defer cancel()
+	if err := h.afterLate(ctx, uuid); err != nil {
+		return err
+	}
 	_, err := onGuest(ctx, h, "Resume", uuid, func(g *guest) (struct{}, error) {
 		switch {
 		case !g.State.Active():
@@ -138,6 +174,11 @@ func (h *Host) leaseTaken(op string, g *guest) error {
 
 // State gives a guest's state and its reason.
 func (h *Host) State(ctx context.Context, uuid string) (maint.GuestState, string, error) {
+	ctx, cancel := withDefault(ctx)
+	defer cancel()
+	if err := h.afterLate(ctx, uuid); err != nil {
+		return "", "", err
+	}
 	g, err := onGuest(ctx, h, "State", uuid, func(g *guest) (maint.Guest, error) {
 		if g.lag && g.State.Active() {
 			return maint.Guest{}, h.failed("DomainGetControlInfo", 0,

@@ -38,9 +38,10 @@ type Host struct {
 // guest is a domain.
 type guest struct {
 	maint.Guest
-	definition string     // XML given to Define, "" for one made up
-	completed  *maint.Job // statistics of the last job that succeeded
-	out, in    *migration // the migration it leaves or comes by
+	definition string        // XML given to Define, "" for one made up
+	completed  *maint.Job    // statistics of the last job that succeeded
+	out, in    *migration    // the migration it leaves or comes by
+	late       chan struct{} // closed when the last Suspend was answered; nil before any
 
 	clock       clock
 	qemu        string        // the version that it runs in

@@ -2,6 +2,7 @@ package hypervisortest
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"sync"
 	"time"
@@ -18,7 +19,10 @@ type World struct {
 	onCall  func(Call)
 	onPhase func(uuid string, p Phase)
 	serial  int
-	running sync.WaitGroup // migrations
+	running sync.WaitGroup // migrations, and calls that outlive their callers
+
+	life context.Context // ends with Close
+	end  context.CancelFunc
 }
 
 // Copy says how a migration gets on. Zero fields have the defaults given.
@@ -49,12 +53,14 @@ const (
 // NewWorld makes a World without hosts.
 func NewWorld() *World {
 	w := &World{}
+	w.life, w.end = context.WithCancel(context.Background())
 	w.SetCopy(Copy{})
 	return w
 }
 
 // Close ends running migrations as killed hosts would, and closes all hosts.
 func (w *World) Close() {
+	w.end()
 	w.mu.Lock()
 	for _, h := range w.hosts {
 		for _, g := range h.guests {
