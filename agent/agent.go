@@ -16,6 +16,7 @@ import (
 	"belay/hypervisor"
 	"belay/migrate"
 	"belay/patch/preserve"
+	"belay/patch/vmm"
 )
 
 // Hypervisor is this host's libvirt. The fake in hypervisortest has the same
@@ -28,6 +29,8 @@ type Hypervisor interface {
 	Definer
 	Follower
 	preserve.Host
+	vmm.QEMU
+	vmm.Starter
 }
 
 // Inspector reads the host and what its guests are made of.

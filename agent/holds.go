@@ -11,6 +11,7 @@ import (
 	"belay/agent/maint"
 	"belay/agent/run"
 	"belay/patch/preserve"
+	"belay/patch/vmm"
 )
 
 // Preserve is what rung B needs beside libvirt: a leash, a way to run what is
@@ -19,6 +20,8 @@ type Preserve struct {
 	Leash  preserve.Leash
 	Steps  preserve.Steps
 	Clocks Clocks
+	// Places are where guests between two QEMUs are kept.
+	Places vmm.Places
 }
 
 // Clocks measures and corrects guests' clocks; see package guestclock.

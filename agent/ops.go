@@ -138,8 +138,11 @@ func inCommon(op, running maint.Op) string {
 
 // steps are what an operation does.
 func (a *Agent) steps(op maint.Op) []run.Step {
-	if op.Kind == maint.OpHold {
+	switch op.Kind {
+	case maint.OpHold:
 		return a.holdSteps(op)
+	case maint.OpReplace:
+		return a.replaceSteps(op)
 	}
 	return a.migrateSteps(op)
 }

@@ -15,6 +15,7 @@ import (
 	"belay/patch/leash"
 	"belay/patch/leash/launch"
 	"belay/patch/preserve"
+	"belay/patch/vmm"
 )
 
 // clocksAtOnce is how many agents are spoken to at once: a little less than
@@ -40,6 +41,7 @@ func NewPreserve(cfg config.Config, hyp *hypervisor.Host, log *slog.Logger) Pres
 		Leash:  leashes{leash.Client{Dir: dir, Launcher: launcher, Log: log}, cfg.Hold.LeashSilence.Duration},
 		Steps:  steps{hoststep.New(hoststep.Config{Dir: filepath.Join(cfg.RunDir, "steps"), Systemd: hoststep.ThisSystemd(), Log: log})},
 		Clocks: clocks{guestclock.New(hyp, clocksAtOnce)},
+		Places: vmm.Places{Guards: filepath.Join(cfg.RunDir, "vmm"), Lib: cfg.Libvirt.StateDir},
 	}
 }
 

@@ -33,6 +33,8 @@ var endpoints = []struct {
 	{"GET", "/v1/ops/{id}/watch", "", "viewer operator", "Watch ID"},
 	{"POST", "/v1/migrations", `{"guest":"web-1","to":"host-b"}`, "operator", "Migrate me"},
 	{"POST", "/v1/holds", `{"all":true,"step":{"command":["true"]}}`, "operator", "Hold me"},
+	{"POST", "/v1/replacements", `{"guest":"web-1"}`, "operator", "Replace me"},
+	{"GET", "/v1/guests/{guest}/replacements", "", "operator", "ReplaceChoices GUEST"},
 	{"GET", "/v1/clocks", "", "viewer operator", "Clock "},
 	{"POST", "/v1/clocks", "", "operator", "SyncClock  me"},
 	{"POST", "/v1/ops/{id}/abort", "", "operator", "Abort ID me"},
@@ -48,7 +50,7 @@ var endpoints = []struct {
 
 // filled puts values into a path's wildcards.
 func filled(path string) string {
-	return strings.NewReplacer("{id}", "ID", "{uuid}", "UUID").Replace(path)
+	return strings.NewReplacer("{id}", "ID", "{uuid}", "UUID", "{guest}", "GUEST").Replace(path)
 }
 
 func TestEveryRouteForEveryRole(t *testing.T) {

@@ -114,6 +114,16 @@ func (c *Client) Hold(ctx context.Context, r maint.HoldRequest) (op maint.Op, er
 	return op, c.call(ctx, "POST", "/v1/holds", r, &op)
 }
 
+// Replace asks for a new QEMU under a guest and returns the admitted operation.
+func (c *Client) Replace(ctx context.Context, r maint.ReplaceRequest) (op maint.Op, err error) {
+	return op, c.call(ctx, "POST", "/v1/replacements", r, &op)
+}
+
+// ReplaceChoices asks what each method of that would cost a guest.
+func (c *Client) ReplaceChoices(ctx context.Context, guest string) (cs []maint.VMMChoice, err error) {
+	return cs, c.call(ctx, "GET", "/v1/guests/"+url.PathEscape(guest)+"/replacements", nil, &cs)
+}
+
 // Clock asks for a guest's clock to be measured, or with "" for all.
 func (c *Client) Clock(ctx context.Context, guest string) (rs []maint.ClockReport, err error) {
 	return rs, c.call(ctx, "GET", "/v1/clocks?guest="+url.QueryEscape(guest), nil, &rs)

@@ -87,6 +87,14 @@ func (f *fakeAgent) Hold(_ context.Context, by string, r maint.HoldRequest) (mai
 	return maint.Op{ID: "hold-1", By: by, Hold: &r}, f.called("Hold", by)
 }
 
+func (f *fakeAgent) Replace(_ context.Context, by string, r maint.ReplaceRequest) (maint.Op, error) {
+	return maint.Op{ID: "vmm-1", By: by, Replace: &r}, f.called("Replace", by)
+}
+
+func (f *fakeAgent) ReplaceChoices(_ context.Context, guest string) ([]maint.VMMChoice, error) {
+	return []maint.VMMChoice{{Method: maint.VMMCopy}}, f.called("ReplaceChoices "+guest, "")
+}
+
 func (f *fakeAgent) Clock(_ context.Context, guest string) ([]maint.ClockReport, error) {
 	return []maint.ClockReport{{Guest: guest}}, f.called("Clock "+guest, "")
 }

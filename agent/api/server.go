@@ -37,6 +37,10 @@ type Operations interface {
 	Watch(ctx context.Context, id maint.OpID, f func(maint.Op) error) error
 	Migrate(ctx context.Context, by string, r maint.MigrateRequest) (maint.Op, error)
 	Hold(ctx context.Context, by string, r maint.HoldRequest) (maint.Op, error)
+	Replace(ctx context.Context, by string, r maint.ReplaceRequest) (maint.Op, error)
+	// ReplaceChoices says what each method of replacing a guest's QEMU would
+	// cost it, and what stands in the way.
+	ReplaceChoices(ctx context.Context, guest string) ([]maint.VMMChoice, error)
 	Abort(ctx context.Context, by string, id maint.OpID) (maint.Op, error)
 }
 
@@ -114,6 +118,12 @@ func routes(a Agent) []route {
 		}},
 		{"POST", "/v1/holds", operators, func(r *http.Request, c Caller) (any, error) {
 			return with(r, func(q maint.HoldRequest) (any, error) { return a.Hold(r.Context(), c.Name, q) })
+		}},
+		{"POST", "/v1/replacements", operators, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q maint.ReplaceRequest) (any, error) { return a.Replace(r.Context(), c.Name, q) })
+		}},
+		{"GET", "/v1/guests/{guest}/replacements", operators, func(r *http.Request, _ Caller) (any, error) {
+			return a.ReplaceChoices(r.Context(), r.PathValue("guest"))
 		}},
 		{"GET", "/v1/clocks", viewers, func(r *http.Request, _ Caller) (any, error) {
 			return a.Clock(r.Context(), r.URL.Query().Get("guest"))

@@ -31,8 +31,6 @@ type ReplaceRequest struct {
 	// estimate is longer is refused. 0 is the host's default.
 	MaxPause time.Duration `json:"max_pause_ns,omitempty"`
 	Reason   string        `json:"reason,omitempty"`
-	// DryRun only plans.
-	DryRun bool `json:"dry_run,omitempty"`
 }
 
 // VMMChoice is the planner's word on one method for one guest.

@@ -254,6 +254,9 @@ func (s *Scratch) Record(kind maint.RecordKind, v any) error {
 
 // Append journals records of the operation itself, all or none.
 func (s *Scratch) Append(recs ...maint.Record) error {
+	if len(recs) == 0 {
+		return nil
+	}
 	for i := range recs {
 		recs[i].Op = s.r.id
 	}

@@ -271,6 +271,8 @@ func describe(op maint.Op) string {
 			longest = max(longest, g.Pause)
 		}
 		return fmt.Sprintf("done, longest pause %s", span(longest))
+	case op.State == maint.OpEnded && op.Outcome == maint.OutcomeDone && op.Replaced != nil:
+		return fmt.Sprintf("done, %s, paused for %s", op.Replaced.Method, span(op.Replaced.Pause))
 	case op.State == maint.OpEnded:
 		return string(op.Outcome)
 	case op.State == maint.OpUndoing:
@@ -291,6 +293,14 @@ func printOp(w io.Writer, op maint.Op) {
 		row(w, "downtime", span(op.Move.Downtime)+" (QEMU)")
 		row(w, "memory sent", fmt.Sprintf("%s in %d passes, %s", bytes(op.Move.MemorySent), op.Move.Iterations, span(op.Move.Copy)))
 	}
+	if v := op.Replaced; v != nil {
+		row(w, "method", v.Method)
+		row(w, "paused for", span(v.Pause)+suffix(", at most, in pauses: ", times(v.Pauses)))
+		row(w, "QEMU", dash(v.OldQEMU)+" → "+dash(v.NewQEMU))
+		if v.Clock != nil {
+			row(w, "clock", fmt.Sprintf("%s: was off by %s, is by %s", v.Clock.State, offset(v.Clock.Before), clockAfter(*v.Clock)))
+		}
+	}
 	for _, k := range op.Clocks {
 		row(w, "clock", fmt.Sprintf("%s: was off by %s, is by %s", k.State, offset(k.Before), clockAfter(k)))
 	}
@@ -307,6 +317,14 @@ func printOp(w io.Writer, op maint.Op) {
 		row(w, "resumed", fmt.Sprintf("%d times after a restart of belayd", op.Resumed))
 	}
 	row(w, "outcome", dash(string(op.Outcome)))
+}
+
+// times is a number of times, "" for one.
+func times(n int) string {
+	if n < 2 {
+		return ""
+	}
+	return fmt.Sprint(n)
 }
 
 func suffix(sep, s string) string {

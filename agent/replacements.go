@@ -1,0 +1,211 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"belay/agent/maint"
+	"belay/agent/run"
+	"belay/patch/preserve"
+	"belay/patch/vmm"
+)
+
+// replaceTimeout bounds what comes before a guest's pause; from the point of no
+// return on there is no deadline.
+const replaceTimeout = 15 * time.Minute
+
+// vmmHost gives package vmm this host's hypervisor in its own terms.
+type vmmHost struct{ Hypervisor }
+
+func (h vmmHost) Describe(ctx context.Context, uuid string) (vmm.Description, error) {
+	x, err := h.GuestXML(ctx, uuid)
+	return vmm.Description{Live: x.Live, Portable: x.Portable, Inactive: x.Inactive}, err
+}
+
+// Replace admits the replacement of a guest's QEMU, writes it down and starts it.
+func (a *Agent) Replace(ctx context.Context, by string, r maint.ReplaceRequest) (maint.Op, error) {
+	what := "cannot put a new QEMU under guest " + r.Guest
+	switch {
+	case r.Guest == "":
+		return maint.Op{}, maint.Problemf(maint.CodeBadRequest, "guest", "name one", "is empty")
+	case r.MaxPause < 0 || r.MaxPause > maxTimeout:
+		return maint.Op{}, maint.Problemf(maint.CodeBadRequest, "max_pause", fmt.Sprintf("choose one up to %s", maxTimeout), "%s is out of range", r.MaxPause)
+	}
+	g, err := a.guest(ctx, what, r.Guest)
+	if err != nil {
+		return maint.Op{}, err
+	}
+	if r.Method == "" {
+		choices, err := a.choices(ctx, g.UUID)
+		if err != nil {
+			return maint.Op{}, a.cannotAsk(what, err)
+		}
+		best, err := vmm.Choose(g.Name, choices, "", r.MaxPause)
+		if err != nil {
+			return maint.Op{}, err
+		}
+		r.Method = best.Method
+	}
+	now := time.Now()
+	op := maint.Op{ID: newOpID("vmm", now), Kind: maint.OpReplace, Guest: g.Name, GuestUUID: g.UUID, By: by,
+		Reason: r.Reason, Deadline: now.Add(replaceTimeout), Replace: &r}
+	return a.submit(ctx, what, op)
+}
+
+// ReplaceChoices says what each method would cost a guest.
+func (a *Agent) ReplaceChoices(ctx context.Context, guest string) ([]maint.VMMChoice, error) {
+	what := "cannot plan a new QEMU for guest " + guest
+	g, err := a.guest(ctx, what, guest)
+	if err != nil {
+		return nil, err
+	}
+	choices, err := a.choices(ctx, g.UUID)
+	if err != nil {
+		return nil, a.cannotAsk(what, err)
+	}
+	return choices, nil
+}
+
+func (a *Agent) choices(ctx context.Context, uuid string) ([]maint.VMMChoice, error) {
+	f, err := vmm.Survey(ctx, vmmHost{a.hyp}, a.preserve.Places, uuid)
+	if err != nil {
+		return nil, err
+	}
+	f.NoBounce = true
+	return vmm.Choices(f), nil
+}
+
+// replaceSteps wires the phases of a replacement to the runner.
+func (a *Agent) replaceSteps(op maint.Op) []run.Step {
+	l := &pauseLeash{a: a, op: op}
+	r := &vmm.Replacement{Op: op.ID, Guest: op.Guest, UUID: op.GuestUUID, Method: op.Replace.Method, MaxPause: op.Replace.MaxPause,
+		Host: vmmHost{a.hyp}, Places: a.preserve.Places, Log: a.log.With("op", op.ID),
+		BeforePause: l.arm, PointOfNoReturn: l.letGo}
+	return []run.Step{
+		{Name: vmm.PhasePreflight,
+			Do: func(ctx context.Context, s *run.Scratch) error { return r.Preflight(ctx, s) }},
+		{Name: vmm.PhasePrepare,
+			Do:   func(ctx context.Context, s *run.Scratch) error { return r.Prepare(ctx, s) },
+			Undo: func(ctx context.Context, s *run.Scratch) error { return r.Unprepare(ctx, s) }},
+		{Name: vmm.PhaseSwap, Commit: true,
+			Do: func(ctx context.Context, s *run.Scratch) error {
+				return l.around(ctx, s, func() error { return unlessBetween(op, r.Swap(ctx, s)) })
+			},
+			Undo: func(ctx context.Context, s *run.Scratch) error {
+				return l.around(ctx, s, func() error { return unlessBetween(op, r.Back(ctx, s)) })
+			}},
+		{Name: vmm.PhaseProve, Do: func(ctx context.Context, s *run.Scratch) error {
+			result, err := r.Measure(ctx, s)
+			if err != nil {
+				return err
+			}
+			result.Total = time.Since(op.Started)
+			clock := a.clockAfter(ctx, op, result.Pause)
+			result.Clock = &clock
+			return errors.Join(s.Record(maint.RecReplaced, result), r.Prove(ctx, s))
+		}},
+		{Name: vmm.PhaseFinish, Do: func(ctx context.Context, s *run.Scratch) error { return r.Finish(ctx, s) }},
+	}
+}
+
+// unlessBetween gives err, as one that ends the operation without any undo
+// where the guest is between two QEMUs.
+func unlessBetween(op maint.Op, err error) error {
+	if errors.Is(err, vmm.ErrStuck) {
+		return &run.Stuck{Problem: maint.AsProblem(err, maint.CodeUnverified, "guest "+op.Guest)}
+	}
+	return err
+}
+
+// clockAfter puts the guest's clock right, which stood still in the pause.
+// Nothing about a clock can fail a replacement.
+func (a *Agent) clockAfter(ctx context.Context, op maint.Op, lost time.Duration) maint.ClockReport {
+	ctx, cancel := context.WithTimeout(ctx, clockWait)
+	defer cancel()
+	g, err := a.hyp.Guest(ctx, op.GuestUUID)
+	if err != nil {
+		return maint.ClockReport{Guest: op.Guest, UUID: op.GuestUUID, State: maint.ClockUnsynchronised, Reason: err.Error()}
+	}
+	r := a.preserve.Clocks.Restore(ctx, g, lost)
+	a.metrics.clock(r)
+	return r
+}
+
+// pauseLeash has a guest resumed that is paused in order to leave its QEMU, if
+// belayd dies before it has left.
+type pauseLeash struct {
+	a      *Agent
+	op     maint.Op
+	line   preserve.Line // nil while none is armed
+	events []maint.LeashEvent
+}
+
+// arm is called right before the pause.
+func (l *pauseLeash) arm(ctx context.Context) error {
+	g, err := l.a.hyp.Guest(ctx, l.op.GuestUUID)
+	if err != nil {
+		return err
+	}
+	l.line, err = l.a.preserve.Leash.Arm(ctx, preserve.Order{Op: l.op.ID, MaxPause: l.a.cfg.Hold.MaxPause.Duration,
+		Guests: []preserve.Member{{Guest: g.Name, UUID: g.UUID, ID: g.ID, Agent: g.Agent}}})
+	if err != nil {
+		l.line = nil
+		return maint.Problemf(maint.CodeLeash, "leash", "see 'belay doctor' for rung B", "cannot be armed, so nothing was paused: %v", err)
+	}
+	return nil
+}
+
+// letGo is called when the guest is about to leave its QEMU: from now on nobody
+// must resume it there. An error says that somebody may.
+func (l *pauseLeash) letGo(ctx context.Context) error {
+	if l.line == nil {
+		return nil
+	}
+	l.line.Mark(preserve.Left, l.op.GuestUUID)
+	events, err := l.line.Disarm(ctx)
+	if err != nil {
+		return fmt.Errorf("the leash does not let go: %w", err)
+	}
+	l.line, l.events = nil, append(l.events, events...)
+	return nil
+}
+
+// around does what pauses the guest, with no leash of an earlier belayd's in
+// the way, and leaves none.
+func (l *pauseLeash) around(ctx context.Context, s *run.Scratch, f func() error) error {
+	old, err := l.a.preserve.Leash.Attach(ctx, l.op.ID)
+	if err != nil {
+		return fmt.Errorf("cannot take up the leash of an earlier belayd: %w", err)
+	}
+	if old != nil {
+		l.line = old
+		if err := l.letGo(ctx); err != nil {
+			return err
+		}
+	}
+	failure := f()
+	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), leashWait)
+	defer cancel()
+	recs, err := leashRecords(l.rest(end))
+	return errors.Join(failure, err, s.Append(recs...))
+}
+
+// leashWait bounds the disarming of a leash that has nothing more to do.
+const leashWait = 10 * time.Second
+
+// rest disarms what is still armed, where no guest is paused any more, and gives
+// all that was done.
+func (l *pauseLeash) rest(ctx context.Context) []maint.LeashEvent {
+	if l.line != nil {
+		if err := l.letGo(ctx); err != nil {
+			l.a.log.Error("a leash could not be disarmed", "op", l.op.ID, "err", err)
+			l.events = append(l.events, l.line.Leave()...)
+			l.line = nil
+		}
+	}
+	events := l.events
+	l.events = nil
+	return events
+}
