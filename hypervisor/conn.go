@@ -197,6 +197,15 @@ func (w *wire) follow(p []byte) error {
 	return nil
 }
 
+// Write may be the first to notice that the other side is gone.
+func (w *wire) Write(p []byte) (int, error) {
+	n, err := w.Conn.Write(p)
+	if err != nil {
+		_ = w.Close()
+	}
+	return n, err
+}
+
 // Close ends the connection from our side.
 func (w *wire) Close() error {
 	w.closed.Store(true)

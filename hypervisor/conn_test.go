@@ -220,19 +220,18 @@ func TestOneRoundTrip(t *testing.T) {
 		"State":        func() error { _, _, err := h.State(t.Context(), uuid); return err },
 		"GuestTime":    func() error { _, err := h.GuestTime(t.Context(), uuid); return err },
 		"SetGuestTime": func() error { return h.SetGuestTime(t.Context(), uuid, time.Now()) },
-		"Warm":         func() error { return h.Warm(t.Context(), 1000) },
 	} {
 		before := calls.Load()
 		if err := call(); err != nil {
 			t.Errorf("%s: %v", op, err)
 		}
-		want := before + 1
-		if op == "Warm" {
-			want = before
-		}
-		if after := calls.Load(); after != want {
+		if after := calls.Load(); after != before+1 {
 			t.Errorf("%s makes %d calls", op, after-before)
 		}
+	}
+	before := calls.Load()
+	if err := h.Warm(t.Context(), 1000); err != nil || calls.Load() != before {
+		t.Errorf("Warm of what is warm: %v, %d calls", err, calls.Load()-before)
 	}
 	if got := conns.Load(); got != fanSize {
 		t.Errorf("%d connections at the end", got)
@@ -328,6 +327,17 @@ func TestCloseEndsCalls(t *testing.T) {
 	}
 	if err := h.Ping(t.Context()); !errors.Is(err, maint.ErrHypervisorDown) {
 		t.Errorf("Ping after Close: %v", err)
+	}
+}
+
+// A connection's end may be noticed by who writes to it, before the reader does.
+func TestWriteToLostConnection(t *testing.T) {
+	client, server := net.Pipe()
+	c := &conn{wire: newWire(client), socket: "pipe"}
+	_ = server.Close()
+	_, err := invoke(t.Context(), c, "Test", func(*libvirt.Libvirt) (int, error) { return c.wire.Write([]byte("call")) })
+	if !errors.Is(err, maint.ErrHypervisorDown) || !c.unusable() {
+		t.Errorf("error %v, unusable %t", err, c.unusable())
 	}
 }
 
