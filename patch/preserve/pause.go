@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"slices"
 	"sync"
@@ -44,8 +45,9 @@ type pause struct {
 // held is a guest that was asked to stop.
 type held struct {
 	maint.HeldGuest
-	group int
-	agent maint.AgentState
+	group  int
+	agent  maint.AgentState
+	unsure error // why it is not known whether it was paused at all
 }
 
 func newPause(h *Hold, line Line, order Order) *pause {
@@ -125,8 +127,9 @@ func (p *pause) stop(ctx context.Context, m Member) error {
 		leave("it is " + string(state) + " (" + reason + ")")
 		return nil
 	}
-	p.add(m, time.Now()) // before the call: it may have its effect and fail
+	g := p.add(m, time.Now()) // before the call: it may have its effect and fail
 	if err := p.h.Host.Suspend(ctx, m.UUID); err != nil {
+		g.unsure = err
 		if state, _, err := p.h.Host.State(ctx, m.UUID); errors.Is(err, maint.ErrNoGuest) || err == nil && !state.Active() {
 			p.mu.Lock()
 			delete(p.guests, m.UUID)
@@ -270,6 +273,24 @@ func (p *pause) correct(ctx context.Context, g *held) {
 	})
 }
 
+// meanwhile does f, and frees the guests when that takes longer than there is
+// time, whatever keeps it from ending.
+func (p *pause) meanwhile(ctx context.Context, what string, f func()) {
+	done := make(chan struct{})
+	go func() { defer close(done); f() }()
+	left := time.NewTimer(time.Until(p.releaseBy()))
+	defer left.Stop()
+	select {
+	case <-done:
+		return
+	case <-left.C:
+		p.h.Log.Warn("the host step takes longer than the pause may: releasing the guests meanwhile", "step", what)
+	case <-p.line.Lost():
+	}
+	p.free(context.WithoutCancel(ctx))
+	<-done
+}
+
 // free releases what is still held and disarms the leash.
 func (p *pause) free(ctx context.Context) {
 	if p.freed {
@@ -292,7 +313,11 @@ func (p *pause) end(ctx context.Context) ([]maint.HeldGuest, []maint.LeashEvent)
 	var result []maint.HeldGuest
 	for _, m := range p.order.Guests {
 		g := maint.HeldGuest{Guest: m.Guest, UUID: m.UUID, Left: cmp.Or(m.Left, p.left[m.UUID])}
-		if h := p.guests[m.UUID]; h != nil {
+		switch h := p.guests[m.UUID]; {
+		case h == nil:
+		case h.unsure != nil && h.ReleasedBy == somebodyElse: // nobody else would have
+			g.Left = fmt.Sprintf("it could not be paused: %v", h.unsure)
+		default:
 			g = h.HeldGuest
 		}
 		result = append(result, g)
@@ -336,7 +361,7 @@ func (p *pause) credit(ctx context.Context) {
 
 // add makes a guest one that is held.
 func (p *pause) add(m Member, paused time.Time) *held {
-	g := &held{maint.HeldGuest{Guest: m.Guest, UUID: m.UUID, Paused: paused}, m.Group, m.Agent}
+	g := &held{HeldGuest: maint.HeldGuest{Guest: m.Guest, UUID: m.UUID, Paused: paused}, group: m.Group, agent: m.Agent}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.guests[m.UUID] = g

@@ -108,25 +108,12 @@ func (h *Hold) service(ctx context.Context, p *pause, r *maint.HoldResult) error
 	}
 }
 
-// run runs one step, and frees the guests when that takes longer than there is
-// time, whatever keeps the step from ending.
-func (h *Hold) run(ctx context.Context, role string, step maint.HostStep, p *pause) maint.StepRun {
-	done := make(chan maint.StepRun, 1)
-	go func() { done <- h.start(ctx, role, step, p) }()
-	left := time.NewTimer(time.Until(p.releaseBy()))
-	defer left.Stop()
-	select {
-	case run := <-done:
-		return run
-	case <-left.C:
-		h.Log.Warn("the host step takes longer than the pause may: releasing the guests meanwhile", "step", role)
-	case <-p.line.Lost():
-	}
-	p.free(context.WithoutCancel(ctx))
-	return <-done
+// run runs one step under a name that is its operation's alone.
+func (h *Hold) run(ctx context.Context, role string, step maint.HostStep, p *pause) (run maint.StepRun) {
+	p.meanwhile(ctx, role, func() { run = h.start(ctx, role, step, p) })
+	return run
 }
 
-// start runs one step under a name that is its operation's alone.
 func (h *Hold) start(ctx context.Context, role string, step maint.HostStep, p *pause) maint.StepRun {
 	if step.Timeout > 0 {
 		var cancel context.CancelFunc
@@ -192,32 +179,31 @@ func (h *Hold) Recover(ctx context.Context, s Scratch, record func(Outcome) erro
 	if err != nil {
 		return maint.Problemf(maint.CodeLeash, "leash", "release guests that are paused by hand (virsh resume)", "cannot be taken up again: %v", err)
 	}
-	var out Outcome
-	step, err := h.Steps.End(ctx, stepName(h.Op, "step"))
-	if err != nil {
-		h.Log.Error("cannot end the host step", "err", err)
-		step = &maint.StepRun{ExitCode: -1, Error: err.Error()}
-	}
-	out.Result.Step = step
 	if line == nil {
-		// No leash was armed, or it was disarmed: no guest is paused.
-		if step != nil && h.Request.Undo != nil {
-			h.undo(ctx, newPause(h, noLine{}, order), &out.Result)
-		}
-		return record(out)
+		line = noLine{} // none was armed, or it was disarmed: no guest is paused
 	}
 	p := newPause(h, line, order)
 	p.adopt(line.Ours())
-	if verify, err := h.Steps.End(ctx, stepName(h.Op, "verify")); err == nil {
-		out.Result.Verify = verify
+	var out Outcome
+	r := &out.Result
+	p.meanwhile(ctx, "end", func() { r.Step, r.Verify, r.Undo = h.ended(ctx, "step"), h.ended(ctx, "verify"), h.ended(ctx, "undo") })
+	if r.Step != nil && (r.Undo == nil || !r.Undo.OK()) {
+		h.Steps.Forget(stepName(h.Op, "undo")) // it is begun anew
+		h.undo(ctx, p, r)
 	}
-	if undo, err := h.Steps.End(ctx, stepName(h.Op, "undo")); err == nil && undo != nil && undo.OK() {
-		out.Result.Undo = undo
-	} else if step != nil {
-		h.undo(ctx, p, &out.Result)
-	}
-	out.Result.Guests, out.Leash = p.end(context.WithoutCancel(ctx))
+	r.Guests, out.Leash = p.end(context.WithoutCancel(ctx))
 	return record(out)
+}
+
+// ended ends what an earlier belayd has left of a step, and says how it went;
+// nil: it was not begun.
+func (h *Hold) ended(ctx context.Context, role string) *maint.StepRun {
+	run, err := h.Steps.End(ctx, stepName(h.Op, role))
+	if err != nil {
+		h.Log.Error("cannot end a host step", "step", role, "err", err)
+		return &maint.StepRun{ExitCode: -1, Error: err.Error()}
+	}
+	return run
 }
 
 // noLine stands for a leash where no guest is paused.

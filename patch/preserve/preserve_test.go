@@ -337,6 +337,18 @@ func TestAGuestThatCannotBePausedHoldsNobody(t *testing.T) {
 		if ran := b.steps.Ran(); len(ran) > 0 {
 			b.Errorf("ran %v", ran)
 		}
+		paused := 0
+		for _, name := range []string{"web-1", "web-2", "web-3"} {
+			switch g := b.result(name); {
+			case g.Left == "" && g.ReleasedBy == "belayd":
+				paused++
+			case g.Left == "" || g.Pause != 0 || g.ReleasedBy != "":
+				b.Errorf("one that was not paused: %+v", g)
+			}
+		}
+		if paused != 2 {
+			b.Errorf("%d of 3 are said to have been paused", paused)
+		}
 	}, "web-1", "web-2", "web-3")
 }
 
@@ -451,6 +463,7 @@ func TestRecover(t *testing.T) {
 		}
 		line.Mark(preserve.Paused, b.uuids["web-1"])
 		go b.steps.Run(context.Background(), "hold-1-step", r.Step, nil)
+		go b.steps.Run(context.Background(), "hold-1-undo", command("sleep 1h"), nil) // died with it
 		synctest.Wait()
 
 		if err := b.hold.Perform(b.Context(), b.scratch, b.record); err == nil {
@@ -462,6 +475,9 @@ func TestRecover(t *testing.T) {
 				b.Fatal(err)
 			}
 			b.allRun("web-1", "web-2")
+			if first := b.out.Result.Undo; first != nil && !first.OK() {
+				b.Errorf("undone: %+v", first)
+			}
 		}
 		if ran := b.steps.Ran(); !slices.Equal(ran, []string{"hold-1-step", "hold-1-undo"}) {
 			b.Errorf("ran %v", ran)

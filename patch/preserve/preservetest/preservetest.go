@@ -208,6 +208,7 @@ type Steps struct {
 	mu   sync.Mutex
 	runs map[string]*maint.StepRun
 	ends map[string]context.CancelFunc
+	ran  map[string]int // how often begun
 }
 
 // Check implements preserve.Steps.
@@ -225,9 +226,14 @@ func (s *Steps) Run(ctx context.Context, name string, step maint.HostStep, _ []s
 	run := &maint.StepRun{Started: time.Now(), ExitCode: -1, Error: "has not ended"}
 	s.mu.Lock()
 	if s.runs == nil {
-		s.runs, s.ends = make(map[string]*maint.StepRun), make(map[string]context.CancelFunc)
+		s.runs, s.ends, s.ran = make(map[string]*maint.StepRun), make(map[string]context.CancelFunc), make(map[string]int)
+	}
+	if before := s.runs[name]; before != nil { // a name is begun once
+		s.mu.Unlock()
+		return *before
 	}
 	s.runs[name], s.ends[name] = run, cancel
+	s.ran[name]++
 	s.mu.Unlock()
 	if s.Did != nil {
 		s.Did(name)
@@ -282,13 +288,17 @@ func (s *Steps) End(_ context.Context, name string) (*maint.StepRun, error) {
 }
 
 // Forget implements preserve.Steps.
-func (s *Steps) Forget(string) {}
+func (s *Steps) Forget(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.runs, name)
+}
 
 // Ran are the names of the steps that were begun, sorted.
 func (s *Steps) Ran() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return slices.Sorted(maps.Keys(s.runs))
+	return slices.Sorted(maps.Keys(s.ran))
 }
 
 // Clocks reports every clock as synchronised that Frozen does not name.
