@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -64,6 +65,10 @@ func run(ctx context.Context, args, missing []string, stdout, stderr io.Writer) 
 	keeper := leash.Config{Dir: *dir, Op: maint.OpID(*op), Clock: leash.Boottime, Warnings: missing, Log: log,
 		Find:    func(g leash.Guest) (string, error) { return monitor.Find(*libDir, g.ID) },
 		Monitor: dialMonitor}
+	// Of a daemon that listens elsewhere it is not known which process it is.
+	if *socket == "" || strings.HasPrefix(*socket, "/run/libvirt/") || strings.HasPrefix(*socket, "/var/run/libvirt/") {
+		keeper.KillLibvirt = func() error { return killLibvirt("/run") }
+	}
 	if err := serve(ctx, keeper, hypervisor.Config{Socket: *socket, URI: *uri, Log: log}); err != nil {
 		log.Error("the leash ends", "op", *op, "err", err)
 		return 1
@@ -91,11 +96,13 @@ func serve(ctx context.Context, c leash.Config, libvirt hypervisor.Config) error
 	return k.Run(ctx, l)
 }
 
-// dialMonitor gives no Monitor beside an error: a nil pointer in an interface
-// is none.
+// dialMonitor is monitor.Dial in the leash's terms.
 func dialMonitor(ctx context.Context, path string) (leash.Monitor, error) {
 	m, err := monitor.Dial(ctx, path)
-	if err != nil {
+	switch {
+	case errors.Is(err, monitor.ErrTaken):
+		return nil, fmt.Errorf("%w: %w", leash.ErrTaken, err)
+	case err != nil:
 		return nil, err
 	}
 	return m, nil

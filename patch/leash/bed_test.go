@@ -32,6 +32,9 @@ type bed struct {
 	epoch  time.Time
 	asleep atomic.Int64 // ns for which the host was suspended
 
+	kills      int // of libvirt
+	unkillable error
+
 	k     *Keeper
 	conns chan net.Conn
 	ended chan error
@@ -59,7 +62,14 @@ func (b *bed) clock() time.Duration {
 func (b *bed) start() {
 	b.t.Helper()
 	k, err := NewKeeper(Config{Dir: b.dir, Op: testOp, Boot: b.boot, Host: b.w, Monitor: b.w.dialMonitor,
-		Find:  func(g Guest) (string, error) { return "mon-" + g.UUID, nil },
+		Find: func(g Guest) (string, error) { return "mon-" + g.UUID, nil },
+		KillLibvirt: func() error {
+			b.kills++
+			if b.unkillable == nil {
+				b.w.become("dead")
+			}
+			return b.unkillable
+		},
 		Clock: b.clock, Keep: time.Minute, Log: slog.New(slog.NewTextHandler(b.t.Output(), nil))})
 	if err != nil {
 		b.t.Fatal(err)

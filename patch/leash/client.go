@@ -64,7 +64,7 @@ func (c *Client) arm(ctx context.Context, o Order) (*Line, error) {
 	if o.Silence == 0 {
 		o.Silence = defaultSilence
 	}
-	s := &Status{Op: o.Op, Boot: boot, Silence: o.Silence}
+	s := &Status{Op: o.Op, Boot: boot, Silence: o.Silence, KillLibvirt: o.KillLibvirt}
 	for _, g := range o.Guests {
 		s.Guests = append(s.Guests, GuestStatus{Guest: g, Fate: Armed})
 	}

@@ -19,10 +19,12 @@ type Config struct {
 	Op   maint.OpID
 	Boot string // BootID
 	Host Host
-	// Monitor connects to a guest's QMP monitor.
+	// Monitor connects to a guest's QMP monitor. It wraps ErrTaken.
 	Monitor func(ctx context.Context, path string) (Monitor, error)
 	// Find gives the path of a guest's monitor, for orders that do not.
 	Find func(g Guest) (string, error)
+	// KillLibvirt kills libvirt's daemon, for an order that allows it.
+	KillLibvirt func() error
 	// Clock is Boottime.
 	Clock func() time.Duration
 	// Keep is how long it waits to be disarmed when it has fired and every
@@ -59,6 +61,7 @@ type Keeper struct {
 	renewed int           // times since the last event
 	working int           // goroutines that see to guests
 	settled time.Duration // since when nothing is left to be done; 0: not yet
+	killed  time.Duration // when libvirt was last killed
 	ending  bool          // the process is to end
 	over    chan struct{} // closed when disarmed, by once
 	once    sync.Once

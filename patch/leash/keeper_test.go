@@ -50,6 +50,7 @@ func TestArmingIsRefused(t *testing.T) {
 		"no fate":               {func(_ *bed, s *Status) { s.Guests[1].Fate = "lost" }, maint.CodeBadRequest},
 		"an endless pause":      {func(_ *bed, s *Status) { s.Deadline += 25 * time.Hour }, maint.CodeBadRequest},
 		"no silence":            {func(_ *bed, s *Status) { s.Silence = 0 }, maint.CodeBadRequest},
+		"a kill before time":    {func(_ *bed, s *Status) { s.KillLibvirt = -1 }, maint.CodeBadRequest},
 		"an endless silence":    {func(_ *bed, s *Status) { s.Silence = time.Hour }, maint.CodeBadRequest},
 		"a folder that is none": {func(b *bed, _ *Status) { spoilDir(b.t, b.dir) }, maint.CodeInternal},
 	} {
@@ -266,6 +267,52 @@ func TestLibvirtHangs(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Where the order allows it a libvirt that hangs is killed, and its guests are
+// released past it. Not before its time, not for any other reason, and not again
+// and again.
+func TestLibvirtIsKilled(t *testing.T) {
+	within(t, newWorld(a, b), func(bed *bed) {
+		o := bed.order()
+		o.KillLibvirt = 5 * time.Second
+		bed.must(request{Do: doArm, Order: o})
+		bed.pause(a, b)
+		bed.w.become("hung")
+		bed.staysFor(3*time.Second+4900*time.Millisecond, a)
+		if late := max(bed.runsWithin(4*time.Second, a), bed.runsWithin(4*time.Second, b)); bed.kills != 1 {
+			t.Errorf("libvirt was killed %d times, guests ran %s later", bed.kills, late)
+		}
+		if n, e := bed.events(maint.LeashFailed, ""); n != 1 || !strings.Contains(e.Text, "was killed") {
+			t.Errorf("%d events, %+v", n, e)
+		}
+	})
+	within(t, newWorld(a), func(bed *bed) { // it may be beyond that, sleeping uninterruptibly
+		bed.unkillable = errors.New("no such process")
+		o := bed.order()
+		o.KillLibvirt = 5 * time.Second
+		bed.must(request{Do: doArm, Order: o})
+		bed.pause(a)
+		bed.w.become("hung")
+		bed.staysFor(3*time.Second+70*time.Second, a)
+		if n, e := bed.events(maint.LeashFailed, ""); bed.kills != n || n < 2 || n > 3 || !strings.Contains(e.Text, "no such process") {
+			t.Errorf("tried %d times, %d events, %+v", bed.kills, n, e)
+		}
+		bed.w.become("")
+		bed.runsWithin(2*retryMost, a)
+	})
+	within(t, newWorld(a, b), func(bed *bed) { // one that is alive and refuses is let be
+		o := bed.order()
+		o.KillLibvirt = time.Second
+		bed.must(request{Do: doArm, Order: o})
+		bed.pause(a, b)
+		bed.w.set(a, func(m *machine) { m.rival = true })
+		bed.w.set(b, func(m *machine) { m.refuse = errors.New("virtlockd does not answer") })
+		bed.staysFor(time.Minute, a)
+		if bed.kills > 0 {
+			t.Error("libvirt was killed")
+		}
+	})
 }
 
 // A lease that is taken: never past libvirt, not even when that dies, not by a

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net"
 	"slices"
@@ -174,6 +175,10 @@ func (l *Line) keep(conn net.Conn, in *lines) {
 		if l.life.Err() != nil {
 			return
 		}
+		if l.collected() {
+			l.c.Log.Warn("the leash was disarmed by somebody else", "op", l.op)
+			return
+		}
 		l.c.Log.Error("the leash has died", "op", l.op, "err", err)
 		if replaced >= maxReplaced {
 			err = fmt.Errorf("it was replaced %d times, and died again: %w", replaced, err)
@@ -188,6 +193,16 @@ func (l *Line) keep(conn net.Conn, in *lines) {
 		}
 		l.c.Log.Warn("the leash was replaced", "op", l.op)
 	}
+}
+
+// collected reports whether a leash that had fired was disarmed by another
+// holder: then there is nothing to go on with.
+func (l *Line) collected() bool {
+	l.mu.Lock()
+	fired := l.s.Fired != ""
+	l.mu.Unlock()
+	_, err := readNotes(l.c.Dir, l.op)
+	return fired && errors.Is(err, fs.ErrNotExist)
 }
 
 // replace has another leash go on in the place of one that died, with the time

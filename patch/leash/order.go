@@ -2,6 +2,7 @@ package leash
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"regexp"
 	"time"
@@ -28,6 +29,11 @@ type Order struct {
 	// Silence is how long belayd may be silent before the guests are
 	// released; 0 is 3 s.
 	Silence time.Duration
+	// KillLibvirt is how long guests may be overdue because libvirt's daemon
+	// hangs with their monitors in its hand; then it is killed. Guests go on
+	// without it, jobs of libvirt's do not. 0 is never: the guests stay
+	// paused until somebody else ends it.
+	KillLibvirt time.Duration
 }
 
 // Fate is what is known of a guest.
@@ -52,6 +58,8 @@ type Status struct {
 	// Deadline is a time of CLOCK_BOOTTIME.
 	Deadline time.Duration `json:"deadline_boottime_ns"`
 	Silence  time.Duration `json:"silence_ns"`
+	// KillLibvirt is that of the Order.
+	KillLibvirt time.Duration `json:"kill_libvirt_ns,omitempty"`
 	// Fired says why the leash began to release; "" while it has not.
 	Fired  string             `json:"fired,omitempty"`
 	Guests []GuestStatus      `json:"guests"`
@@ -120,6 +128,8 @@ func (s *Status) check(now time.Duration) error {
 	switch {
 	case s.Silence < minSilence || s.Silence > maxSilence:
 		return bad("a silence of %s is not between %s and %s", s.Silence, minSilence, maxSilence)
+	case s.KillLibvirt < 0:
+		return bad("libvirt cannot be killed after %s", s.KillLibvirt)
 	case s.Deadline > now+maxPause:
 		return bad("a pause of more than %s", maxPause)
 	case len(s.Guests) == 0 || len(s.Guests) > maxGuests:
@@ -146,6 +156,9 @@ type Host interface {
 	// Resume wraps maint.ErrLocked too.
 	Resume(ctx context.Context, uuid string) error
 }
+
+// ErrTaken: a guest's monitor serves somebody else, which is libvirt.
+var ErrTaken = errors.New("the monitor is taken")
 
 // Monitor is a connection to a guest's QMP monitor; see package
 // hypervisor/monitor.

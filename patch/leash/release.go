@@ -31,6 +31,8 @@ const (
 	settle = 3 * time.Second
 	// goneAfter is how long libvirt must say that a guest has ended.
 	goneAfter = 2 * time.Second
+	// killAgain is at least between two times at which libvirt is killed.
+	killAgain = 30 * time.Second
 	// suspendTimeout bounds the stop before the leases are taken again.
 	suspendTimeout = 5 * time.Second
 	// relockEvery is between two looks whether libvirt is back, and
@@ -152,10 +154,32 @@ func (e *effort) pastLibvirt(ctx context.Context, cause error) (done bool) {
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
 	done, err := e.byMonitor(ctx)
+	if errors.Is(err, ErrTaken) {
+		e.k.unhang(e.begun)
+	}
 	if err != nil {
 		return e.failed("restart libvirt", fmt.Errorf("%w; and its monitor: %w", cause, err))
 	}
 	return done
+}
+
+// unhang has a libvirt killed that hangs, where the order allows it and a guest
+// has been overdue for as long as it says.
+func (k *Keeper) unhang(since time.Duration) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	now, after := k.cfg.Clock(), k.s.KillLibvirt
+	if after == 0 || k.cfg.KillLibvirt == nil || now-since < after || k.killed != 0 && now-k.killed < max(after, killAgain) {
+		return
+	}
+	k.killed = now
+	text := fmt.Sprintf("libvirt has not answered for %s, with guests overdue: it was killed", (now - since).Round(tick))
+	if err := k.cfg.KillLibvirt(); err != nil {
+		text = fmt.Sprintf("libvirt does not answer, and cannot be killed: %v", err)
+	}
+	k.note(maint.LeashEvent{Kind: maint.LeashFailed, Text: text})
+	k.save()
+	k.cfg.Log.Error("libvirt hangs", "op", k.cfg.Op, "err", text)
 }
 
 // byMonitor starts the vCPUs of a guest whose QEMU says that they were stopped

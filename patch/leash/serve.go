@@ -66,8 +66,10 @@ func (k *Keeper) hold(ctx context.Context, c net.Conn) {
 			err = maint.Problemf(maint.CodeBadRequest, "leash "+string(k.cfg.Op), "", "%v", err)
 		}
 		if err != nil {
-			k.cfg.Log.Warn("request refused", "op", k.cfg.Op, "request", r.Do, "err", err)
 			answer.Problem = maint.AsProblem(err, maint.CodeInternal, "leash "+string(k.cfg.Op))
+			if answer.Problem.Code != maint.CodeBusy { // a holder tries that again and again
+				k.cfg.Log.Warn("request refused", "op", k.cfg.Op, "request", r.Do, "err", err)
+			}
 		}
 		answer.Fired = k.fired()
 		_ = c.SetWriteDeadline(time.Now().Add(replyTimeout))

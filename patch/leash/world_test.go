@@ -149,7 +149,7 @@ func (w *world) dialMonitor(ctx context.Context, path string) (Monitor, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.libvirt != "dead" {
-		return nil, errors.New("no greeting")
+		return nil, fmt.Errorf("no greeting: %w", ErrTaken)
 	}
 	m := w.guests[path[len("mon-"):]]
 	if m == nil {
