@@ -86,6 +86,9 @@ func (l leashes) Arm(ctx context.Context, o preserve.Order) (preserve.Line, erro
 func (l leashes) Attach(ctx context.Context, op maint.OpID) (preserve.Line, error) {
 	n, err := l.client.Attach(ctx, op)
 	if errors.Is(err, leash.ErrNone) {
+		// One that was killed before it had an order leaves its lock behind;
+		// one that lives keeps it, and goes by itself.
+		_ = leash.Discard(l.client.Dir, op)
 		return nil, nil
 	}
 	if err != nil {
