@@ -16,13 +16,18 @@ import (
 // State. (Resume needs another to tell a guest that runs from one that is off:
 // libvirt refuses both alike.)
 
-// Warm opens connections until n of the fan's 16 stand, so that none has to be
-// opened within a pause. One that is lost afterwards is replaced by the next
-// call that needs it.
+// Warm opens connections until n of the fan's 16 stand and answer, so that none
+// has to be opened within a pause. One that is lost afterwards is replaced by the
+// next call that needs it. It wraps maint.ErrHypervisorDown.
+//
+// Source: virConnectGetLibVersion on each.
 func (h *Host) Warm(ctx context.Context, n int) error {
 	ctx, cancel := h.bounded(ctx)
 	defer cancel()
-	return h.fan.warm(ctx, n)
+	return h.fan.warm(ctx, n, func(ctx context.Context, c *conn) error {
+		_, err := invoke(ctx, c, "ConnectGetLibVersion", (*libvirt.Libvirt).ConnectGetLibVersion)
+		return err
+	})
 }
 
 // Suspend stops a guest's vCPUs; its memory stays, and with virtlockd its disk

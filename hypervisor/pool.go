@@ -29,21 +29,29 @@ func newPool(size int, dial func(context.Context) (*conn, error)) *pool {
 	return &pool{dial: dial, slots: make(chan struct{}, size)}
 }
 
-// warm opens connections until n stand, or as many as the pool may have. Those
-// that are lent at this moment count.
-func (p *pool) warm(ctx context.Context, n int) error {
+// warm opens connections until n stand, or as many as the pool may have. check
+// tells of each whether it does: who is idle may not have noticed its end.
+func (p *pool) warm(ctx context.Context, n int, check func(context.Context, *conn) error) error {
 	held := make([]*conn, 0, cap(p.slots))
 	defer func() {
 		for _, c := range held {
 			p.put(c)
 		}
 	}()
-	for range min(n, cap(p.slots)) {
+	for dead := 0; len(held) < min(n, cap(p.slots)); {
 		c, err := p.get(ctx)
 		if err != nil {
 			return err
 		}
-		held = append(held, c)
+		if err = check(ctx, c); err == nil {
+			held = append(held, c)
+			continue
+		}
+		c.close()
+		p.put(c)
+		if dead++; dead > cap(p.slots) { // this one was new
+			return err
+		}
 	}
 	return nil
 }

@@ -7,8 +7,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/digitalocean/go-libvirt"
+
+	"belay/agent/maint"
 )
 
 var (
@@ -76,7 +79,8 @@ const postMigrate = "postmigrate"
 // nobody will take it back (by Resume) in this moment.
 //
 // It returns when QEMU has taken the command; libvirt then reports the domain
-// as stopped. It wraps maint.ErrNoGuest.
+// as stopped: as shut down, or, where it did not hear QEMU's farewell, as crashed.
+// It wraps maint.ErrNoGuest.
 //
 // Source: QMP query-status and quit, by virDomainQemuMonitorCommand.
 func (h *Host) QuitMigrated(ctx context.Context, uuid string) error {
@@ -95,7 +99,28 @@ func (h *Host) QuitMigrated(ctx context.Context, uuid string) error {
 		return fmt.Errorf("cannot end the QEMU of guest %s, which is %s: %w", uuid, is.Status, ErrRunsHere)
 	}
 	_, err = h.qmp(ctx, uuid, quit, nil)
+	if e, ok := errors.AsType[*Error](err); ok && e.Code != 0 && h.ends(ctx, uuid) {
+		return nil // the answer was lost in the end of who gave it
+	}
 	return err
+}
+
+// ends waits for libvirt to find that a guest's QEMU has ended. false: it has not
+// by the end of the context.
+func (h *Host) ends(ctx context.Context, uuid string) bool {
+	ctx, cancel := h.bounded(ctx)
+	defer cancel()
+	for {
+		state, _, err := h.State(ctx, uuid)
+		if errors.Is(err, maint.ErrNoGuest) || err == nil && !state.Active() {
+			return true
+		}
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-ctx.Done():
+			return false
+		}
+	}
 }
 
 // quit ends QEMU. QuitMigrated alone sends it.
