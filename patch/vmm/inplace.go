@@ -188,7 +188,6 @@ func (r *Replacement) pour(ctx context.Context, pl plan) error {
 	if err := setIgnoreShared(ctx, r.Host, pl.UUID, true); err != nil {
 		return err
 	}
-	defer os.Remove(r.Places.at(path))
 	incoming := ask(ctx, r.Host, pl.UUID, "migrate-incoming", map[string]any{"uri": "unix:" + path}, nil)
 	// It is refused if a belayd that died has done it; then QEMU listens.
 	if err := send(ctx, r.Places.at(path), state); err != nil {
@@ -200,6 +199,7 @@ func (r *Replacement) pour(ctx context.Context, pl plan) error {
 			return errors.Join(wrong, fmt.Errorf("the new QEMU did not take the state: %w", err))
 		}
 		if now != runIncoming {
+			_ = os.Remove(r.Places.at(path)) // QEMU has done so
 			return wrong
 		}
 		if !wait(ctx, pollEvery) {

@@ -79,6 +79,16 @@ type migration struct {
 	Blocked []string `json:"blocked-reasons"`
 }
 
+// underway reports whether it has neither ended nor failed (QAPI's
+// MigrationStatus).
+func (m migration) underway() bool {
+	switch m.Status {
+	case "", "none", "completed", "failed", "cancelled":
+		return false
+	}
+	return true
+}
+
 func queryMigrate(ctx context.Context, q QEMU, uuid string) (m migration, err error) {
 	return m, ask(ctx, q, uuid, "query-migrate", nil, &m)
 }

@@ -121,7 +121,7 @@ func (f *Facts) ask(ctx context.Context, q QEMU, p Places) (err error) {
 		return err
 	}
 	f.Blockers = m.Blocked
-	if m.Status == "active" || m.Status == "setup" {
+	if m.underway() {
 		f.Blockers = append(f.Blockers, "a migration is under way")
 	}
 	var jobs []struct {

@@ -320,22 +320,33 @@ func (r *Replacement) back(ctx context.Context, pl plan) error {
 func (r *Replacement) resumeOld(ctx context.Context, pl plan) error {
 	ctx, cancel := context.WithTimeout(ctx, r.paced().libvirt)
 	defer cancel()
-	step := 20 * time.Millisecond
+	step := 2 * time.Millisecond
 	for {
-		if pl.Method == maint.VMMInPlace {
-			if m, err := queryMigrate(ctx, r.Host, pl.UUID); err == nil && m.Status == "active" {
-				_ = ask(ctx, r.Host, pl.UUID, "migrate_cancel", nil, nil) // else Resume waits for it
-			}
-		}
-		err := r.Host.Resume(ctx, pl.UUID)
+		err := r.tryOld(ctx, pl)
 		if err == nil {
 			return nil
 		}
 		if !wait(ctx, step) {
 			return err
 		}
-		step = min(2*step, 2*time.Second)
+		step = min(2*step, time.Second)
 	}
+}
+
+// tryOld tries once. A migration under way would stop the guest again when it
+// ends: it comes to its end first.
+func (r *Replacement) tryOld(ctx context.Context, pl plan) error {
+	if pl.Method == maint.VMMInPlace {
+		m, err := queryMigrate(ctx, r.Host, pl.UUID)
+		if err != nil {
+			return err
+		}
+		if m.underway() {
+			_ = ask(ctx, r.Host, pl.UUID, "migrate_cancel", nil, nil) // what came of it is asked next time
+			return fmt.Errorf("the migration of its state is still %s", m.Status)
+		}
+	}
+	return r.Host.Resume(ctx, pl.UUID)
 }
 
 // whole says why the guest must not be started from what is kept.
@@ -408,6 +419,9 @@ func (r *Replacement) stuck(pl plan, now place, err error) error {
 		p.Code = maint.CodeStarted
 		p.Reason = "is " + string(now) + " while its own was being replaced; that is left alone, and what was kept is of no use any more"
 		p.Remedy = fmt.Sprintf("see whether it is as it should be; then remove %s", strings.Join(r.folders(pl), " and "))
+	case now == atNew && !g.has(guardResumed):
+		p.Reason = fmt.Sprintf("is in its new QEMU, which waits for the guest's state: %v", err)
+		p.Remedy = fmt.Sprintf("end that QEMU, which has run nothing yet (virsh destroy %s); then %s", r.Guest, r.howOn(pl))
 	case now == atNew:
 		p.Reason = fmt.Sprintf("is complete in its new QEMU, and does not run: %v", err)
 		p.Remedy = "put right what it names; then 'virsh resume " + r.Guest + "', or " + r.howOn(pl)

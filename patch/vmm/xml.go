@@ -2,6 +2,7 @@ package vmm
 
 import (
 	"encoding/xml"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -133,6 +134,9 @@ func cut(text string) (head, rest, tail string, err error) {
 			case depth == 1:
 				bodyFrom = dec.InputOffset()
 				head = text[before : bodyFrom-1]
+				if tok.Name.Local != "domain" || strings.HasSuffix(head, "/") {
+					return "", "", "", errors.New("cannot read domain XML: it is no <domain>, or an empty one")
+				}
 			case depth == 2 && tok.Name.Space == qemuSpace && tok.Name.Local == "commandline":
 				from = before
 			}

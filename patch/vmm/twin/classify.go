@@ -33,6 +33,8 @@ const (
 //
 //	from              to                    situation
 //	job runs          any                   copying
+//	incoming          runs, job runs        there (and on its way back)
+//	incoming          else                  switching, unknown
 //	running           running               both
 //	running           active, not running   switching (about to be cleaned up)
 //	running, resumed  unknown               unknown
@@ -57,6 +59,14 @@ func classify(from, to *maint.View) situation {
 	switch {
 	case f != nil && f.Job == jobOut:
 		return copying
+	case f != nil && f.Job == jobIn:
+		switch {
+		case to == nil:
+			return unknown
+		case t != nil && (to.Running() || t.Job == jobOut):
+			return there
+		}
+		return switching
 	case f != nil && from.Running():
 		switch {
 		case t != nil && to.Running():

@@ -142,6 +142,10 @@ func (t *Twin) lastWords() string {
 	return "; its libvirtd says:\n" + strings.TrimSpace(string(text[max(0, len(text)-1000):]))
 }
 
+// Guests are the names of the guests that are in the twin, whether or not its
+// libvirtd answers.
+func (t *Twin) Guests() ([]string, error) { return t.place().guests() }
+
 // Stop ends the twin and removes what there is of it. It refuses, with a
 // *maint.Problem, while a guest is in it. That it does not run is no error.
 func (t *Twin) Stop(ctx context.Context) error {

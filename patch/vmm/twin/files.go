@@ -202,6 +202,15 @@ func (s settings) emptyList(key string) bool {
 // memory is the folder with the host's guests' memory files.
 func (s settings) memory() string { return cmp.Or(s.text("memory_backing_dir"), ramDir) }
 
+// homeRAMs is the folder in which libvirt makes one for each of the host's guests
+// with memory files.
+func (s settings) homeRAMs() string {
+	if m := s.text("memory_backing_dir"); m != "" {
+		return filepath.Join(m, "libvirt/qemu")
+	}
+	return ramDir
+}
+
 // twinMemory is the same for the twin: on the same file system, so that a file
 // can be linked from one to the other, but apart, since libvirt names a guest's
 // folder by a number that both daemons count from 1.

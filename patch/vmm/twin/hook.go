@@ -45,10 +45,20 @@ case "$2 $3" in
 esac
 xml=$(cat)
 uuid=${xml#*<uuid>}
-uuid=${uuid%</uuid>*}
+uuid=${uuid%%</uuid>*}
 refuse() {
 	echo "belay: guest $1" >&2
 	exit 1
+}
+# Whether this is the QEMU that belayd starts for a guest to cross into: it has
+# the token of the order.
+ours() {
+	[ -e "$1" ] || return 1
+	IFS= read -r token <"$1"
+	case $xml in
+	*"<qemu:env name='BELAY_TWIN' value='$token'/>"*) return 0 ;;
+	esac
+	return 1
 }
 `
 
@@ -65,10 +75,8 @@ prepare)
 	rm -f "$root/coming/$uuid"
 	pid=$(cat "$root/run/qemu/$1.pid" 2>/dev/null)
 	if [ -n "$pid" ] && tr '\0' '\n' <"/proc/$pid/cmdline" 2>/dev/null | grep -qx -- "$uuid"; then
-		case $xml in
-		*"<qemu:arg value='-incoming'/>"*) ;;
-		*) [ -n "$coming" ] || refuse "$1 runs already, in Belay's twin of libvirtd: a second start would be a second guest on the same disks; belay brings it home" ;;
-		esac
+		[ -n "$coming" ] || ours "$root/link/home/$uuid" ||
+			refuse "$1 runs already, in Belay's twin of libvirtd: a second start would be a second guest on the same disks; belay brings it home"
 	fi
 	;;
 esac
@@ -76,16 +84,13 @@ esac
 
 // hookLink gives a QEMU that waits for a guest the guest's memory.
 const hookLink = `
-[ "$2" = start ] && [ -e "$root/link/SIDE/$uuid" ] || exit 0
-case $xml in
-*"<qemu:arg value='-incoming'/>"*) ;;
-*) exit 0 ;;
-esac
+[ "$2" = start ] && ours "$root/link/SIDE/$uuid" || exit 0
 id=${xml#*<domain }
-id=${id%>*}
+id=${id%%>*}
 id=${id#* id=\'}
-id=${id%\'*}
+id=${id%%\'*}
 {
+	IFS= read -r token
 	IFS= read -r rams
 	set -- "$1" "$rams/$id-"*
 	[ $# = 2 ] && [ -d "$2" ] || refuse "$1: no folder $rams/$id-*: libvirt keeps memory elsewhere"

@@ -5,20 +5,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
-	"net"
 	"os"
-	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 
 	"belay/agent/maint"
 )
 
 // memoryFiles are the files that a guest's memory is in, or why it is not in
-// files that a second QEMU can map.
+// files that a second QEMU can map. memory is how much there must be, bytes.
 //
 // Source: QMP query-memdev, qom-get.
 func memoryFiles(ctx context.Context, q QEMU, uuid, guest string, memory uint64) (files []string, problems []maint.Problem, err error) {
@@ -49,15 +44,15 @@ func memoryFiles(ctx context.Context, q QEMU, uuid, guest string, memory uint64)
 	var sum uint64
 	for _, d := range devs {
 		path, err := property[string](ctx, q, uuid, d.ID, "mem-path")
-		var refused interface{ Refused() bool }
-		if err != nil && !errors.As(err, &refused) && !isQMP(err) {
+		if errors.Is(err, maint.ErrHypervisorDown) {
 			return nil, nil, err
 		}
-		switch info, statErr := os.Stat(path); {
-		case err != nil || !d.Share:
+		if err != nil || !d.Share { // memory without a file has no such property
 			return refuse("its memory (%s) is not in a file that another process can map", d.ID)
-		case statErr != nil:
-			return refuse("its memory file is not to be found: %v", statErr)
+		}
+		switch info, err := os.Stat(path); {
+		case err != nil:
+			return refuse("its memory file is not to be found: %v", err)
 		case !info.Mode().IsRegular():
 			return refuse("its memory (%s) has no name of its own in %s", d.ID, path)
 		}
@@ -72,11 +67,62 @@ func memoryFiles(ctx context.Context, q QEMU, uuid, guest string, memory uint64)
 	return files, nil, nil
 }
 
-// isQMP reports whether err is QEMU's own refusal of a command.
-func isQMP(err error) bool {
-	var refusal interface {
-		error
-		QMP() bool
+// property is one of a memory backend's.
+func property[T any](ctx context.Context, q QEMU, uuid, id, name string) (value T, err error) {
+	text, err := q.QMP(ctx, uuid, "qom-get", map[string]any{"path": "/objects/" + id, "property": name})
+	if err != nil {
+		return value, err
 	}
-	return errors.As(err, &refusal)
+	return value, json.Unmarshal(text, &value)
+}
+
+// sameFiles reports whether two lists name the same files, in the same order.
+func sameFiles(a, b []string) (bool, error) {
+	if len(a) != len(b) {
+		return false, nil
+	}
+	for i := range a {
+		one, err := os.Stat(a[i])
+		if err != nil {
+			return false, err
+		}
+		other, err := os.Stat(b[i])
+		if err != nil {
+			return false, err
+		}
+		if !os.SameFile(one, other) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+var (
+	domainTag   = regexp.MustCompile(`<domain\b[^>]*>`)
+	commandline = regexp.MustCompile(`(?s)\s*<qemu:commandline>.*?</qemu:commandline>`)
+	// allocation has QEMU write to every page when it starts, which must not
+	// be done to memory that is in use.
+	allocation = regexp.MustCompile(`\s*<allocation\b[^>]*/>`)
+)
+
+// tokenName is the environment variable by which a hook knows the QEMU that it
+// is to give memory to.
+const tokenName = "BELAY_TWIN"
+
+// incomingXML is portable XML for a QEMU that waits for the guest. What an
+// earlier one has left in it of QEMU's options is dropped.
+func incomingXML(portable, token string) (string, error) {
+	text := allocation.ReplaceAllString(commandline.ReplaceAllString(portable, ""), "")
+	tag := domainTag.FindString(text)
+	end := strings.LastIndex(text, "</domain>")
+	if tag == "" || end < 0 {
+		return "", fmt.Errorf("cannot read domain XML")
+	}
+	const namespace = " xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'"
+	text = text[:end] + "  <qemu:commandline>\n    <qemu:arg value='-incoming'/>\n    <qemu:arg value='defer'/>\n" +
+		"    <qemu:env name='" + tokenName + "' value='" + token + "'/>\n  </qemu:commandline>\n" + text[end:]
+	if !strings.Contains(tag, "xmlns:qemu=") {
+		text = strings.Replace(text, tag, strings.TrimSuffix(tag, ">")+namespace+">", 1)
+	}
+	return text, nil
 }

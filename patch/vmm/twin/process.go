@@ -3,6 +3,7 @@ package twin
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"time"
@@ -23,7 +24,7 @@ func holder(path string) (pid int, err error) {
 		return 0, err
 	}
 	defer f.Close()
-	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: int16(os.SEEK_SET)}
+	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
 	if err := unix.FcntlFlock(f.Fd(), unix.F_GETLK, &l); err != nil {
 		return 0, fmt.Errorf("cannot ask who holds %s: %w", path, err)
 	}

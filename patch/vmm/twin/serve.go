@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -74,7 +75,7 @@ func (s *server) take() (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: int16(os.SEEK_SET)}
+	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
 	if err := unix.FcntlFlock(f.Fd(), unix.F_SETLK, &l); err != nil {
 		f.Close()
 		return nil, fmt.Errorf("another supervisor holds %s: %w", s.lock(), err)

@@ -63,12 +63,25 @@ type Side interface {
 	Starter
 }
 
-// Daemon is the twin as a visit needs it; [Twin] is one.
+// Daemon is the twin as a visit needs it.
 type Daemon interface {
 	Start(ctx context.Context) error
 	Stop(ctx context.Context) error
+}
+
+// Ways are those on which a guest crosses.
+type Ways interface {
 	// Route says how libvirt moves a guest, out or back.
 	Route(uuid string, out bool) maint.MoveParams
+	// Incoming is the socket on which a QEMU waits for its guest.
+	Incoming(uuid string) string
+}
+
+// Second is the twin, and what there is of this host for it; [Twin] is one.
+type Second interface {
+	Daemon
+	Ways
+	Ground
 }
 
 // Scratch is where a phase writes down what people should read (Note) and what
@@ -109,11 +122,8 @@ type Visit struct {
 
 	Home Side
 	Away Side // the twin's libvirt
-	Twin Daemon
-	// Memory and Host are those of this host; see [Here].
-	Memory Memory
-	Host   Host
-	Log    *slog.Logger
+	Twin Second
+	Log  *slog.Logger
 	// Progress is told the statistics of a running copy.
 	Progress func(maint.Job)
 
@@ -184,8 +194,11 @@ type crossing struct {
 	// to have ended: a job seen then is somebody else's.
 	Begun int  `json:"begun"`
 	Over  bool `json:"over,omitempty"`
-	// Pause is the standstill of the one that succeeded.
-	Pause time.Duration `json:"pause_ns"`
+	// Pause is the standstill of the one that succeeded; OutPause is, in what
+	// Back writes down, that of the way out, where Out was killed before it
+	// could.
+	Pause    time.Duration `json:"pause_ns"`
+	OutPause time.Duration `json:"out_pause_ns,omitempty"`
 }
 
 func (c crossing) ours() bool { return c.Begun > 0 && !c.Over }
@@ -195,15 +208,14 @@ func (c crossing) ours() bool { return c.Begun > 0 && !c.Over }
 func (v *Visit) Preflight(ctx context.Context, s Scratch) error {
 	ctx, cancel := context.WithTimeout(ctx, v.paced().settle)
 	defer cancel()
-	g, b, survey, err := v.survey(ctx)
+	b, sv, err := v.survey(ctx)
 	if err != nil {
 		return err
 	}
-	problems := append(v.unfit(g), survey.Problems...)
-	if len(problems) > 0 {
-		return maint.Refuse("cannot put a new QEMU under guest "+v.Guest, problems)
+	if err := maint.Refuse("cannot put a new QEMU under guest "+v.Guest, sv.Problems); err != nil {
+		return err
 	}
-	if err := s.Note("while it is away it is kept from starting twice by %s", strings.Join(survey.guard.By, ", ")); err != nil {
+	if err := s.Note("while it is away it is kept from starting twice by %s", strings.Join(sv.guard.By, ", ")); err != nil {
 		return err
 	}
 	return s.Save(b)
@@ -211,12 +223,8 @@ func (v *Visit) Preflight(ctx context.Context, s Scratch) error {
 
 // Choice tells a planner whether this way is possible and what it costs.
 func (v *Visit) Choice(ctx context.Context) (maint.VMMChoice, error) {
-	g, _, survey, err := v.survey(ctx)
-	if err != nil {
-		return maint.VMMChoice{}, err
-	}
-	survey.Problems = append(v.unfit(g), survey.Problems...)
-	return survey.VMMChoice, nil
+	_, sv, err := v.survey(ctx)
+	return sv.VMMChoice, err
 }
 
 // unfit is why a guest in this state is not to be taken anywhere.
@@ -257,25 +265,55 @@ func (v *Visit) Out(ctx, detach context.Context, s Scratch) error {
 }
 
 // Back brings the guest home, wherever an Out, or an earlier Back, has left it.
-// It is Out's undo too. It does not give up for ctx's end, only for detach's: a
-// guest that home refuses is tried again for a quarter of an hour. Then, and when
-// it is not known where the guest is, the error is ErrStuck.
+// It is Out's undo too. It does not give up for an abort, only for detach's end:
+// a guest that home refuses is tried again for a quarter of an hour. Then, and
+// when it is not known where the guest is, the error is ErrStuck.
 func (v *Visit) Back(detach context.Context, s Scratch) error {
-	if home, err := v.settleOut(detach, s); err != nil || home {
-		return err
-	}
-	p := v.paced()
 	var c crossing
 	if _, err := s.Load(PhaseBack, &c); err != nil {
 		return err
 	}
+	if c.Begun == 0 { // else the way out has been settled before
+		home, pause, err := v.settleOut(detach, s)
+		if err != nil || home {
+			return err
+		}
+		c.OutPause = pause
+	}
+	return v.bring(detach, s, &c, v.Method != maint.VMMPrewarmed)
+}
+
+// Fetch brings home, by live migration, a guest that a visit of which nothing is
+// known any more has left in the twin (see [Twin.Guests]). Like Back it may give
+// ErrStuck.
+func (v *Visit) Fetch(detach context.Context, s Scratch) error {
+	if err := v.Twin.Start(detach); err != nil {
+		return err
+	}
+	c := crossing{Begun: 1} // nobody else moves what is in the twin
 	l := v.leg(false)
-	begun, again, live := time.Now(), p.again, v.Method != maint.VMMPrewarmed
-	for {
+	if now, err := v.settle(detach, l); err == nil && now != copying {
+		gone, cancel := context.WithCancel(detach)
+		cancel()
+		err := v.swap(gone, detach, l, s, &c) // which ends a QEMU that waits for it at home
+		var stayed *stayedError
+		if !errors.As(err, &stayed) {
+			return err
+		}
+	}
+	return v.bring(detach, s, &c, true)
+}
+
+// bring brings the guest home, trying again when home refuses it.
+func (v *Visit) bring(detach context.Context, s Scratch, c *crossing, live bool) error {
+	p := v.paced()
+	l := v.leg(false)
+	for begun, again := time.Now(), p.again; ; again = min(2*again, 30*time.Second) {
 		err := v.Twin.Start(detach)
 		if err == nil && !live {
-			err = v.swap(detach, detach, l, s, &c)
-			if err != nil && !errors.Is(err, ErrStuck) && detach.Err() == nil {
+			err = v.swap(detach, detach, l, s, c)
+			var stayed *stayedError
+			if errors.As(err, &stayed) && detach.Err() == nil {
 				live = true
 				if err := s.Note("it is brought home by live migration, as its QEMU could not be exchanged in place: %v", err); err != nil {
 					return err
@@ -283,10 +321,10 @@ func (v *Visit) Back(detach context.Context, s Scratch) error {
 				continue
 			}
 		} else if err == nil {
-			err = v.carry(detach, detach, l, s, &c)
+			err = v.carry(detach, detach, l, s, c)
 		}
 		switch {
-		case err == nil, errors.Is(err, ErrStuck), detach.Err() != nil:
+		case err == nil, errors.Is(err, ErrStuck), errors.Is(err, errOff), detach.Err() != nil:
 			return err
 		case time.Since(begun) > p.home:
 			return v.stuck(err)
@@ -295,26 +333,24 @@ func (v *Visit) Back(detach context.Context, s Scratch) error {
 		if !wait(detach, again) {
 			return detach.Err()
 		}
-		again = min(2*again, 30*time.Second)
 	}
 }
 
 // settleOut ends what is left of the way out and reports whether the guest is
-// at home.
-func (v *Visit) settleOut(detach context.Context, s Scratch) (home bool, err error) {
+// at home, or how long it stood still on its way.
+func (v *Visit) settleOut(detach context.Context, s Scratch) (home bool, pause time.Duration, err error) {
 	var c crossing
 	begun, err := s.Load(PhaseOut, &c)
 	if err != nil {
-		return false, err
+		return false, 0, err
 	}
 	if !begun || c.Begun == 0 {
-		return true, nil // it was never asked to go
+		return true, 0, nil // it was never asked to go
 	}
-	if pid, _ := holderOf(v.Twin); pid == 0 {
-		if err := v.Twin.Start(detach); err != nil {
-			return false, err
-		}
+	if home, err := v.awaitTwin(detach); err != nil || home {
+		return home, 0, err
 	}
+	s = unsaved{s} // it would be Out's
 	gone, cancel := context.WithCancel(detach)
 	cancel()
 	l := v.leg(true)
@@ -326,11 +362,37 @@ func (v *Visit) settleOut(detach context.Context, s Scratch) (home bool, err err
 	var stayed *stayedError
 	switch {
 	case err == nil:
-		return false, nil
+		return false, c.Pause, nil
 	case errors.As(err, &stayed):
-		return true, nil
+		return true, 0, nil
 	}
-	return false, err
+	return false, 0, err
+}
+
+// unsaved takes notes but saves nothing.
+type unsaved struct{ Scratch }
+
+func (unsaved) Save(any) error { return nil }
+
+// awaitTwin has the twin run, or finds that it is not needed: the guest runs at
+// home, and cannot be on its way.
+func (v *Visit) awaitTwin(detach context.Context) (home bool, err error) {
+	p := v.paced()
+	for begun, again := time.Now(), p.again; ; again = min(2*again, 30*time.Second) {
+		err := v.Twin.Start(detach)
+		if err == nil {
+			return false, nil
+		}
+		if here := v.view(detach, v.Home); here != nil && here.Running() && here.Guest.Job != jobOut && here.Guest.Reason != reasonResumed {
+			return true, v.retry(detach, func(ctx context.Context) error { return ignoreShared(ctx, v.Home, v.UUID, false) })
+		}
+		if time.Since(begun) > p.home {
+			return false, v.stuck(err)
+		}
+		if !wait(detach, again) {
+			return false, detach.Err()
+		}
+	}
 }
 
 // stuck is a guest that stays in the twin.
@@ -369,7 +431,7 @@ func (v *Visit) Finish(ctx context.Context, s Scratch) (maint.VMMResult, error) 
 		if c.Begun > 0 {
 			r.Pauses++
 			r.Attempts += c.Begun
-			r.Pause = max(r.Pause, c.Pause)
+			r.Pause = max(r.Pause, c.Pause, c.OutPause)
 		}
 	}
 	ask, cancel := context.WithTimeout(ctx, v.paced().ask)

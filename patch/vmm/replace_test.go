@@ -1,0 +1,481 @@
+package vmm_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"belay/agent/maint"
+	"belay/hypervisor/hypervisortest"
+	"belay/patch/vmm"
+	"belay/patch/vmm/vmmtest"
+)
+
+// notebook is a Scratch that outlives a belayd, with the phases that were done.
+type notebook struct {
+	phase  string
+	done   map[string]bool
+	undo   bool
+	saved  map[string][]byte
+	notes  []string
+	failed error
+}
+
+func newNotebook() *notebook {
+	return &notebook{done: make(map[string]bool), saved: make(map[string][]byte)}
+}
+
+func (n *notebook) Note(format string, args ...any) error {
+	n.notes = append(n.notes, fmt.Sprintf(format, args...))
+	return nil
+}
+
+func (n *notebook) Save(v any) (err error) {
+	n.saved[n.phase], err = json.Marshal(v)
+	return err
+}
+
+func (n *notebook) Load(phase string, v any) (bool, error) {
+	b, ok := n.saved[phase]
+	if !ok {
+		return false, nil
+	}
+	return true, json.Unmarshal(b, v)
+}
+
+type phase struct {
+	name string
+	do   func(context.Context, vmm.Scratch) error
+	back func(context.Context, vmm.Scratch) error
+}
+
+// run takes a replacement through its phases, from where the notebook says it
+// is, as package agent/run does.
+func run(ctx context.Context, r *vmm.Replacement, n *notebook) error {
+	phases := []phase{
+		{vmm.PhasePreflight, r.Preflight, nil},
+		{vmm.PhasePrepare, r.Prepare, r.Unprepare},
+		{vmm.PhaseSwap, r.Swap, r.Back},
+		{vmm.PhaseProve, r.Prove, nil},
+		{vmm.PhaseFinish, r.Finish, nil},
+	}
+	for _, p := range phases {
+		if n.done[p.name] || n.undo {
+			continue
+		}
+		n.phase = p.name
+		if err := p.do(ctx, n); err != nil {
+			if n.done[vmm.PhaseSwap] || errors.Is(err, vmm.ErrStuck) {
+				return err
+			}
+			n.failed, n.undo = err, true
+			break
+		}
+		n.done[p.name] = true
+	}
+	if !n.undo {
+		return nil
+	}
+	for _, name := range []string{vmm.PhaseSwap, vmm.PhasePrepare} {
+		for _, p := range phases {
+			if p.name == name && n.saved[vmm.PhasePreflight] != nil {
+				if err := p.back(context.WithoutCancel(ctx), n); err != nil {
+					return fmt.Errorf("undo of %s: %w (%w)", name, err, n.failed)
+				}
+			}
+		}
+	}
+	return n.failed
+}
+
+// bed is a machine with one guest.
+type bed struct {
+	*vmmtest.Machine
+	t    *testing.T
+	uuid string
+	ops  int
+	disk string
+}
+
+func newBed(t *testing.T, edits ...func(*maint.Guest)) *bed {
+	t.Helper()
+	w := hypervisortest.NewWorld()
+	t.Cleanup(w.Close)
+	m := vmmtest.New(t, w.AddHost("host-a", hypervisortest.HostOptions{}))
+	b := &bed{Machine: m, t: t, disk: "/disk.qcow2"}
+	if err := os.WriteFile(filepath.Join(m.Root, b.disk), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	disk := func(g *maint.Guest) {
+		g.Disks = []maint.Disk{{Target: "vda", Kind: "disk", Type: "file", Source: b.disk, Format: "qcow2"}}
+	}
+	b.uuid = m.PutGuest(t, "web-1", append([]func(*maint.Guest){disk}, edits...)...)
+	return b
+}
+
+// replacement is a new operation.
+func (b *bed) replacement(method maint.VMMMethod) *vmm.Replacement {
+	b.ops++
+	r := &vmm.Replacement{Op: maint.OpID(fmt.Sprintf("rep-%d", b.ops)), Guest: "web-1", UUID: b.uuid, Method: method,
+		Host: b.Machine, Places: b.Places(), Log: slog.New(slog.NewTextHandler(b.t.Output(), nil))}
+	r.Hurry()
+	return r
+}
+
+func (b *bed) state() maint.GuestState {
+	g, err := b.Guest(context.Background(), b.uuid)
+	if errors.Is(err, maint.ErrNoGuest) {
+		return maint.GuestShutoff
+	}
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return g.State
+}
+
+// runs checks that the guest runs, went on from where it was, and that nothing
+// is left of a replacement.
+func (b *bed) runs() {
+	b.t.Helper()
+	if b.state() != maint.GuestRunning {
+		b.t.Errorf("the guest is %s", b.state())
+	}
+	if d := b.Damage(); len(d) > 0 {
+		b.t.Errorf("damage: %q", d)
+	}
+	b.tidy()
+	if b.IgnoresShared(b.uuid) {
+		b.t.Error("a migration would leave its memory behind")
+	}
+}
+
+func (b *bed) tidy() {
+	b.t.Helper()
+	for _, pattern := range []string{"run/belay/vmm/*-*", "ram/belay/*", "copies/*", "var/lib/libvirt/qemu/*/belay*"} {
+		if left, _ := filepath.Glob(filepath.Join(b.Root, pattern)); len(left) > 0 {
+			b.t.Errorf("left behind: %v", left)
+		}
+	}
+}
+
+var methods = []maint.VMMMethod{maint.VMMInPlace, maint.VMMCopy}
+
+func TestReplace(t *testing.T) {
+	t.Parallel()
+	for _, method := range methods {
+		for _, transient := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, transient %t", method, transient), func(t *testing.T) {
+				t.Parallel()
+				b := newBed(t, func(g *maint.Guest) { g.Persistent, g.Autostart = !transient, !transient })
+				for range 2 {
+					pid, was := b.PID(b.uuid), b.Progress(b.uuid)
+					b.SetQEMU("10.0.2")
+					var calls []string
+					r, n := b.replacement(method), newNotebook()
+					r.BeforePause = func(context.Context) error { calls = append(calls, "before "+string(b.state())); return nil }
+					r.PointOfNoReturn = func(context.Context) error { calls = append(calls, "no return "+string(b.state())); return nil }
+					if err := run(t.Context(), r, n); err != nil {
+						t.Fatal(err)
+					}
+					b.runs()
+					if b.PID(b.uuid) == pid || b.Progress(b.uuid) <= was {
+						t.Errorf("process %d, was %d; progress %d, was %d", b.PID(b.uuid), pid, b.Progress(b.uuid), was)
+					}
+					want := []string{"before running", "no return paused"}
+					if method == maint.VMMCopy {
+						want[1] = "no return running" // libvirt pauses it
+					}
+					if fmt.Sprint(calls) != fmt.Sprint(want) {
+						t.Errorf("the caller heard %q, want %q", calls, want)
+					}
+					res, err := r.Measure(t.Context(), n)
+					if err != nil || res.Pause <= 0 || res.Attempts != 1 || res.Pauses != 1 || res.Method != method || res.NewQEMU != "10.0.2" || res.OldQEMU == "" || len(res.Choices) == 0 {
+						t.Errorf("measured %+v, %v", res, err)
+					}
+					g, err := b.Guest(t.Context(), b.uuid)
+					if err != nil || g.Persistent == transient || g.Autostart == transient {
+						t.Errorf("it was transient %t, and is %+v, %v", transient, g, err)
+					}
+				}
+			})
+		}
+	}
+}
+
+// Nothing that is refused, or that fails before the old QEMU ends, takes the
+// guest anywhere.
+func TestFailsBeforeTheEndOfTheOldQEMU(t *testing.T) {
+	t.Parallel()
+	no := func(context.Context) error { return errors.New("no leash") }
+	for name, c := range map[string]struct {
+		method maint.VMMMethod
+		change func(b *bed, r *vmm.Replacement)
+	}{
+		"before the pause":       {maint.VMMInPlace, func(_ *bed, r *vmm.Replacement) { r.BeforePause = no }},
+		"before the pause, copy": {maint.VMMCopy, func(_ *bed, r *vmm.Replacement) { r.BeforePause = no }},
+		"leash fired":            {maint.VMMInPlace, func(_ *bed, r *vmm.Replacement) { r.PointOfNoReturn = no }},
+		"leash fired, and resumed": {maint.VMMInPlace, func(b *bed, r *vmm.Replacement) {
+			r.PointOfNoReturn = func(ctx context.Context) error { return b.Resume(ctx, b.uuid) }
+		}},
+		"migration fails": {maint.VMMInPlace, func(b *bed, _ *vmm.Replacement) { b.FailMigrate = true }},
+		"migration hangs": {maint.VMMInPlace, func(b *bed, _ *vmm.Replacement) { b.HangMigrate = true }},
+		"save fails":      {maint.VMMCopy, func(b *bed, _ *vmm.Replacement) { b.FailSaves = 1 }},
+		"suspend fails": {maint.VMMInPlace, func(b *bed, _ *vmm.Replacement) {
+			b.Fault("Suspend", hypervisortest.Fault{Err: errors.New("x"), Times: 1})
+		}},
+		"suspend works, and fails": {maint.VMMInPlace, func(b *bed, _ *vmm.Replacement) {
+			b.Fault("Suspend", hypervisortest.Fault{Err: errors.New("x"), After: true, Times: 1})
+		}},
+		"quit is refused": {maint.VMMInPlace, func(b *bed, _ *vmm.Replacement) {
+			b.Fault("QuitMigrated", hypervisortest.Fault{Err: errors.New("x"), Times: 1})
+		}},
+		"resume fails for a while": {maint.VMMInPlace, func(b *bed, _ *vmm.Replacement) {
+			b.FailMigrate = true
+			b.Fault("Resume", hypervisortest.Fault{Err: errors.New("x"), Times: 2})
+		}},
+		"libvirt away for a moment": {maint.VMMInPlace, func(b *bed, r *vmm.Replacement) {
+			b.FailMigrate = true
+			b.Fault("Guest", hypervisortest.Fault{Err: maint.ErrHypervisorDown, Times: 2})
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newBed(t)
+			pid := b.PID(b.uuid)
+			r, n := b.replacement(c.method), newNotebook()
+			before := r.BeforePause
+			started := false
+			r.BeforePause = func(ctx context.Context) error {
+				started = true
+				if before != nil {
+					return before(ctx)
+				}
+				return nil
+			}
+			c.change(b, r)
+			if r.BeforePause == nil {
+				started = true
+			}
+			err := run(t.Context(), r, n)
+			if err == nil || errors.Is(err, vmm.ErrStuck) {
+				t.Fatalf("ended with %v", err)
+			}
+			_ = started
+			b.Heal("Guest")
+			b.runs()
+			if b.PID(b.uuid) != pid {
+				t.Error("its QEMU is another")
+			}
+			if got := b.Bandwidth(b.uuid); got != 128<<20 {
+				t.Errorf("bandwidth is %d", got)
+			}
+			// and it can be tried again
+			b.FailMigrate, b.HangMigrate = false, false
+			if err := run(t.Context(), b.replacement(c.method), newNotebook()); err != nil {
+				t.Fatal(err)
+			}
+			b.runs()
+		})
+	}
+}
+
+// An abort or a deadline before the old QEMU ends has the guest run on; after
+// that it changes nothing any more.
+func TestAbort(t *testing.T) {
+	t.Parallel()
+	for _, method := range methods {
+		t.Run(string(method), func(t *testing.T) {
+			t.Parallel()
+			b := newBed(t)
+			ctx, abort := context.WithCancel(t.Context())
+			r := b.replacement(method)
+			r.BeforePause = func(context.Context) error { abort(); return nil }
+			pid := b.PID(b.uuid)
+			if err := run(ctx, r, newNotebook()); !errors.Is(err, context.Canceled) || b.PID(b.uuid) != pid {
+				t.Fatalf("aborted before the pause: %v", err)
+			}
+			b.runs()
+
+			ctx, abort = context.WithCancel(t.Context())
+			m := &mortal{Host: b.Machine, at: func(call string) {
+				if call == "after QuitMigrated" || call == "before Save" {
+					abort()
+				}
+			}}
+			r = b.replacement(method)
+			r.Host = m
+			if err := run(ctx, r, newNotebook()); b.PID(b.uuid) == pid || err != nil && !errors.Is(err, context.Canceled) {
+				t.Fatalf("aborted after the old QEMU's end: %v", err)
+			}
+			if b.state() != maint.GuestRunning || len(b.Damage()) > 0 {
+				t.Errorf("the guest is %s, %q", b.state(), b.Damage())
+			}
+		})
+	}
+}
+
+// A state that cannot be loaded, or a QEMU that does not start, is tried again.
+func TestNewQEMUFails(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		method        maint.VMMMethod
+		starts, loads int
+	}{
+		"starts":       {maint.VMMInPlace, 2, 0},
+		"loads":        {maint.VMMInPlace, 0, 2},
+		"one and one":  {maint.VMMInPlace, 1, 1},
+		"copy, starts": {maint.VMMCopy, 2, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newBed(t)
+			b.FailStarts, b.FailLoads = c.starts, c.loads
+			r, n := b.replacement(c.method), newNotebook()
+			if err := run(t.Context(), r, n); err != nil {
+				t.Fatal(err)
+			}
+			b.runs()
+			if res, err := r.Measure(t.Context(), n); err != nil || res.Attempts != 3 || len(n.notes) != 2 {
+				t.Errorf("%+v, %v; notes %q", res, err, n.notes)
+			}
+		})
+	}
+}
+
+// When it never works all is kept, nobody else can start the guest, and another
+// operation goes on once the reason is gone.
+func TestStuckAndTakenUp(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		method maint.VMMMethod
+		state  maint.GuestState
+		breakIt,
+		heal func(b *bed)
+	}{
+		"loads": {maint.VMMInPlace, maint.GuestShutoff,
+			func(b *bed) { b.FailLoads = 100 }, func(b *bed) { b.FailLoads = 0 }},
+		"starts": {maint.VMMInPlace, maint.GuestShutoff,
+			func(b *bed) { b.FailStarts = 100 }, func(b *bed) { b.FailStarts = 0 }},
+		"copy": {maint.VMMCopy, maint.GuestShutoff,
+			func(b *bed) { b.FailStarts = 100 }, func(b *bed) { b.FailStarts = 0 }},
+		"lease": {maint.VMMInPlace, maint.GuestPaused,
+			func(b *bed) { b.TakeLease(b.t, b.uuid) }, func(b *bed) { b.FreeLease(b.t, b.uuid) }},
+		"lease, copy": {maint.VMMCopy, maint.GuestPaused,
+			func(b *bed) { b.TakeLease(b.t, b.uuid) }, func(b *bed) { b.FreeLease(b.t, b.uuid) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newBed(t)
+			r := b.replacement(c.method)
+			r.PointOfNoReturn = func(context.Context) error { c.breakIt(b); return nil }
+			err := run(t.Context(), r, newNotebook())
+			var p *maint.Problem
+			if !errors.Is(err, vmm.ErrStuck) || !errors.As(err, &p) || p.Code != maint.CodeBetween || !strings.Contains(p.Remedy, "belay replace web-1") {
+				t.Fatalf("ended with %v", err)
+			}
+			if b.state() != c.state {
+				t.Fatalf("the guest is %s", b.state())
+			}
+			kept, err := b.Places().Kept()
+			if err != nil || len(kept) != 1 || kept[0] != (vmm.Kept{Op: r.Op, Guest: "web-1", UUID: b.uuid}) {
+				t.Errorf("kept: %+v, %v", kept, err)
+			}
+			if c.state == maint.GuestShutoff {
+				if err := b.Boot(t.Context(), t, b.uuid); err == nil || !strings.Contains(err.Error(), "belay replace web-1") {
+					t.Fatalf("somebody else could start it: %v", err)
+				}
+			}
+			// It goes on failing, and nothing is lost by that.
+			if err := run(t.Context(), b.replacement(c.method), newNotebook()); !errors.Is(err, vmm.ErrStuck) {
+				t.Fatalf("taken up, ended with %v", err)
+			}
+			c.heal(b)
+			n := newNotebook()
+			if err := run(t.Context(), b.replacement(c.method), n); err != nil || len(n.notes) == 0 {
+				t.Fatalf("taken up: %v, notes %q", err, n.notes)
+			}
+			b.runs()
+		})
+	}
+}
+
+// A hook that is not run any more, or a guest that somebody else has started, is
+// noticed before anything is poured into the wrong place.
+func TestHookGone(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	r := b.replacement(maint.VMMInPlace)
+	r.PointOfNoReturn = func(context.Context) error { b.NoHook = true; return nil }
+	if err := run(t.Context(), r, newNotebook()); !errors.Is(err, vmm.ErrStuck) || !strings.Contains(err.Error(), "did not run the hook") {
+		t.Fatalf("ended with %v", err)
+	}
+	if b.state() != maint.GuestShutoff {
+		t.Fatalf("the guest is %s", b.state())
+	}
+	b.NoHook = false
+	if err := run(t.Context(), b.replacement(maint.VMMInPlace), newNotebook()); err != nil {
+		t.Fatal(err)
+	}
+	b.runs()
+}
+
+func TestStartedByOthers(t *testing.T) {
+	t.Parallel()
+	for _, method := range methods {
+		t.Run(string(method), func(t *testing.T) {
+			t.Parallel()
+			b := newBed(t)
+			b.FailStarts = 1
+			r := b.replacement(method)
+			r.Host = &mortal{Host: b.Machine, at: func(call string) {
+				if call == "after CreatePaused" || call == "after Restore" { // it failed
+					b.NoHook = true
+					if err := b.Boot(context.Background(), t, b.uuid); err != nil {
+						t.Error(err)
+					}
+				}
+			}}
+			pid := 0
+			err := run(t.Context(), r, newNotebook())
+			pid = b.PID(b.uuid)
+			var p *maint.Problem
+			if !errors.Is(err, vmm.ErrStuck) || !errors.As(err, &p) || p.Code != maint.CodeStarted {
+				t.Fatalf("ended with %v", err)
+			}
+			if d := b.Damage(); len(d) != 1 || b.state() != maint.GuestRunning || b.PID(b.uuid) != pid {
+				t.Errorf("the other's guest is %s; %q", b.state(), d)
+			}
+		})
+	}
+}
+
+// A guest that its user shuts down before its turn is not started again.
+func TestEndedByItself(t *testing.T) {
+	t.Parallel()
+	for _, method := range methods {
+		for _, transient := range []bool{false, true} {
+			b := newBed(t, func(g *maint.Guest) { g.Persistent = !transient })
+			r := b.replacement(method)
+			r.Host = &mortal{Host: b.Machine, at: func(call string) {
+				if call == "before Guest" && b.PID(b.uuid) != 0 {
+					if kept, _ := b.Places().Kept(); len(kept) > 0 {
+						b.Stop(t, b.uuid, "shutdown")
+					}
+				}
+			}}
+			if err := run(t.Context(), r, newNotebook()); err == nil || errors.Is(err, vmm.ErrStuck) {
+				t.Fatalf("ended with %v", err)
+			}
+			if b.state() != maint.GuestShutoff {
+				t.Errorf("the guest is %s", b.state())
+			}
+			b.tidy()
+		}
+	}
+}
