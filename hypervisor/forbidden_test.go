@@ -52,7 +52,7 @@ func TestCallsThatAreNotThere(t *testing.T) {
 }
 
 // Commands to QEMU that end a guest are named in one place, where they are
-// refused; "quit" beside that in QuitMigrated alone, which asks first.
+// refused; "quit" beside that in quitIn alone, which asks first.
 func TestCommandsThatAreNotThere(t *testing.T) {
 	files, err := filepath.Glob("*.go")
 	if err != nil {
@@ -90,7 +90,7 @@ func TestCommandsThatAreNotThere(t *testing.T) {
 	for command, where := range named {
 		want := []string{"EndsGuest"}
 		if command == "quit" {
-			want = []string{"package level", "QuitMigrated", "EndsGuest"}
+			want = []string{"package level", "quitIn", "EndsGuest"}
 		}
 		slices.Sort(where)
 		slices.Sort(want)

@@ -71,8 +71,11 @@ func (h *Host) qmp(ctx context.Context, uuid, command string, args any) (json.Ra
 // guest away completely.
 const postMigrate = "postmigrate"
 
-// QuitMigrated ends a QEMU process whose guest has left it. It is the one call
-// in this package that ends a process, and it cannot end a guest: QEMU itself
+// inMigrate is the run state of a QEMU that waits for a guest.
+const inMigrate = "inmigrate"
+
+// QuitMigrated ends a QEMU process whose guest has left it. With QuitIncoming it
+// is the one call in this package that ends a process, and it cannot end a guest: QEMU itself
 // must say that it is in "postmigrate", where all of the guest has been sent
 // away and the vCPUs are stopped. In any other state it refuses with
 // ErrRunsHere. Whoever calls it must know that the guest was received, and that
@@ -84,6 +87,20 @@ const postMigrate = "postmigrate"
 //
 // Source: QMP query-status and quit, by virDomainQemuMonitorCommand.
 func (h *Host) QuitMigrated(ctx context.Context, uuid string) error {
+	return h.quitIn(ctx, uuid, postMigrate)
+}
+
+// QuitIncoming ends a QEMU process that waits for a guest: QEMU itself must say
+// that it is in "inmigrate", where no vCPU has ever run. In any other state it
+// refuses with ErrRunsHere. All else is as with QuitMigrated.
+//
+// Source: QMP query-status and quit, by virDomainQemuMonitorCommand.
+func (h *Host) QuitIncoming(ctx context.Context, uuid string) error {
+	return h.quitIn(ctx, uuid, inMigrate)
+}
+
+// quitIn ends a QEMU that is in a state in which it has no guest.
+func (h *Host) quitIn(ctx context.Context, uuid, state string) error {
 	value, err := h.qmp(ctx, uuid, "query-status", nil)
 	if err != nil {
 		return err
@@ -95,7 +112,7 @@ func (h *Host) QuitMigrated(ctx context.Context, uuid string) error {
 	if err := json.Unmarshal(value, &is); err != nil {
 		return fmt.Errorf("cannot read the run state of guest %s: %w", uuid, err)
 	}
-	if is.Status != postMigrate || is.Running {
+	if is.Status != state || is.Running {
 		return fmt.Errorf("cannot end the QEMU of guest %s, which is %s: %w", uuid, is.Status, ErrRunsHere)
 	}
 	_, err = h.qmp(ctx, uuid, quit, nil)
@@ -123,7 +140,7 @@ func (h *Host) ends(ctx context.Context, uuid string) bool {
 	}
 }
 
-// quit ends QEMU. QuitMigrated alone sends it.
+// quit ends QEMU. quitIn alone sends it.
 const quit = "quit"
 
 // EndsGuest reports whether QMP or AgentCommand refuse a command: what ends or

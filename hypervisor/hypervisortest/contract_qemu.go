@@ -58,6 +58,7 @@ func testQuitMigrated(t *testing.T, env Env) {
 	wantIs(t, "QuitMigrated of a running guest", h.QuitMigrated(ctx, uuid), hypervisor.ErrRunsHere)
 	must(t, h.Suspend(ctx, uuid))
 	wantIs(t, "QuitMigrated of a paused guest", h.QuitMigrated(ctx, uuid), hypervisor.ErrRunsHere)
+	wantIs(t, "QuitIncoming of a paused guest", h.QuitIncoming(ctx, uuid), hypervisor.ErrRunsHere)
 	wantQuick(t, env.A, uuid, maint.GuestPaused, "user")
 
 	// A guest that was sent away can be taken back, and is here again then.

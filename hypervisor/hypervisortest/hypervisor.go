@@ -39,6 +39,7 @@ type Hypervisor interface {
 	AgentCommand(ctx context.Context, uuid, command string, args any) (json.RawMessage, error)
 	QMP(ctx context.Context, uuid, command string, args any) (json.RawMessage, error)
 	QuitMigrated(ctx context.Context, uuid string) error
+	QuitIncoming(ctx context.Context, uuid string) error
 	CreatePaused(ctx context.Context, xml string) error
 	Save(ctx context.Context, uuid, path string) error
 	Restore(ctx context.Context, path string, paused bool) error

@@ -121,6 +121,18 @@ func (h *Host) QuitMigrated(ctx context.Context, uuid string) error {
 	return err
 }
 
+// QuitIncoming finds no QEMU here that waits for a guest: there are none in
+// memory but those of libvirt's own migrations.
+func (h *Host) QuitIncoming(ctx context.Context, uuid string) error {
+	_, err := onGuest(ctx, h, "QuitIncoming", uuid, func(g *guest) (struct{}, error) {
+		if !g.State.Active() {
+			return struct{}{}, h.notRunning("DomainQemuMonitorCommand")
+		}
+		return struct{}{}, fmt.Errorf("cannot end the QEMU of guest %s, which is %s: %w", uuid, g.runState(), hypervisor.ErrRunsHere)
+	})
+	return err
+}
+
 // CreatePaused starts a guest from XML, with its vCPUs stopped.
 func (h *Host) CreatePaused(ctx context.Context, xml string) error {
 	_, err := do(ctx, h, "CreatePaused", false, func(context.Context) (struct{}, error) {
