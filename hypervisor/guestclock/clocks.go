@@ -114,7 +114,8 @@ type abilities struct {
 }
 
 // ask asks a guest's agent what it can do (guest-info, guest-fsfreeze-status,
-// guest-get-osinfo). It is an error only if the agent does not answer.
+// guest-get-osinfo). It is an error only if the agent cannot be asked: what it
+// refuses to say is not known, and tried.
 func (c *Clocks) ask(ctx context.Context, uuid string) (abilities, error) {
 	a := abilities{canSet: true, coarse: true}
 	var info struct {
@@ -131,10 +132,11 @@ func (c *Clocks) ask(ctx context.Context, uuid string) (abilities, error) {
 	first, cancel := context.WithTimeout(ctx, firstAnswer)
 	defer cancel()
 	err := c.command(first, uuid, "guest-info", &info)
-	if errors.Is(err, maint.ErrNoAgent) || ctx.Err() != nil || first.Err() != nil {
-		return a, err
+	for _, cause := range []error{maint.ErrNoAgent, maint.ErrNoGuest, maint.ErrHypervisorDown, context.DeadlineExceeded, context.Canceled} {
+		if errors.Is(err, cause) {
+			return a, fmt.Errorf("its agent cannot be asked: %w", err)
+		}
 	}
-	// What it does not say is not known, and tried.
 	for _, cmd := range info.Commands {
 		if cmd.Name == "guest-set-time" && !cmd.Enabled {
 			a.canSet = false
@@ -190,7 +192,7 @@ func (c *Clocks) Prepare(ctx context.Context, g maint.Guest) (Baseline, *maint.P
 	}
 	a, err := c.ask(ctx, g.UUID)
 	if err != nil {
-		b.Reason = "its agent does not answer: " + err.Error()
+		b.Reason = err.Error()
 		return b, nil
 	}
 	if a.frozen {
@@ -271,7 +273,7 @@ func (c *Clocks) begin(ctx context.Context, g maint.Guest) (*correction, bool) {
 	}
 	a, err := c.ask(ctx, g.UUID)
 	if err != nil {
-		k.report.Reason = "its agent does not answer: " + err.Error()
+		k.report.Reason = err.Error()
 		return k, false
 	}
 	if a.frozen {

@@ -86,7 +86,8 @@ func (c *Clocks) measure(ctx context.Context, uuid string, resolution time.Durat
 		}
 		// The guest's clock read t, or up to a resolution more, after asked and
 		// before told.
-		now := reading{least: t.Sub(since.at(told.mono)), most: t.Sub(since.at(asked.mono)) + resolution, rtt: told.mono - asked.mono}
+		rtt := told.mono - asked.mono
+		now := reading{least: t.Sub(since.at(told.mono)), most: t.Sub(since.at(asked.mono)) + resolution, rtt: rtt}.aged(rtt)
 		if n == 0 {
 			r = now
 		} else {

@@ -19,6 +19,7 @@ for word in $(cat /proc/cmdline); do
 	belay.ip=*) ip=${word#*=} ;;
 	belay.gw=*) gw=${word#*=} ;;
 	belay.hostname=*) hostname=${word#*=} ;;
+	belay.no_hwclock) try busybox rm /sbin/hwclock ;;
 	esac
 done
 try hostname "$hostname"
