@@ -3,7 +3,7 @@
 //
 //	Host
 //	 ├─ pool of up to 4 control connections      one call at a time on each
-//	 │     Ping Info Guests Guest GuestXML CompareCPU DryRun QMP QuitMigrated
+//	 │     Ping Info Guests Guest GuestXML CompareCPU DryRun QMP
 //	 │     AbortJob Job CompletedJob SetAutostart Define UndefineInactive SavedXML
 //	 ├─ fan of up to 16 more, see Warm           the same, for many guests at once
 //	 │     Suspend Resume State GuestTime SetGuestTime AgentCommand
@@ -20,9 +20,9 @@
 // there will be none: whatever a bug, a crash or a confused recovery makes of
 // the rest of Belay, it cannot end a guest through this package. A test reads
 // the package's source for such calls. Undefining is refused while a domain is
-// active. QMP and AgentCommand refuse commands that end a guest. The one call that
-// ends a process is QuitMigrated, and only where QEMU itself says that its guest
-// has left it.
+// active. QMP and AgentCommand refuse commands that end a guest. The calls that
+// end a process are QuitMigrated and QuitIncoming, and only where QEMU itself says
+// that its guest has left it, or has not arrived.
 //
 // # Connections
 //
