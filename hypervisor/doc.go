@@ -4,6 +4,7 @@
 //	Host
 //	 ├─ pool of up to 4 control connections      one call at a time on each
 //	 │     Ping Info Guests Guest GuestXML CompareCPU DryRun QMP
+//	 │     QuitMigrated QuitIncoming
 //	 │     AbortJob Job CompletedJob SetAutostart Define UndefineInactive SavedXML
 //	 ├─ fan of up to 16 more, see Warm           the same, for many guests at once
 //	 │     Suspend Resume State GuestTime SetGuestTime AgentCommand
