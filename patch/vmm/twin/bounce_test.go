@@ -447,7 +447,31 @@ func TestBounceOfAGuestThatIsShutDown(t *testing.T) {
 	})
 }
 
-// Somebody else's copy is left alone, and an aborted one leaves the guest at home.
+// Somebody else's copy is left alone.
+func TestBounceDuringAMigration(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSite(t)
+		other := s.world.AddHost("host-b", hypervisortest.HostOptions{})
+		s.home.HoldCopies()
+		theirs := make(chan error, 1)
+		go func() {
+			theirs <- s.home.Migrate(t.Context(), s.uuid, maint.MoveParams{DestURI: other.URI(), Persist: true})
+		}()
+		time.Sleep(time.Second)
+		s.book.phase = PhaseOut
+		err := s.visit().Out(t.Context(), t.Context(), s.book)
+		var p *maint.Problem
+		if !errors.As(err, &p) || p.Code != maint.CodeBusy {
+			t.Fatalf("during somebody's migration: %v", err)
+		}
+		s.home.ReleaseCopies()
+		if err := <-theirs; err != nil {
+			t.Errorf("their migration: %v", err)
+		}
+	})
+}
+
+// An aborted copy leaves the guest at home.
 func TestBounceAborted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSite(t)

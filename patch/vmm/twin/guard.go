@@ -38,17 +38,22 @@ func guard(portable string, s settings, hooked bool) (g Guard, err error) {
 		g.By = append(g.By, "the lock manager ("+m+")")
 	}
 	var bare []string
+	disks := 0
 	for i := range d.Devices.All {
 		dev := &d.Devices.All[i]
 		if dev.kind() != "disk" || dev.ReadOnly != nil || dev.Device == "cdrom" {
 			continue
 		}
+		disks++
 		locked := dev.Shared == nil && (dev.Type == "file" || dev.Type == "block" && s.emptyList("namespaces"))
 		if !locked {
 			bare = append(bare, dev.Target.Dev)
 		}
 	}
-	if len(bare) == 0 {
+	switch {
+	case disks == 0:
+		g.By = append(g.By, "its having no disk to damage")
+	case len(bare) == 0:
 		g.By = append(g.By, "QEMU's image locks")
 	}
 	if hooked {

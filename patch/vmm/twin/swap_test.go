@@ -534,3 +534,59 @@ func TestSwapWithoutLibvirtInThePause(t *testing.T) {
 		}
 	})
 }
+
+// An abort before the pause calls the crossing off without one.
+func TestSwapAborted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPair(t)
+		ctx, abort := context.WithCancel(t.Context())
+		p.onCall = func(int) {
+			if p.away.state == "inmigrate" {
+				abort()
+			}
+		}
+		err := p.phases(p.visit(), ctx, t.Context(), map[string]bool{}, false)
+		var problem *maint.Problem
+		if !errors.As(err, &problem) || problem.Code != maint.CodeAborted {
+			t.Errorf("aborted: %v", err)
+		}
+		if p.longest != 0 {
+			t.Errorf("it stood still for %s", p.longest)
+		}
+		p.isHome("aborted")
+	})
+}
+
+// A second QEMU that is ended by somebody is not started over and over.
+func TestSwapSecondQEMUVanishes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPair(t)
+		vanished := 0
+		p.onCall = func(int) {
+			if p.away.state == "inmigrate" {
+				p.away.set("")
+				vanished++
+			}
+		}
+		err := p.phases(p.visit(), t.Context(), t.Context(), map[string]bool{}, false)
+		var stayed *stayedError
+		if !errors.As(err, &stayed) || vanished != 1 {
+			t.Errorf("it vanished %d times: %v", vanished, err)
+		}
+		p.isHome("vanished")
+	})
+}
+
+// A QEMU that was left with its memory out of migrations is not migrated so.
+func TestBounceOfAQEMUThatIgnoresMemory(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPair(t)
+		p.home.ignore = true
+		v := p.visit()
+		v.Method = maint.VMMBounce
+		if err := p.phases(v, t.Context(), t.Context(), map[string]bool{}, false); err != nil {
+			t.Fatal(err)
+		}
+		p.isHome("bounce")
+	})
+}
