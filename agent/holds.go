@@ -29,6 +29,8 @@ type Clocks interface {
 	preserve.Clocks
 	Measure(ctx context.Context, g maint.Guest) maint.ClockReport
 }
+	// Sync steps a clock forward that is behind, however far.
+	Sync(ctx context.Context, g maint.Guest) maint.ClockReport
 
 const (
 	// minPause is the shortest pause that can be asked for: the release

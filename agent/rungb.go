@@ -121,6 +121,14 @@ type steps struct{ *hoststep.Runner }
 
 func (s steps) End(ctx context.Context, name string) (*maint.StepRun, error) {
 	if err := s.Runner.End(ctx, name); err != nil {
+func (l line) Marks() map[string]preserve.Mark {
+	marks := make(map[string]preserve.Mark)
+	for _, g := range l.Status().Guests {
+		marks[g.UUID] = preserve.Mark(g.Fate) // the same words
+	}
+	return marks
+}
+
 		return nil, err
 	}
 	run, err := s.Look(ctx, name)

@@ -24,6 +24,9 @@ const (
 	releaseGrace = 20 * time.Second
 	// endingTakes is what the end of a step takes that has to be killed.
 	endingTakes = 400 * time.Millisecond
+	// settle is how long a guest is watched that a belayd which died may have
+	// asked to stop.
+	settle = 3 * time.Second
 	// clockTimeout bounds the correction of all clocks.
 	clockTimeout = 20 * time.Second
 )
@@ -33,6 +36,7 @@ type pause struct {
 	h     *Hold
 	line  Line
 	order Order
+	begun time.Time // where an earlier belayd began it: before any pause
 
 	mu     sync.Mutex
 	guests map[string]*held // by UUID: those that were asked to stop
@@ -48,6 +52,10 @@ type held struct {
 	group  int
 	agent  maint.AgentState
 	unsure error // why it is not known whether it was paused at all
+	over   bool  // it was released under an earlier belayd, or never paused
+	// running is since when one that an earlier belayd may have been about to
+	// pause is seen to run.
+	running time.Time
 }
 
 func newPause(h *Hold, line Line, order Order) *pause {
@@ -129,7 +137,7 @@ func (p *pause) stop(ctx context.Context, m Member) error {
 	}
 	g := p.add(m, time.Now()) // before the call: it may have its effect and fail
 	if err := p.h.Host.Suspend(ctx, m.UUID); err != nil {
-		g.unsure = err
+		g.unsure = fmt.Errorf("it was found running: it could not be paused: %w", err)
 		if state, _, err := p.h.Host.State(ctx, m.UUID); errors.Is(err, maint.ErrNoGuest) || err == nil && !state.Active() {
 			p.mu.Lock()
 			delete(p.guests, m.UUID)
@@ -143,27 +151,22 @@ func (p *pause) stop(ctx context.Context, m Member) error {
 	return nil
 }
 
-// adopt takes over the guests that an earlier belayd may have paused.
-func (p *pause) adopt(uuids []string) {
-	for _, m := range p.order.Guests {
-		if m.Left == "" && slices.Contains(uuids, m.UUID) {
-			p.add(m, time.Time{})
-		}
-	}
-}
-
 // release starts every guest's vCPUs, group by group, and then has their
 // clocks put right, which goes on when it returns. A guest that cannot be
 // released yet does not keep the others waiting.
 func (p *pause) release(ctx context.Context) {
 	groups := make(map[int][]*held)
+	var atOnce []*held
 	for _, g := range p.guests {
-		groups[g.group] = append(groups[g.group], g)
+		if g.over {
+			atOnce = append(atOnce, g)
+		} else {
+			groups[g.group] = append(groups[g.group], g)
+		}
 	}
 	var late sync.WaitGroup
 	giveUp, cancel := context.WithDeadline(ctx, p.line.Deadline().Add(releaseGrace))
 	defer cancel()
-	var atOnce []*held
 	for _, n := range slices.Sorted(maps.Keys(groups)) {
 		done := make([]bool, len(groups[n]))
 		var first sync.WaitGroup
@@ -227,9 +230,19 @@ func (p *pause) try(ctx context.Context, g *held) (done bool) {
 	case err != nil:
 		return still("see that libvirt runs", "cannot be released yet: %v", err)
 	case state == maint.GuestRunning || state == maint.GuestBlocked:
-		// The leash, if it fired; its events tell, see end.
+		if g.unsure == errDied {
+			// Its call may still be on its way to a libvirt that is slow.
+			if g.Problem = nil; g.running.IsZero() {
+				g.running = time.Now()
+			}
+			if time.Since(g.running) < settle {
+				return false
+			}
+		}
+		// The leash, if it fired; its events tell, see credit.
 		return end(somebodyElse)
 	}
+	g.running = time.Time{}
 	switch err := p.h.Host.Resume(ctx, g.UUID); {
 	case err == nil:
 		return end(belayd)
@@ -247,27 +260,22 @@ const (
 	somebodyElse = "somebody else"
 )
 
-// correct puts a guest's clock right, in a goroutine, if it was released.
+// correct puts a guest's clock right, in a goroutine, unless it ended.
 func (p *pause) correct(ctx context.Context, g *held) {
-	if g.Released.IsZero() {
+	if g.Released.IsZero() && !g.over {
 		return
 	}
-	by, released, lost := g.ReleasedBy, g.Released, time.Duration(0)
-	if !g.Paused.IsZero() {
-		lost = released.Round(0).Sub(g.Paused.Round(0))
-	}
+	by, released := g.ReleasedBy, cmp.Or(g.Released, time.Now())
+	lost := released.Round(0).Sub(cmp.Or(g.Paused, p.begun).Round(0))
 	guest := maint.Guest{Name: g.Guest, UUID: g.UUID, Agent: g.agent}
 	p.clocks.Go(func() {
 		ctx, cancel := context.WithTimeout(ctx, clockTimeout)
 		defer cancel()
 		var r maint.ClockReport
-		switch c := p.h.clocks[g.UUID]; {
-		case c != nil && by == belayd:
+		if c := p.h.clocks[g.UUID]; c != nil && by == belayd {
 			r = c.Correct(ctx, released)
-		case lost > 0:
+		} else {
 			r = p.h.Clocks.Restore(ctx, guest, lost)
-		default:
-			r = p.h.Clocks.Sync(ctx, guest)
 		}
 		g.Clock = &r
 	})
@@ -316,7 +324,7 @@ func (p *pause) end(ctx context.Context) ([]maint.HeldGuest, []maint.LeashEvent)
 		switch h := p.guests[m.UUID]; {
 		case h == nil:
 		case h.unsure != nil && h.ReleasedBy == somebodyElse: // nobody else would have
-			g.Left = fmt.Sprintf("it could not be paused: %v", h.unsure)
+			g.Left, g.Clock = h.unsure.Error(), h.Clock
 		default:
 			g = h.HeldGuest
 		}
@@ -343,15 +351,23 @@ func (p *pause) credit(ctx context.Context) {
 		} else if g.ReleasedBy == belayd {
 			continue
 		}
-		late := g.Released.IsZero() // nobody has seen to its clock
+		late := g.Released.IsZero() && !g.over // nobody has seen to its clock
 		g.ReleasedBy, g.Released, g.Problem = leash, e.Time, nil
 		if late {
 			p.correct(ctx, g)
 		}
 	}
+	fired := slices.ContainsFunc(p.events, func(e maint.LeashEvent) bool { return e.Kind == maint.LeashFired })
 	for _, g := range p.guests {
 		if g.Paused.IsZero() {
 			g.Paused = armed
+		}
+		switch {
+		case !g.over || g.ReleasedBy != "":
+		case fired || g.unsure != nil: // the leash found it running
+			g.ReleasedBy = somebodyElse
+		default:
+			g.ReleasedBy = belayd
 		}
 		if g.Pause == 0 && !g.Paused.IsZero() && !g.Released.IsZero() {
 			g.Pause = g.Released.Round(0).Sub(g.Paused.Round(0)) // the leash's times are of the wall clock

@@ -163,60 +163,6 @@ func (h *Hold) undo(ctx context.Context, p *pause, r *maint.HoldResult) {
 // undoTimeout bounds an undo, which may go on after the release.
 const undoTimeout = 5 * time.Minute
 
-// Recover ends what a belayd left behind that died within Perform: the step is
-// ended and undone, every guest that Belay paused is released. It may be called
-// again and again, and finds nothing to do after a Perform that came to its end.
-func (h *Hold) Recover(ctx context.Context, s Scratch, record func(Outcome) error) error {
-	var order Order
-	if found, err := s.Load(PhasePreflight, &order); err != nil || !found {
-		return err
-	}
-	if found, err := s.Load(PhaseHold, new(begun)); err != nil || !found {
-		return err
-	}
-	record = h.forgetting(record)
-	line, err := h.Leash.Attach(ctx, h.Op)
-	if err != nil {
-		return maint.Problemf(maint.CodeLeash, "leash", "release guests that are paused by hand (virsh resume)", "cannot be taken up again: %v", err)
-	}
-	if line == nil {
-		line = noLine{} // none was armed, or it was disarmed: no guest is paused
-	}
-	p := newPause(h, line, order)
-	p.adopt(line.Ours())
-	var out Outcome
-	r := &out.Result
-	p.meanwhile(ctx, "end", func() { r.Step, r.Verify, r.Undo = h.ended(ctx, "step"), h.ended(ctx, "verify"), h.ended(ctx, "undo") })
-	if r.Step != nil && (r.Undo == nil || !r.Undo.OK()) {
-		h.Steps.Forget(stepName(h.Op, "undo")) // it is begun anew
-		h.undo(ctx, p, r)
-	}
-	r.Guests, out.Leash = p.end(context.WithoutCancel(ctx))
-	return record(out)
-}
-
-// ended ends what an earlier belayd has left of a step, and says how it went;
-// nil: it was not begun.
-func (h *Hold) ended(ctx context.Context, role string) *maint.StepRun {
-	run, err := h.Steps.End(ctx, stepName(h.Op, role))
-	if err != nil {
-		h.Log.Error("cannot end a host step", "step", role, "err", err)
-		return &maint.StepRun{ExitCode: -1, Error: err.Error()}
-	}
-	return run
-}
-
-// noLine stands for a leash where no guest is paused.
-type noLine struct{}
-
-func (noLine) Deadline() time.Time                                { return time.Now().Add(undoTimeout) }
-func (noLine) Check() error                                       { return nil }
-func (noLine) Mark(Mark, string)                                  {}
-func (noLine) Ours() []string                                     { return nil }
-func (noLine) Lost() <-chan struct{}                              { return nil }
-func (noLine) Leave() []maint.LeashEvent                          { return nil }
-func (noLine) Disarm(context.Context) ([]maint.LeashEvent, error) { return nil, nil }
-
 // Judge says whether the step of a hold that is over worked, as Perform does.
 func Judge(r maint.HoldRequest, held maint.HoldResult) error {
 	if held.Step == nil {

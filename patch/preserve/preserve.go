@@ -40,6 +40,7 @@ type Mark string
 
 // The marks.
 const (
+	Armed    Mark = "armed"    // from the start: it may have been paused since
 	Paused   Mark = "paused"   // by us
 	Left     Mark = "left"     // not ours to release
 	Released Mark = "released" // by us
@@ -54,8 +55,8 @@ type Line interface {
 	Check() error
 	// Mark costs the caller no round trip.
 	Mark(m Mark, uuid string)
-	// Ours are the guests that were not Left and not Released.
-	Ours() []string
+	// Marks are those of all guests of the order, by UUID.
+	Marks() map[string]Mark
 	// Lost is closed when no leash holds any more and none could be had: the
 	// pause is to end at once.
 	Lost() <-chan struct{}
@@ -81,11 +82,9 @@ type Steps interface {
 type Clocks interface {
 	// Prepare is called before the pause. A problem refuses the hold.
 	Prepare(ctx context.Context, g maint.Guest) (Clock, *maint.Problem)
-	// Sync is for a guest that nothing was prepared for. Of the guest it
-	// needs names and agent.
-	Sync(ctx context.Context, g maint.Guest) maint.ClockReport
-	// Restore is the same for one that is known to have stood still for a
-	// time: only that is taken back where its clock was off on purpose.
+	// Restore is for a guest that nothing was prepared for, and that is known
+	// to have stood still for no longer than lost: a clock that is further
+	// off is so on purpose. Of the guest it needs names and agent.
 	Restore(ctx context.Context, g maint.Guest, lost time.Duration) maint.ClockReport
 }
 

@@ -3,6 +3,7 @@
 package preservetest
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -155,13 +156,14 @@ func (n *line) Mark(m preserve.Mark, uuid string) {
 	n.l.marks[uuid] = m
 }
 
-func (n *line) Ours() (uuids []string) {
+func (n *line) Marks() map[string]preserve.Mark {
 	n.l.all.mu.Lock()
 	defer n.l.all.mu.Unlock()
-	for _, m := range n.l.ours() {
-		uuids = append(uuids, m.UUID)
+	marks := make(map[string]preserve.Mark)
+	for _, m := range n.l.order.Guests {
+		marks[m.UUID] = cmp.Or(n.l.marks[m.UUID], preserve.Armed)
 	}
-	return uuids
+	return marks
 }
 
 func (n *line) Lost() <-chan struct{} { return n.l.lost }
@@ -312,7 +314,7 @@ func (c Clocks) Prepare(_ context.Context, g maint.Guest) (preserve.Clock, *main
 	return clock{g}, nil
 }
 
-// Sync implements preserve.Clocks.
+// Sync implements the agent's Clocks.
 func (c Clocks) Sync(_ context.Context, g maint.Guest) maint.ClockReport {
 	return maint.ClockReport{Guest: g.Name, UUID: g.UUID, State: maint.ClockSynchronised, Shots: 1,
 		Before: &maint.ClockOffset{Offset: -time.Second}, After: &maint.ClockOffset{}}
