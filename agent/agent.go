@@ -31,6 +31,7 @@ type Hypervisor interface {
 	preserve.Host
 	vmm.QEMU
 	vmm.Starter
+	QuitIncoming(ctx context.Context, uuid string) error
 }
 
 // Inspector reads the host and what its guests are made of.

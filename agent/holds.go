@@ -22,15 +22,17 @@ type Preserve struct {
 	Clocks Clocks
 	// Places are where guests between two QEMUs are kept.
 	Places vmm.Places
+	// Twin is the second libvirt daemon; nil: there is none.
+	Twin *Twin
 }
 
 // Clocks measures and corrects guests' clocks; see package guestclock.
 type Clocks interface {
 	preserve.Clocks
-	Measure(ctx context.Context, g maint.Guest) maint.ClockReport
-}
 	// Sync steps a clock forward that is behind, however far.
 	Sync(ctx context.Context, g maint.Guest) maint.ClockReport
+	Measure(ctx context.Context, g maint.Guest) maint.ClockReport
+}
 
 const (
 	// minPause is the shortest pause that can be asked for: the release

@@ -1,9 +1,11 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"belay/agent/maint"
@@ -73,13 +75,32 @@ func (a *Agent) choices(ctx context.Context, uuid string) ([]maint.VMMChoice, er
 	if err != nil {
 		return nil, err
 	}
-	f.NoBounce = true
-	return vmm.Choices(f), nil
+	f.NoBounce = true // asked of the twin itself
+	choices := vmm.Choices(f)
+	if a.preserve.Twin != nil && f.Guest.State.Active() {
+		for _, m := range []maint.VMMMethod{maint.VMMPrewarmed, maint.VMMBounce} {
+			c, err := a.visitChoice(ctx, f.Guest, m)
+			if err != nil {
+				return nil, err
+			}
+			choices = append(choices, c)
+		}
+	}
+	slices.SortStableFunc(choices, func(x, y maint.VMMChoice) int {
+		return cmp.Or(cmp.Compare(min(1, len(x.Problems)), min(1, len(y.Problems))), cmp.Compare(x.Pause, y.Pause))
+	})
+	return choices, nil
 }
+
+// isVisit: the guest goes by way of the twin.
+func isVisit(m maint.VMMMethod) bool { return m == maint.VMMBounce || m == maint.VMMPrewarmed }
 
 // replaceSteps wires the phases of a replacement to the runner.
 func (a *Agent) replaceSteps(op maint.Op) []run.Step {
-	l := &pauseLeash{a: a, op: op}
+	if isVisit(op.Replace.Method) && a.preserve.Twin != nil {
+		return a.visitSteps(op)
+	}
+	l := &pauseLeash{a: a, op: op, leash: a.preserve.Leash, hyp: a.hyp}
 	r := &vmm.Replacement{Op: op.ID, Guest: op.Guest, UUID: op.GuestUUID, Method: op.Replace.Method, MaxPause: op.Replace.MaxPause,
 		Host: vmmHost{a.hyp}, Places: a.preserve.Places, Log: a.log.With("op", op.ID),
 		BeforePause: l.arm, PointOfNoReturn: l.letGo}
@@ -138,17 +159,22 @@ func (a *Agent) clockAfter(ctx context.Context, op maint.Op, lost time.Duration)
 type pauseLeash struct {
 	a      *Agent
 	op     maint.Op
+	leash  preserve.Leash
+	hyp    Hypervisor    // in which the guest is paused
+	suffix string        // of the operation's ID, where it has several leashes
 	line   preserve.Line // nil while none is armed
 	events []maint.LeashEvent
 }
 
+func (l *pauseLeash) name() maint.OpID { return l.op.ID + maint.OpID(l.suffix) }
+
 // arm is called right before the pause.
 func (l *pauseLeash) arm(ctx context.Context) error {
-	g, err := l.a.hyp.Guest(ctx, l.op.GuestUUID)
+	g, err := l.hyp.Guest(ctx, l.op.GuestUUID)
 	if err != nil {
 		return err
 	}
-	l.line, err = l.a.preserve.Leash.Arm(ctx, preserve.Order{Op: l.op.ID, MaxPause: l.a.cfg.Hold.MaxPause.Duration,
+	l.line, err = l.leash.Arm(ctx, preserve.Order{Op: l.name(), MaxPause: l.a.cfg.Hold.MaxPause.Duration,
 		Guests: []preserve.Member{{Guest: g.Name, UUID: g.UUID, ID: g.ID, Agent: g.Agent}}})
 	if err != nil {
 		l.line = nil
@@ -175,7 +201,7 @@ func (l *pauseLeash) letGo(ctx context.Context) error {
 // around does what pauses the guest, with no leash of an earlier belayd's in
 // the way, and leaves none.
 func (l *pauseLeash) around(ctx context.Context, s *run.Scratch, f func() error) error {
-	old, err := l.a.preserve.Leash.Attach(ctx, l.op.ID)
+	old, err := l.leash.Attach(ctx, l.name())
 	if err != nil {
 		return fmt.Errorf("cannot take up the leash of an earlier belayd: %w", err)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 	"belay/patch/leash/launch"
 	"belay/patch/preserve"
 	"belay/patch/vmm"
+	"belay/patch/vmm/twin"
 )
 
 // clocksAtOnce is how many agents are spoken to at once: a little less than
@@ -33,16 +35,24 @@ func NewPreserve(cfg config.Config, hyp *hypervisor.Host, log *slog.Logger) Pres
 		}
 		program = found
 	}
-	launcher := launch.New(launch.Config{Program: program, Log: log, Args: func(op maint.OpID) []string {
-		return []string{"-dir", dir, "-op", string(op), "-libvirt-socket", cfg.Libvirt.Socket,
-			"-libvirt-uri", cfg.Libvirt.URI, "-libvirt-lib", cfg.Libvirt.StateDir}
-	}})
-	return Preserve{
-		Leash:  leashes{leash.Client{Dir: dir, Launcher: launcher, Log: log}, cfg.Hold.LeashSilence.Duration},
+	leashFor := func(dir, socket, uri, lib string) preserve.Leash {
+		launcher := launch.New(launch.Config{Program: program, Log: log, Args: func(op maint.OpID) []string {
+			return []string{"-dir", dir, "-op", string(op), "-libvirt-socket", socket, "-libvirt-uri", uri, "-libvirt-lib", lib}
+		}})
+		return leashes{leash.Client{Dir: dir, Launcher: launcher, Log: log}, cfg.Hold}
+	}
+	p := Preserve{
+		Leash:  leashFor(dir, cfg.Libvirt.Socket, cfg.Libvirt.URI, cfg.Libvirt.StateDir),
 		Steps:  steps{hoststep.New(hoststep.Config{Dir: filepath.Join(cfg.RunDir, "steps"), Systemd: hoststep.ThisSystemd(), Log: log})},
 		Clocks: clocks{guestclock.New(hyp, clocksAtOnce)},
 		Places: vmm.Places{Guards: filepath.Join(cfg.RunDir, "vmm"), Lib: cfg.Libvirt.StateDir},
 	}
+	if self, err := os.Executable(); err == nil {
+		second, away := newTwin(self, filepath.Join(cfg.StateDir, "twin.log"), log)
+		// What holds a guest's monitor in the twin is found by libvirt there alone.
+		p.Twin = &Twin{Second: second, Away: away, Leash: leashFor(dir, second.Socket(), "qemu:///system", filepath.Join(twin.DefaultRoot, "lib/qemu"))}
+	}
+	return p
 }
 
 // clocks gives package preserve the guests' clocks in its terms.
@@ -65,12 +75,12 @@ func (b baseline) Correct(ctx context.Context, resumed time.Time) maint.ClockRep
 
 // leashes gives package preserve the leash in its terms.
 type leashes struct {
-	client  leash.Client
-	silence time.Duration
+	client leash.Client
+	cfg    config.Hold
 }
 
 func (l leashes) Arm(ctx context.Context, o preserve.Order) (preserve.Line, error) {
-	order := leash.Order{Op: o.Op, MaxPause: o.MaxPause, Silence: l.silence}
+	order := leash.Order{Op: o.Op, MaxPause: o.MaxPause, Silence: l.cfg.LeashSilence.Duration, KillLibvirt: l.cfg.KillLibvirt.Duration}
 	for _, m := range o.Guests {
 		if m.Left == "" {
 			order.Guests = append(order.Guests, leash.Guest{UUID: m.UUID, Name: m.Guest, ID: m.ID})
@@ -111,6 +121,14 @@ func (l line) Mark(m preserve.Mark, uuid string) {
 	}
 }
 
+func (l line) Marks() map[string]preserve.Mark {
+	marks := make(map[string]preserve.Mark)
+	for _, g := range l.Status().Guests {
+		marks[g.UUID] = preserve.Mark(g.Fate) // the same words
+	}
+	return marks
+}
+
 func (l line) Leave() []maint.LeashEvent {
 	defer l.Close()
 	return l.Status().Events
@@ -121,14 +139,6 @@ type steps struct{ *hoststep.Runner }
 
 func (s steps) End(ctx context.Context, name string) (*maint.StepRun, error) {
 	if err := s.Runner.End(ctx, name); err != nil {
-func (l line) Marks() map[string]preserve.Mark {
-	marks := make(map[string]preserve.Mark)
-	for _, g := range l.Status().Guests {
-		marks[g.UUID] = preserve.Mark(g.Fate) // the same words
-	}
-	return marks
-}
-
 		return nil, err
 	}
 	run, err := s.Look(ctx, name)

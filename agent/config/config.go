@@ -71,6 +71,9 @@ type Hold struct {
 	// LeashSilence is how long the leash waits for a word of belayd before it
 	// releases the guests.
 	LeashSilence Duration `toml:"leash_silence"`
+	// KillLibvirt is how long after the deadline a libvirt daemon that hangs,
+	// and so keeps guests paused, is killed; 0 is never.
+	KillLibvirt Duration `toml:"kill_libvirt"`
 	// CommandsBy says who may have belayd run commands while guests are
 	// held: "root" on this host only, or "operators".
 	CommandsBy string `toml:"commands_by"`
@@ -284,6 +287,9 @@ func (c *Config) check() error {
 	}
 	if d := c.Hold.LeashSilence.Duration; d < time.Second || d > time.Minute {
 		bad("hold.leash_silence", "%s is not between 1s and 1m", d)
+	}
+	if c.Hold.KillLibvirt.Duration < 0 {
+		bad("hold.kill_libvirt", "%s is negative; 0 means never", c.Hold.KillLibvirt)
 	}
 	if by := c.Hold.CommandsBy; by != "root" && by != "operators" {
 		bad("hold.commands_by", "%q is neither \"root\" nor \"operators\"", by)

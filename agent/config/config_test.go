@@ -99,6 +99,7 @@ tls = true
 max_pause = "5s"
 max_pause_limit = "30s"
 leash_silence = "2s"
+kill_libvirt = "4s"
 commands_by = "operators"
 leash = "/usr/libexec/leash"
 [journal]
@@ -125,7 +126,7 @@ libvirt_uri = "qemu+ssh://root@host-c/system"
 		Limits:    Limits{GuestMemory: Size{64 << 30}, MemoryReserve: Size{1 << 40}, MigrationsOut: 1, MigrationsIn: 8},
 		Migration: Migration{Timeout: Duration{90 * time.Minute}, BandwidthMiBs: 500, TLS: true},
 		Hold: Hold{MaxPause: Duration{5 * time.Second}, MaxPauseLimit: Duration{30 * time.Second},
-			LeashSilence: Duration{2 * time.Second}, CommandsBy: "operators", Leash: "/usr/libexec/leash"},
+			LeashSilence: Duration{2 * time.Second}, KillLibvirt: Duration{4 * time.Second}, CommandsBy: "operators", Leash: "/usr/libexec/leash"},
 		Journal: Journal{Keep: Duration{24 * time.Hour}},
 		Peers: map[string]Peer{
 			"host-b": {Address: "192.0.2.2:7443", CertName: "host-b", LibvirtURI: "qemu+tls://host-b/system", MigrateURI: "tcp://192.0.2.2"},
@@ -327,6 +328,7 @@ func TestRefusals(t *testing.T) {
 		{"no pause", "[hold]\nmax_pause='0s'", "configuration: hold.max_pause: "},
 		{"pause beyond its limit", "[hold]\nmax_pause='1h'", "configuration: hold.max_pause: "},
 		{"nervous leash", "[hold]\nleash_silence='10ms'", "configuration: hold.leash_silence: "},
+		{"libvirt killed in advance", "[hold]\nkill_libvirt='-1s'", "configuration: hold.kill_libvirt: "},
 		{"commands by anybody", "[hold]\ncommands_by='all'", "configuration: hold.commands_by: "},
 		{"leash anywhere", "[hold]\nleash='belay-leash'", "configuration: hold.leash: "},
 		{"negative history", "[journal]\nkeep='-1h'", "configuration: journal.keep: "},

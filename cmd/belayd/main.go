@@ -31,6 +31,9 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == hoststep.SuperviseArg {
 		os.Exit(hoststep.Supervise(os.Args[2:]))
 	}
+	if len(os.Args) > 1 && os.Args[1] == agent.TwinArg {
+		os.Exit(serveTwin())
+	}
 	// Neither a log that nobody reads any more nor a terminal that is closed
 	// is a reason to leave guests on their way alone.
 	signal.Ignore(unix.SIGPIPE, unix.SIGHUP)
@@ -38,6 +41,17 @@ func main() {
 	code := serve(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)
+}
+
+// serveTwin is belayd as the supervisor of the host's second libvirt.
+func serveTwin() int {
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
+	defer stop()
+	if err := agent.ServeTwin(ctx, newLog(os.Stderr, false)); err != nil {
+		fmt.Fprintf(os.Stderr, "belayd: %v\n", err)
+		return 1
+	}
+	return 0
 }
 
 // serve is belayd from flags to exit code: 0 after a clean stop, 1 when it
