@@ -141,6 +141,7 @@ func (b *bed) setWorkers(ctx context.Context, n int) {
 type ruling struct {
 	off, bar time.Duration // the guest's clock less the host's
 	steps    []step
+	rtt      time.Duration // of the reading that the steps come from
 }
 
 // step is one setting of the guest's clock.
@@ -168,7 +169,7 @@ func (b *bed) rule(w *ward) (r ruling) {
 		}
 		least, most = max(least, lo), min(most, hi)
 		if rtt := told.Sub(asked); n == 0 || rtt < best {
-			best, r.steps = rtt, nil
+			best, r.rtt, r.steps = rtt, rtt, nil
 			for _, s := range c.Steps {
 				r.steps = append(r.steps, step{at: asked.Add(rtt/2 - (c.Monotonic - s.Monotonic)), by: s.By})
 			}

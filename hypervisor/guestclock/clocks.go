@@ -69,15 +69,17 @@ func (c *Clocks) read(ctx context.Context, uuid string) (t time.Time, begin, end
 	return t, begin, c.now(), err
 }
 
-// set sets a guest's time to the host's and ahead, and tells when it did so and
-// was answered.
-func (c *Clocks) set(ctx context.Context, uuid string, ahead time.Duration) (begin, end moment, err error) {
+// set sets a guest's time to the host's and ahead of it, and tells when it did so
+// and was answered. What ahead has to ask of the guest is done in the same lane: a
+// guest does not lose its turn by it.
+func (c *Clocks) set(ctx context.Context, uuid string, ahead func() time.Duration) (begin, end moment, err error) {
 	if err = enter(ctx, c.lanes); err != nil {
 		return
 	}
 	defer func() { <-c.lanes }()
+	by := ahead()
 	begin = c.now()
-	err = c.host.SetGuestTime(ctx, uuid, begin.wall.Add(ahead))
+	err = c.host.SetGuestTime(ctx, uuid, begin.wall.Add(by))
 	return begin, c.now(), err
 }
 

@@ -34,6 +34,8 @@ type correction struct {
 	grain
 	coarse, canSet bool
 
+	// before is what the clock was off before the pause; nil: it does not matter.
+	before *maint.ClockOffset
 	// target is what the guest's clock is to be ahead of the host's: 0 but for a
 	// clock that was off and stays so, and then kept says why.
 	target  time.Duration
@@ -71,7 +73,7 @@ func (c *Clocks) Correct(ctx context.Context, b Baseline, resumed time.Time) mai
 			k.report.Reason += "; " + cannotSet
 		}
 	default:
-		k.aim(ctx, *b.Offset)
+		k.before = b.Offset
 		k.shoot(ctx)
 	}
 	return k.report
@@ -79,13 +81,15 @@ func (c *Clocks) Correct(ctx context.Context, b Baseline, resumed time.Time) mai
 
 // aim decides where to: to the host's time, except that a clock which was off on
 // purpose stays so, and that none is stepped back.
-func (k *correction) aim(ctx context.Context, before maint.ClockOffset) {
+func (k *correction) aim(ctx context.Context) {
+	before := *k.before
 	switch {
 	case before.Offset.Abs() > onPurpose:
 		k.kept = "it was so before the pause, and was left so"
 	case before.Offset > worthwhile+before.Error:
 		// By now it is behind, unless the pause was shorter than it was ahead.
-		t, asked, _, err := k.c.read(ctx, k.report.UUID)
+		asked := k.c.now()
+		t, err := k.c.host.GuestTime(ctx, k.report.UUID)
 		if err == nil && t.Add(k.resolution).Before(asked.wall) {
 			return
 		}
@@ -164,13 +168,18 @@ func (k *correction) shot(ctx context.Context, delay time.Duration) (s shot, err
 		}
 		defer done()
 	}
-	sent, answered, err := k.c.set(ctx, k.report.UUID, k.target+delay)
+	sent, answered, err := k.c.set(ctx, k.report.UUID, func() time.Duration {
+		if k.report.Shots == 0 && k.before != nil {
+			k.aim(ctx)
+		}
+		return k.target + delay
+	})
 	if sent.wall.IsZero() {
 		return s, err
 	}
 	k.report.Shots++
 	s.sent, s.took, s.refused = sent, answered.mono-sent.mono, err
-	read, err := k.c.measure(ctx, k.report.UUID, k.resolution, sent)
+	read, err := k.c.patiently(ctx, k.report.UUID, k.grain, sent)
 	if err != nil {
 		return s, cmp.Or(s.refused, err)
 	}
@@ -196,15 +205,11 @@ func (k *correction) calm(ctx context.Context) (done func(), err error) {
 	}
 	guest := k.c.now().wall.Add(k.target)
 	since := guest.Sub(guest.Truncate(time.Second)) // its last full second
-	wait := time.NewTimer((beforeHalf - since + time.Second) % time.Second)
-	defer wait.Stop()
-	select {
-	case <-wait.C:
-		return done, nil
-	case <-ctx.Done():
+	if err := sleep(ctx, (beforeHalf-since+time.Second)%time.Second); err != nil {
 		done()
-		return nil, context.Cause(ctx)
+		return nil, err
 	}
+	return done, nil
 }
 
 // behind reports whether a clock is so far behind that setting it is worth it: a

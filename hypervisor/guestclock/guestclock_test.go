@@ -436,6 +436,23 @@ func TestMeasureEnds(t *testing.T) {
 	})
 }
 
+// A host that is busy right after a release is not left with a measurement that
+// says nothing.
+func TestBusyMomentPasses(t *testing.T) {
+	simulate(t, func(t *testing.T, w *world, ctx context.Context) {
+		r := w.hold(t, ctx, 5*time.Second, func() {
+			quick := w.guest.there
+			w.guest.there = func() time.Duration { return 40 * ms }
+			w.guest.back = w.guest.there
+			time.AfterFunc(5*time.Second, func() { w.guest.there, w.guest.back = quick, quick })
+		})
+		right(t, w, r, ms)
+		if r.After.Error > ms {
+			t.Errorf("error bar %s", r.After.Error)
+		}
+	})
+}
+
 // A clock that somebody sets while it is measured: the readings before are void.
 func TestSetWhileMeasured(t *testing.T) {
 	simulate(t, func(t *testing.T, w *world, ctx context.Context) {

@@ -104,7 +104,7 @@ func (g *simGuest) known() maint.Guest {
 // call is one command to the agent.
 func (g *simGuest) call(ctx context.Context, name string, do func() error) error {
 	if err := sleep(ctx, g.there()); err != nil {
-		return err
+		return errors.Join(maint.ErrNoAgent, err)
 	}
 	g.agent.Lock()
 	defer g.agent.Unlock()
@@ -119,16 +119,10 @@ func (g *simGuest) call(ctx context.Context, name string, do func() error) error
 	if err := do(); err != nil {
 		return err
 	}
-	return sleep(ctx, g.back())
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	select {
-	case <-time.After(d):
-		return nil
-	case <-ctx.Done():
-		return errors.Join(maint.ErrNoAgent, ctx.Err())
+	if err := sleep(ctx, g.back()); err != nil {
+		return errors.Join(maint.ErrNoAgent, err)
 	}
+	return nil
 }
 
 func (w *world) GuestTime(ctx context.Context, _ string) (t time.Time, err error) {
