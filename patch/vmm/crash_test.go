@@ -41,6 +41,11 @@ func (m *mortal) Describe(ctx context.Context, uuid string) (vmm.Description, er
 	return m.Host.Describe(ctx, uuid)
 }
 
+func (m *mortal) CompareCPU(ctx context.Context, domainType, arch, machine, cpuXML string) error {
+	defer m.around("CompareCPU")()
+	return m.Host.CompareCPU(ctx, domainType, arch, machine, cpuXML)
+}
+
 func (m *mortal) Suspend(ctx context.Context, uuid string) error {
 	defer m.around("Suspend")()
 	return m.Host.Suspend(ctx, uuid)
@@ -59,6 +64,11 @@ func (m *mortal) QMP(ctx context.Context, uuid, command string, args any) (json.
 func (m *mortal) QuitMigrated(ctx context.Context, uuid string) error {
 	defer m.around("QuitMigrated")()
 	return m.Host.QuitMigrated(ctx, uuid)
+}
+
+func (m *mortal) QuitIncoming(ctx context.Context, uuid string) error {
+	defer m.around("QuitIncoming")()
+	return m.Host.QuitIncoming(ctx, uuid)
 }
 
 func (m *mortal) CreatePaused(ctx context.Context, xml string) error {
@@ -203,7 +213,9 @@ func TestKilledTwice(t *testing.T) {
 				if err := run(t.Context(), third, n); errors.Is(err, vmm.ErrStuck) {
 					t.Fatalf("%s, killed at %d and %d: %v", method, k, j, err)
 				}
-				b.runs()
+				if b.runs(); t.Failed() {
+					t.Fatalf("%s, killed at %d and %d: %v, notes %q", method, k, j, err, n.notes)
+				}
 			}
 		}
 	}

@@ -164,22 +164,43 @@ func (r *Replacement) resetOld(ctx context.Context, pl plan) error {
 }
 
 // pour gives the new QEMU the state that was kept. A QEMU that cannot load it
-// ends by itself.
+// ends by itself; one that cannot be given it is ended, as nothing of the guest
+// is in it yet.
 func (r *Replacement) pour(ctx context.Context, pl plan) error {
 	ctx, cancel := context.WithTimeout(ctx, r.paced().load)
 	defer cancel()
-	g := r.Places.guard(pl.UUID)
-	state, err := os.ReadFile(g.file(guardState))
+	err := r.misses(pl)
+	if err == nil {
+		err = r.send(ctx, pl)
+	}
+	if err != nil {
+		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.paced().ask)
+		defer cancel()
+		return errors.Join(err, r.Host.QuitIncoming(end, pl.UUID))
+	}
+	for {
+		now, err := runState(ctx, r.Host, pl.UUID)
+		if err != nil {
+			return fmt.Errorf("the new QEMU did not take the state: %w", err)
+		}
+		if now != runIncoming {
+			return nil
+		}
+		if !wait(ctx, pollEvery) {
+			return errors.New("the new QEMU does not take the state")
+		}
+	}
+}
+
+// send has the new QEMU listen and sends it the state.
+func (r *Replacement) send(ctx context.Context, pl plan) error {
+	state, err := os.ReadFile(r.Places.guard(pl.UUID).file(guardState))
 	if err != nil {
 		return err
 	}
 	id, err := r.newID(ctx, pl)
 	if err != nil {
 		return err
-	}
-	wrong := r.misses(pl)
-	if wrong != nil {
-		state = nil // it has not the guest's memory: have it end
 	}
 	path, err := r.Places.socket(id, inSocket)
 	if err != nil {
@@ -188,24 +209,13 @@ func (r *Replacement) pour(ctx context.Context, pl plan) error {
 	if err := setIgnoreShared(ctx, r.Host, pl.UUID, true); err != nil {
 		return err
 	}
-	incoming := ask(ctx, r.Host, pl.UUID, "migrate-incoming", map[string]any{"uri": "unix:" + path}, nil)
 	// It is refused if a belayd that died has done it; then QEMU listens.
+	refused := ask(ctx, r.Host, pl.UUID, "migrate-incoming", map[string]any{"uri": "unix:" + path}, nil)
 	if err := send(ctx, r.Places.at(path), state); err != nil {
-		return errors.Join(incoming, err)
+		return errors.Join(refused, err)
 	}
-	for {
-		now, err := runState(ctx, r.Host, pl.UUID)
-		if err != nil {
-			return errors.Join(wrong, fmt.Errorf("the new QEMU did not take the state: %w", err))
-		}
-		if now != runIncoming {
-			_ = os.Remove(r.Places.at(path)) // QEMU has done so
-			return wrong
-		}
-		if !wait(ctx, pollEvery) {
-			return errors.Join(wrong, errors.New("the new QEMU does not take the state"))
-		}
-	}
+	_ = os.Remove(r.Places.at(path)) // QEMU does not always
+	return nil
 }
 
 // newID is libvirt's number of the new domain: the hook has seen it.

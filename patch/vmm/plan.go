@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"belay/agent/maint"
 )
@@ -74,12 +75,40 @@ func (r *Replacement) Preflight(ctx context.Context, s Scratch) error {
 	if _, err := Choose(r.Guest, choices, r.Method, r.MaxPause); err != nil {
 		return err
 	}
+	if err := r.probe(ctx, f); err != nil {
+		return err
+	}
 	pl, err := r.plan(ctx, f)
 	if err != nil {
 		return fmt.Errorf("cannot plan a new QEMU for guest %s: %w", r.Guest, err)
 	}
 	pl.Choices = choices
 	return s.Save(pl)
+}
+
+// probe has libvirt look at the QEMU that it will start. It believes what it has
+// learnt as long as the program is the same.
+func (r *Replacement) probe(ctx context.Context, f Facts) error {
+	d, err := r.Host.Describe(ctx, r.UUID)
+	if err != nil {
+		return err
+	}
+	for step := 100 * time.Millisecond; ; step = min(2*step, 2*time.Second) {
+		err := r.Host.CompareCPU(ctx, f.Guest.DomainType, f.Host.Arch, f.Guest.MachineType, d.CPU)
+		if !errors.Is(err, maint.ErrHypervisorDown) { // or it is still looking
+			return maint.Refuse("cannot put a new QEMU under guest "+r.Guest, r.cpuProblem(err))
+		}
+		if !wait(ctx, step) {
+			return err
+		}
+	}
+}
+
+func (r *Replacement) cpuProblem(err error) []maint.Problem {
+	if err == nil {
+		return nil
+	}
+	return []maint.Problem{*maint.Problemf(maint.CodeCPU, "guest "+r.Guest, "install a QEMU that can", "libvirt says that the QEMU of this host cannot run its CPU: %v", err)}
 }
 
 // adoptable: the guest is between two QEMUs, and has been left there.

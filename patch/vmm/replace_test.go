@@ -107,7 +107,7 @@ func newBed(t *testing.T, edits ...func(*maint.Guest)) *bed {
 	t.Helper()
 	w := hypervisortest.NewWorld()
 	t.Cleanup(w.Close)
-	m := vmmtest.New(t, w.AddHost("host-a", hypervisortest.HostOptions{}))
+	m := vmmtest.New(t, w.AddHost("host-a", hypervisortest.HostOptions{CannotRun: []string{"EPYC"}}))
 	b := &bed{Machine: m, t: t, disk: "/disk.qcow2"}
 	if err := os.WriteFile(filepath.Join(m.Root, b.disk), nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -376,7 +376,7 @@ func TestStuckAndTakenUp(t *testing.T) {
 			r.PointOfNoReturn = func(context.Context) error { c.breakIt(b); return nil }
 			err := run(t.Context(), r, newNotebook())
 			var p *maint.Problem
-			if !errors.Is(err, vmm.ErrStuck) || !errors.As(err, &p) || p.Code != maint.CodeBetween || !strings.Contains(p.Remedy, "belay replace web-1") {
+			if !errors.Is(err, vmm.ErrStuck) || !errors.As(err, &p) || p.Code != maint.CodeBetween || !strings.Contains(p.Remedy, "belay replace-vmm web-1") {
 				t.Fatalf("ended with %v", err)
 			}
 			if b.state() != c.state {
@@ -387,7 +387,7 @@ func TestStuckAndTakenUp(t *testing.T) {
 				t.Errorf("kept: %+v, %v", kept, err)
 			}
 			if c.state == maint.GuestShutoff {
-				if err := b.Boot(t.Context(), t, b.uuid); err == nil || !strings.Contains(err.Error(), "belay replace web-1") {
+				if err := b.Boot(t.Context(), t, b.uuid); err == nil || !strings.Contains(err.Error(), "belay replace-vmm web-1") {
 					t.Fatalf("somebody else could start it: %v", err)
 				}
 			}

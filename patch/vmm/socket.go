@@ -67,7 +67,6 @@ func receive(ctx context.Context, ln *net.UnixListener) *receipt {
 }
 
 // send connects to a socket that QEMU listens on, writes the state and closes.
-// With nil state QEMU finds the stream broken, and ends.
 func send(ctx context.Context, path string, state []byte) error {
 	conn, err := new(net.Dialer).DialContext(ctx, "unix", path)
 	if err != nil {

@@ -112,6 +112,7 @@ func TestSurveyFinds(t *testing.T) {
 		"block job": {func(t *testing.T, b *bed) {
 			b.answer("query-block-jobs", []any{map[string]any{"type": "mirror", "device": "vda"}})
 		}, maint.CodeBusy, "mirror on vda"},
+		"CPU":      {func(t *testing.T, b *bed) { b.Edit(t, b.uuid, func(g *maint.Guest) { g.CPUModel = "EPYC" }) }, maint.CodeCPU, "cannot run its CPU"},
 		"old QEMU": {func(t *testing.T, b *bed) { b.answer("query-migrate-capabilities", []any{}) }, maint.CodeQEMU, "x-ignore-shared"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -420,8 +420,8 @@ func (r *Replacement) stuck(pl plan, now place, err error) error {
 		p.Reason = "is " + string(now) + " while its own was being replaced; that is left alone, and what was kept is of no use any more"
 		p.Remedy = fmt.Sprintf("see whether it is as it should be; then remove %s", strings.Join(r.folders(pl), " and "))
 	case now == atNew && !g.has(guardResumed):
-		p.Reason = fmt.Sprintf("is in its new QEMU, which waits for the guest's state: %v", err)
-		p.Remedy = fmt.Sprintf("end that QEMU, which has run nothing yet (virsh destroy %s); then %s", r.Guest, r.howOn(pl))
+		p.Reason = fmt.Sprintf("is in its new QEMU, which has not got the guest's state: %v", err)
+		p.Remedy = fmt.Sprintf("end that QEMU, in which nothing has run yet (virsh destroy %s); then %s", r.Guest, r.howOn(pl))
 	case now == atNew:
 		p.Reason = fmt.Sprintf("is complete in its new QEMU, and does not run: %v", err)
 		p.Remedy = "put right what it names; then 'virsh resume " + r.Guest + "', or " + r.howOn(pl)
@@ -438,7 +438,7 @@ func (r *Replacement) folders(pl plan) []string {
 
 // howOn tells a person how a guest that is between two QEMUs goes on.
 func (r *Replacement) howOn(pl plan) string {
-	return fmt.Sprintf("see /var/log/libvirt/qemu/%s.log for the reason; its memory and state are kept in %s; when it is put right: belay replace %s",
+	return fmt.Sprintf("see /var/log/libvirt/qemu/%s.log for the reason; its memory and state are kept in %s; when it is put right: belay replace-vmm %s",
 		r.Guest, strings.Join(r.folders(pl), " and "), r.Guest)
 }
 

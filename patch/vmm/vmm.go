@@ -22,6 +22,14 @@ type Description struct {
 	Live     string // as it is now
 	Portable string // fit to start it from, with its secrets
 	Inactive string // the definition, "" for a transient guest
+	CPU      string // <cpu> of the portable XML, "" without
+}
+
+// Prober asks libvirt whether the QEMU that it would start for a guest can run
+// its CPU. libvirt takes seconds for that when QEMU was updated, and else takes
+// them while the guest stands still.
+type Prober interface {
+	CompareCPU(ctx context.Context, domainType, arch, machine, cpuXML string) error
 }
 
 // VCPUs stops and starts vCPUs.
@@ -36,8 +44,10 @@ type VCPUs interface {
 // QEMU is a guest's QEMU.
 type QEMU interface {
 	QMP(ctx context.Context, uuid, command string, args any) (json.RawMessage, error)
-	// QuitMigrated ends a QEMU that is in "postmigrate", and no other.
+	// QuitMigrated ends a QEMU that is in "postmigrate", QuitIncoming one
+	// that is in "inmigrate", and no other.
 	QuitMigrated(ctx context.Context, uuid string) error
+	QuitIncoming(ctx context.Context, uuid string) error
 }
 
 // Starter starts a guest from what was kept of it. Its calls have no deadline
@@ -51,6 +61,7 @@ type Starter interface {
 // Host is this host's hypervisor; see package hypervisor.
 type Host interface {
 	Looker
+	Prober
 	VCPUs
 	QEMU
 	Starter

@@ -213,7 +213,7 @@ func (m *Machine) SetXML(t testing.TB, uuid string, edit func(string) string) {
 // Describe implements vmm.Looker.
 func (m *Machine) Describe(ctx context.Context, uuid string) (vmm.Description, error) {
 	x, err := m.GuestXML(ctx, uuid)
-	return vmm.Description{Live: x.Live, Portable: x.Portable, Inactive: x.Inactive}, err
+	return vmm.Description{Live: x.Live, Portable: x.Portable, Inactive: x.Inactive, CPU: x.CPU}, err
 }
 
 // QuitMigrated implements vmm.QEMU.
@@ -225,6 +225,21 @@ func (m *Machine) QuitMigrated(ctx context.Context, uuid string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.end(g)
+	return nil
+}
+
+// QuitIncoming implements vmm.QEMU.
+func (m *Machine) QuitIncoming(ctx context.Context, uuid string) error {
+	g, err := m.Host.Guest(ctx, uuid)
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if q := m.qemus[uuid]; q == nil || !q.incoming {
+		return hypervisor.ErrRunsHere
+	}
+	m.fail(g)
 	return nil
 }
 

@@ -225,6 +225,7 @@ func (m *Machine) qmp(uuid, command string, text json.RawMessage) (any, bool, er
 			return refuse(err.Error())
 		}
 		q.listens = true
+		q.chardevs["incoming"] = ln
 		go m.load(q, uuid, ln)
 		return none, true, nil
 	}
@@ -263,7 +264,10 @@ func (m *Machine) migrate(q *qemu, uuid, path string) (any, bool, error) {
 		}
 		m.mu.Lock()
 		defer m.mu.Unlock()
-		if err != nil || m.qemus[uuid] != q {
+		switch {
+		case q.migration != "active":
+			return // it was cancelled
+		case err != nil || m.qemus[uuid] != q:
 			q.migration = "failed"
 			return
 		}
@@ -289,7 +293,7 @@ func (m *Machine) load(q *qemu, uuid string, ln net.Listener) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.qemus[uuid] != q {
-		return
+		return // it was ended
 	}
 	if m.FailLoads > 0 {
 		m.FailLoads--
