@@ -45,7 +45,7 @@ func NewPreserve(cfg config.Config, hyp *hypervisor.Host, log *slog.Logger) Pres
 		Leash:  leashFor(dir, cfg.Libvirt.Socket, cfg.Libvirt.URI, cfg.Libvirt.StateDir),
 		Steps:  steps{hoststep.New(hoststep.Config{Dir: filepath.Join(cfg.RunDir, "steps"), Systemd: hoststep.ThisSystemd(), Log: log})},
 		Clocks: clocks{guestclock.New(hyp, clocksAtOnce)},
-		Places: vmm.Places{Guards: filepath.Join(cfg.RunDir, "vmm"), Lib: cfg.Libvirt.StateDir},
+		Places: vmm.Places{Lib: cfg.Libvirt.StateDir}, // the hook knows the other folders by their names
 	}
 	if self, err := os.Executable(); err == nil {
 		second, away := newTwin(self, filepath.Join(cfg.StateDir, "twin.log"), log)
