@@ -179,11 +179,14 @@ func Listen(dir string, op maint.OpID) (l net.Listener, close func(), err error)
 		lock.Close()
 		return fail(err)
 	}
-	l, err = net.Listen("unix", name) // the folder keeps others out
+	socket, err := net.ListenUnix("unix", &net.UnixAddr{Name: name, Net: "unix"}) // the folder keeps others out
 	if err != nil {
 		lock.Close()
 		return fail(err)
 	}
+	// When it is closed the name may be that of the next leash's already.
+	socket.SetUnlinkOnClose(false)
+	l = socket
 	return l, func() { l.Close(); lock.Close() }, nil
 }
 

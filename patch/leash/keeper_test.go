@@ -31,6 +31,11 @@ func TestArming(t *testing.T) {
 		if s := bed.must(request{Do: doArm, Order: again}).Status; s.Deadline != bed.notes().Deadline || s.guest(b).Fate != Left {
 			t.Errorf("armed again it is %+v", s)
 		}
+		// Whoever had paused it has resumed it, and Belay could pause it.
+		bed.must(request{Do: doPaused, Guests: []string{b}})
+		if g := bed.fate(b, Paused); g.Text != "" {
+			t.Errorf("it is %+v", g)
+		}
 	})
 }
 
@@ -194,6 +199,13 @@ func TestLibvirtDead(t *testing.T) {
 		bed.arm()
 		bed.pause(a, b)
 		bed.w.become("dead")
+		bed.w.set(a, func(m *machine) {
+			m.onCont = func() { // a leash that dies right after that has left word
+				if !bed.notes().guest(a).Unleased {
+					t.Error("it is not written down that the guest loses its leases")
+				}
+			}
+		})
 		bed.conn.Close()
 		late := bed.runsWithin(3*time.Second+2*time.Second, a) - 3*time.Second
 		t.Logf("released %s after the silence", late)
@@ -213,6 +225,15 @@ func TestLibvirtDead(t *testing.T) {
 		bed.connect()
 		if p := bed.ask(request{Do: doDisarm}).Problem; p == nil || p.Code != maint.CodeBusy {
 			t.Errorf("disarmed: %v", p)
+		}
+		for range 10 { // a libvirt that falls over again is not trusted
+			bed.w.become("")
+			time.Sleep(900 * time.Millisecond)
+			bed.w.become("dead")
+			time.Sleep(time.Second)
+		}
+		if m := bed.w.get(a); m.suspends > 0 {
+			t.Errorf("it was stopped: %+v", m)
 		}
 		bed.w.become("")
 		time.Sleep(4 * time.Second)
@@ -312,6 +333,53 @@ func TestLibvirtIsKilled(t *testing.T) {
 		if bed.kills > 0 {
 			t.Error("libvirt was killed")
 		}
+	})
+}
+
+// A libvirt that has just started has the monitors, or is about to.
+func TestLibvirtStarts(t *testing.T) {
+	within(t, newWorld(a), func(bed *bed) {
+		bed.arm()
+		bed.pause(a)
+		bed.w.become("starting")
+		bed.staysFor(time.Minute, a)
+		bed.w.become("")
+		bed.runsWithin(2*retryMost, a)
+	})
+}
+
+// It may also not know a guest for a moment.
+func TestGuestUnknownForAMoment(t *testing.T) {
+	within(t, newWorld(a), func(bed *bed) {
+		bed.arm()
+		bed.pause(a)
+		for range 10 {
+			bed.w.set(a, func(m *machine) { m.gone = true; m.refuse = errors.New("not now") })
+			time.Sleep(1800 * time.Millisecond)
+			bed.w.set(a, func(m *machine) { m.gone = false })
+			time.Sleep(2*retryMost + 100*time.Millisecond)
+		}
+		bed.fate(a, Paused)
+		bed.w.set(a, func(m *machine) { m.refuse = nil })
+		bed.runsWithin(2*retryMost, a)
+	})
+}
+
+// A guest that belayd has paused and somebody has resumed is seen to at once.
+func TestResumedBySomebody(t *testing.T) {
+	within(t, newWorld(a), func(bed *bed) {
+		bed.arm()
+		bed.pause(a)
+		bed.w.set(a, (*machine).run)
+		time.Sleep(3300 * time.Millisecond)
+		bed.fate(a, Released)
+		if m := bed.w.get(a); m.resumes > 0 {
+			t.Errorf("it was resumed: %+v", m)
+		}
+		if n, _ := bed.events(maint.LeashReleased, a); n > 0 {
+			t.Error("the leash claims to have released it")
+		}
+		bed.must(request{Do: doDisarm})
 	})
 }
 

@@ -26,7 +26,7 @@ func TestLine(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	s.set(c, "paused") // by somebody else
-	l := s.hold(time.Minute, 300*time.Millisecond)
+	l := s.hold(time.Minute, time.Second)
 	st := l.Status()
 	if st.guest(c).Fate != Left || !slices.Equal(l.Ours(), []string{a, b}) {
 		t.Errorf("held are %q, of %+v", l.Ours(), st.Guests)
@@ -37,7 +37,7 @@ func TestLine(t *testing.T) {
 	if left := time.Until(l.Deadline()); left > time.Minute || left < 50*time.Second {
 		t.Errorf("the deadline is in %s", left)
 	}
-	time.Sleep(time.Second) // far longer than the silence
+	time.Sleep(3 * time.Second) // far longer than the silence
 	if err := errors.Join(l.Err(), l.Check()); err != nil || s.runs(a) || s.runs(b) {
 		t.Fatalf("it has not held: %v", err)
 	}
@@ -50,8 +50,8 @@ func TestLine(t *testing.T) {
 	if want := []string{maint.LeashArmed, maint.LeashRenewed, maint.LeashDisarmed}; err != nil || !slices.Equal(kinds(events), want) {
 		t.Errorf("events %+v, %v; want %q", events, err, want)
 	}
-	if n := events[1].Count; n < 7 || n > 15 {
-		t.Errorf("renewed %d times in a second, with a silence of 300 ms", n)
+	if n := events[1].Count; n < 6 || n > 12 {
+		t.Errorf("renewed %d times in three seconds, with a silence of one", n)
 	}
 	s.await("the leash's end", func() bool { return !lives(pid) })
 	if s.exec.count() != 1 {
@@ -80,7 +80,7 @@ func TestLineFires(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	l := s.hold(500*time.Millisecond, 3*time.Second)
-	if late := time.Since(l.Deadline()) + s.released(a, b); late > 700*time.Millisecond {
+	if late := time.Since(l.Deadline()) + s.released(a, b); late > 2*time.Second {
 		t.Errorf("released after %s", late)
 	}
 	s.lost(l)
@@ -173,7 +173,7 @@ func TestLeashIsKilled(t *testing.T) {
 	}
 	// That one does its work, when the holder dies.
 	l.Close()
-	if took := s.released(a, b); took < 1500*time.Millisecond || took > 4*time.Second {
+	if took := s.released(a, b); took < 1500*time.Millisecond || took > 6*time.Second {
 		t.Errorf("released %s after the holder's end, with a silence of 2s", took)
 	}
 }
@@ -186,7 +186,7 @@ func TestLeashCannotBeReplaced(t *testing.T) {
 	l := s.hold(time.Minute, 3*time.Second)
 	s.exec.fail(errors.New("no more processes"))
 	s.signal(syscall.SIGKILL)
-	if took := s.lost(l); took > time.Second {
+	if took := s.lost(l); took > 3*time.Second {
 		t.Errorf("the holder hears of it after %s", took)
 	}
 	if err := l.Err(); errors.Is(err, ErrFired) || !strings.Contains(err.Error(), "no more processes") {
@@ -229,18 +229,18 @@ func TestLeashHangs(t *testing.T) {
 	l := s.hold(time.Minute, time.Second)
 	s.signal(syscall.SIGSTOP)
 	begun := time.Now()
-	for range 20000 {
+	for range 2000 {
 		l.Paused(a)
 	}
-	if took := time.Since(begun); took > 500*time.Millisecond {
-		t.Errorf("20000 words took %s", took)
+	if took := time.Since(begun); took > time.Second {
+		t.Errorf("2000 words took %s", took)
 	}
 	s.await("doubt", func() bool { return l.Check() != nil })
-	if took := time.Since(begun); took > time.Second {
+	if took := time.Since(begun); took > 3*time.Second {
 		t.Errorf("doubted after %s only, with a silence of 1s", took)
 	}
 	s.lost(l)
-	if took := time.Since(begun); took > 2*time.Second {
+	if took := time.Since(begun); took > 4*time.Second {
 		t.Errorf("given up after %s, with a silence of 1s", took)
 	}
 	if l.Err() == nil || errors.Is(l.Err(), ErrFired) || s.exec.count() != 1 {
@@ -285,7 +285,7 @@ func TestHolderIsKilled(t *testing.T) {
 	if err := holder.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	if took := s.released(a, b); took > 2*time.Second {
+	if took := s.released(a, b); took > 4*time.Second {
 		t.Errorf("released after %s, with a silence of 1s", took)
 	}
 	all, err := Leftovers(s.Dir)
@@ -333,7 +333,7 @@ func TestBothAreKilled(t *testing.T) {
 		if _, err := s.exec.Launch(t.Context(), testOp); err != nil {
 			t.Fatal(err)
 		}
-		if took := s.released(a, b); took > 3*time.Second {
+		if took := s.released(a, b); took > 5*time.Second {
 			t.Errorf("released after %s, with a silence of 1s", took)
 		}
 	})
@@ -501,10 +501,63 @@ func TestHardened(t *testing.T) {
 
 	// Told to end, it releases first.
 	s.signal(syscall.SIGTERM)
-	if took := s.released(a, b); took > time.Second {
+	if took := s.released(a, b); took > 3*time.Second {
 		t.Errorf("released after %s", took)
 	}
 	s.await("the leash's end", func() bool { return !lives(pid) })
+}
+
+// A leash that ends because it was disarmed has not died.
+func TestDisarmedIsNotDead(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	const rounds = 50
+	for range rounds {
+		l, err := s.Arm(t.Context(), order(time.Minute, time.Second))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := l.Disarm(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := s.exec.count(); n != rounds {
+		t.Errorf("%d leashes for %d orders", n, rounds)
+	}
+
+	// Nor has one that had fired and was disarmed by another holder.
+	l := s.hold(100*time.Millisecond, time.Second)
+	s.lost(l)
+	other, err := s.Attach(t.Context(), testOp)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := other.Disarm(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.await("the line's end", func() bool { _, err := l.Events(t.Context()); return err != nil })
+	if n := s.exec.count(); n != rounds+1 {
+		t.Errorf("%d leashes for %d orders", n, rounds+1)
+	}
+}
+
+// What the holder knows and the leash's answer come together, which may be older.
+func TestLearn(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ holder, leash, want Fate }{
+		{Armed, Armed, Armed}, {Armed, Left, Left}, {Armed, Released, Released}, {Armed, Paused, Paused},
+		{Paused, Armed, Paused}, {Paused, Paused, Paused}, {Paused, Released, Released}, {Paused, Left, Left},
+		{Left, Armed, Left}, {Left, Paused, Left}, {Released, Paused, Released}, {Released, Armed, Released},
+	} {
+		of := func(f Fate) *Status {
+			return &Status{Op: testOp, Guests: []GuestStatus{{Guest: Guest{UUID: a}, Fate: f}}}
+		}
+		l := newLine(&Client{}, of(c.holder))
+		l.learn(reply{Status: of(c.leash)})
+		if got := l.s.guest(a).Fate; got != c.want {
+			t.Errorf("the holder knows %s, the leash says %s: %s, want %s", c.holder, c.leash, got, c.want)
+		}
+	}
 }
 
 // A context that ends is no answer to wait for.

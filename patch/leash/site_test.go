@@ -132,15 +132,19 @@ func (s *site) pid() int {
 	return pid
 }
 
-// signal sends the leash one, and waits for its end if it is SIGKILL.
+// signal sends the leash one, and waits for its end or stop if it is SIGKILL or
+// SIGSTOP.
 func (s *site) signal(sig syscall.Signal) {
 	s.t.Helper()
 	pid := s.pid()
 	if err := syscall.Kill(pid, sig); err != nil {
 		s.t.Fatal(err)
 	}
-	if sig == syscall.SIGKILL {
+	switch sig {
+	case syscall.SIGKILL:
 		s.await("the leash's end", func() bool { return !lives(pid) })
+	case syscall.SIGSTOP:
+		s.await("the leash's stop", func() bool { return stopped(pid) })
 	}
 }
 
@@ -148,6 +152,18 @@ func (s *site) signal(sig syscall.Signal) {
 func lives(pid int) bool {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	return err == nil && !strings.Contains(string(stat), ") Z ")
+}
+
+// stopped reports whether all threads of a process stand still.
+func stopped(pid int) bool {
+	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+	for _, t := range threads {
+		stat, err := os.ReadFile(t)
+		if err != nil || !strings.Contains(string(stat), ") T ") {
+			return false
+		}
+	}
+	return err == nil && len(threads) > 0
 }
 
 // await waits until something is so, and gives how long that took.

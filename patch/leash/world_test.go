@@ -13,7 +13,7 @@ import (
 type world struct {
 	mu     sync.Mutex
 	guests map[string]*machine // by UUID
-	// libvirt is how it answers: "" (well), "dead", "hung".
+	// libvirt is how it answers: "" (well), "dead", "hung", "starting".
 	libvirt string
 	// thawed is closed when a hung libvirt goes on.
 	thawed chan struct{}
@@ -33,6 +33,8 @@ type machine struct {
 	refuse error
 	// onSuspend is called when it is stopped, on the way.
 	onSuspend func()
+	// onCont is called before QEMU starts it.
+	onCont func()
 
 	suspends, resumes, conts int
 }
@@ -97,6 +99,8 @@ func (w *world) call(ctx context.Context, uuid string, f func(*machine) error) e
 	switch how {
 	case "dead":
 		return fmt.Errorf("connection refused: %w", maint.ErrHypervisorDown)
+	case "starting":
+		return errors.New("libvirt has not caught up with the guest's QEMU")
 	case "hung":
 		select {
 		case <-ctx.Done():
@@ -148,7 +152,7 @@ func (w *world) Resume(ctx context.Context, uuid string) error {
 func (w *world) dialMonitor(ctx context.Context, path string) (Monitor, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.libvirt != "dead" {
+	if w.libvirt == "" || w.libvirt == "hung" {
 		return nil, fmt.Errorf("no greeting: %w", ErrTaken)
 	}
 	m := w.guests[path[len("mon-"):]]
@@ -174,6 +178,9 @@ func (f *fakeMonitor) Status(context.Context) (string, error) {
 func (f *fakeMonitor) Cont(context.Context) error {
 	f.w.mu.Lock()
 	defer f.w.mu.Unlock()
+	if f.m.onCont != nil {
+		f.m.onCont()
+	}
 	f.m.conts++
 	f.m.qemu = "running"
 	return nil
