@@ -39,8 +39,15 @@ func (a *Agent) Replace(ctx context.Context, by string, r maint.ReplaceRequest) 
 	if err != nil {
 		return maint.Op{}, err
 	}
-	if r.Method == "" {
-		choices, err := a.choices(ctx, g.UUID)
+	f, err := vmm.Survey(ctx, vmmHost{a.hyp}, a.preserve.Places, g.UUID)
+	if err != nil {
+		return maint.Op{}, a.cannotAsk(what, err)
+	}
+	switch {
+	case f.Guarded != "" && !g.State.Active(): // an earlier one is gone on with, by its own method
+		r.Method = maint.VMMInPlace
+	case r.Method == "":
+		choices, err := a.choices(ctx, f)
 		if err != nil {
 			return maint.Op{}, a.cannotAsk(what, err)
 		}
@@ -63,18 +70,19 @@ func (a *Agent) ReplaceChoices(ctx context.Context, guest string) ([]maint.VMMCh
 	if err != nil {
 		return nil, err
 	}
-	choices, err := a.choices(ctx, g.UUID)
+	f, err := vmm.Survey(ctx, vmmHost{a.hyp}, a.preserve.Places, g.UUID)
+	if err != nil {
+		return nil, a.cannotAsk(what, err)
+	}
+	choices, err := a.choices(ctx, f)
 	if err != nil {
 		return nil, a.cannotAsk(what, err)
 	}
 	return choices, nil
 }
 
-func (a *Agent) choices(ctx context.Context, uuid string) ([]maint.VMMChoice, error) {
-	f, err := vmm.Survey(ctx, vmmHost{a.hyp}, a.preserve.Places, uuid)
-	if err != nil {
-		return nil, err
-	}
+// choices are all methods, those that are possible first, by their pause.
+func (a *Agent) choices(ctx context.Context, f vmm.Facts) ([]maint.VMMChoice, error) {
 	f.NoBounce = true // asked of the twin itself
 	choices := vmm.Choices(f)
 	if a.preserve.Twin != nil && f.Guest.State.Active() {

@@ -75,8 +75,23 @@ func (a *Agent) visitSteps(op maint.Op) []run.Step {
 	around := func(ctx context.Context, s *run.Scratch, f func() error) error {
 		return home.around(ctx, s, func() error { return away.around(ctx, s, f) })
 	}
+	// A guest that home refuses runs in the twin; it is tried for as long as it
+	// takes, unless somebody aborts that.
 	back := func(ctx context.Context, s *run.Scratch) error {
-		return around(ctx, s, func() error { return unlessAway(op, v.Back(ctx, s)) })
+		for {
+			err := around(ctx, s, func() error { return v.Back(a.life, s) })
+			if !errors.Is(err, twin.ErrStuck) || errors.Is(context.Cause(ctx), run.ErrAborted) {
+				return unlessAway(op, err)
+			}
+			if err := s.Note("the guest runs in the twin and is not brought home yet: %v", err); err != nil {
+				return err
+			}
+			select {
+			case <-time.After(homeAgain):
+			case <-a.life.Done():
+				return a.life.Err()
+			}
+		}
 	}
 	return []run.Step{
 		{Name: twin.PhasePreflight,
@@ -87,7 +102,7 @@ func (a *Agent) visitSteps(op maint.Op) []run.Step {
 			},
 			Undo: func(_ context.Context, s *run.Scratch) error { return back(a.life, s) }},
 		{Name: twin.PhaseBack, Commit: true,
-			Do: func(_ context.Context, s *run.Scratch) error { return back(a.life, s) }},
+			Do: func(ctx context.Context, s *run.Scratch) error { return back(ctx, s) }},
 		{Name: twin.PhaseFinish,
 			Do: func(ctx context.Context, s *run.Scratch) error {
 				result, err := v.Finish(ctx, s)
@@ -101,6 +116,9 @@ func (a *Agent) visitSteps(op maint.Op) []run.Step {
 			}},
 	}
 }
+
+// homeAgain is between two longer series of tries to bring a guest home.
+const homeAgain = time.Minute
 
 // unlessAway gives err, as one that ends the operation without any undo where
 // the guest could not be brought home.
