@@ -317,13 +317,10 @@ func TestBothAreKilled(t *testing.T) {
 		t.Parallel()
 		s := newSite(t)
 		holder := s.holder(time.Second)
+		_ = holder.Process.Signal(syscall.SIGSTOP) // or it would start another
+		s.await("the holder's stop", func() bool { return stopped(holder.Process.Pid) })
 		s.signal(syscall.SIGKILL)
 		_ = holder.Process.Kill()
-		// Should the holder have been the quicker, that one is killed too.
-		time.Sleep(100 * time.Millisecond)
-		if lives(s.pid()) {
-			s.signal(syscall.SIGKILL)
-		}
 		if s.runs(a) {
 			t.Fatal("it runs")
 		}

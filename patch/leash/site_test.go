@@ -142,7 +142,11 @@ func (s *site) signal(sig syscall.Signal) {
 	}
 	switch sig {
 	case syscall.SIGKILL:
-		s.await("the leash's end", func() bool { return !lives(pid) })
+		// Its first thread may be gone before the last.
+		s.await("the leash's end", func() bool {
+			threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+			return !lives(pid) && (err != nil || len(threads) == 1)
+		})
 	case syscall.SIGSTOP:
 		s.await("the leash's stop", func() bool { return stopped(pid) })
 	}
