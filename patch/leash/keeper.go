@@ -63,7 +63,9 @@ type Keeper struct {
 	settled time.Duration // since when nothing is left to be done; 0: not yet
 	killed  time.Duration // when libvirt was last killed
 	ending  bool          // the process is to end
-	over    chan struct{} // closed when disarmed, by once
+	heardOf time.Duration // when libvirt has last answered anything
+	disarms bool          // it is disarmed, and its holder is being told
+	over    chan struct{} // closed when that is done, by once
 	once    sync.Once
 	life    context.Context
 	parts   sync.WaitGroup // all goroutines
@@ -144,7 +146,7 @@ func (k *Keeper) look(now, quiet time.Duration, stopping bool) (done, armed bool
 	defer k.mu.Unlock()
 	k.ending = stopping
 	if k.s == nil {
-		return false, false
+		return false, k.disarms // which ends it soon
 	}
 	if k.s.Fired == "" {
 		k.quiet += quiet
@@ -419,7 +421,7 @@ func (k *Keeper) disarm() (*Status, error) {
 	}
 	k.note(maint.LeashEvent{Kind: maint.LeashDisarmed})
 	s := k.s
-	k.s = nil
+	k.s, k.disarms = nil, true
 	k.cfg.Log.Info("disarmed", "op", k.cfg.Op)
 	return s, nil
 }

@@ -330,6 +330,8 @@ func TestLibvirtIsKilled(t *testing.T) {
 		bed.w.set(a, func(m *machine) { m.rival = true })
 		bed.w.set(b, func(m *machine) { m.refuse = errors.New("virtlockd does not answer") })
 		bed.staysFor(time.Minute, a)
+		bed.w.set(b, func(m *machine) { m.stuck = true })
+		bed.staysFor(time.Minute, b)
 		if bed.kills > 0 {
 			t.Error("libvirt was killed")
 		}
@@ -570,6 +572,23 @@ func TestDisarm(t *testing.T) {
 		bed.must(request{Do: doReleased, Guests: []string{a}})
 		bed.must(request{Do: doDisarm})
 		bed.noNotes() // at once: a leash that is started again finds nothing
+		bed.returned(time.Second)
+	})
+}
+
+// A holder that is slow to read gets its answer, however long it has held.
+func TestDisarmIsAnswered(t *testing.T) {
+	within(t, newWorld(a), func(bed *bed) {
+		bed.arm()
+		bed.renewFor(idleWait + 5*time.Second)
+		if _, err := bed.conn.Write(encode(request{ID: 999, Do: doDisarm})); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(replyTimeout / 2)
+		var r reply
+		if err := bed.in.next(&r); err != nil || r.Problem != nil || r.Status == nil {
+			t.Fatalf("%+v, %v", r, err)
+		}
 		bed.returned(time.Second)
 	})
 }

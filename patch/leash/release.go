@@ -111,6 +111,7 @@ func (e *effort) try(ctx context.Context) (done bool) {
 	bounded, cancel := context.WithTimeout(ctx, e.resume)
 	err = e.k.cfg.Host.Resume(bounded, e.g.UUID)
 	cancel()
+	e.k.hear(err)
 	e.resume = min(2*e.resume, resumeMost)
 	switch {
 	case errors.Is(err, maint.ErrLocked):
@@ -134,7 +135,18 @@ func (e *effort) try(ctx context.Context) (done bool) {
 func (k *Keeper) state(ctx context.Context, uuid string) (maint.GuestState, string, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
-	return k.cfg.Host.State(ctx, uuid)
+	state, reason, err := k.cfg.Host.State(ctx, uuid)
+	k.hear(err)
+	return state, reason, err
+}
+
+// hear notes that libvirt has answered, if that is what the error says.
+func (k *Keeper) hear(err error) {
+	if !errors.Is(err, maint.ErrHypervisorDown) {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		k.heardOf = k.cfg.Clock()
+	}
 }
 
 // pastLibvirt releases the guest by its monitor, when libvirt has been waited
@@ -163,12 +175,13 @@ func (e *effort) pastLibvirt(ctx context.Context, cause error) (done bool) {
 	return done
 }
 
-// unhang has a libvirt killed that hangs, where the order allows it and a guest
-// has been overdue for as long as it says.
+// unhang has a libvirt killed that hangs, where the order allows it and, with a
+// guest overdue, it has answered nothing for as long as that says.
 func (k *Keeper) unhang(since time.Duration) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	now, after := k.cfg.Clock(), k.s.KillLibvirt
+	since = max(since, k.heardOf)
 	if after == 0 || k.cfg.KillLibvirt == nil || now-since < after || k.killed != 0 && now-k.killed < max(after, killAgain) {
 		return
 	}

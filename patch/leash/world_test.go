@@ -31,6 +31,8 @@ type machine struct {
 	gone bool
 	// refuse is libvirt's answer to a resume, where it is an odd one.
 	refuse error
+	// stuck: a job of libvirt's does not end; calls that need one wait.
+	stuck bool
 	// onSuspend is called when it is stopped, on the way.
 	onSuspend func()
 	// onCont is called before QEMU starts it.
@@ -134,6 +136,10 @@ func (w *world) Suspend(ctx context.Context, uuid string) error {
 }
 
 func (w *world) Resume(ctx context.Context, uuid string) error {
+	if w.get(uuid).stuck {
+		<-ctx.Done()
+		return fmt.Errorf("no answer in time: %w", maint.ErrHypervisorDown)
+	}
 	return w.call(ctx, uuid, func(m *machine) error {
 		m.resumes++
 		switch {
