@@ -54,9 +54,7 @@ type bed struct {
 	hold    *preserve.Hold
 	uuids   map[string]string
 
-	order  preserve.Order
-	out    *preserve.Outcome
-	events []string // guests' stops and starts, in order
+	out *preserve.Outcome
 }
 
 // hold runs f in a bubble, on a host with the guests named.
