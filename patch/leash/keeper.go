@@ -395,7 +395,9 @@ func (k *Keeper) renew() error {
 	if k.s == nil {
 		return errIdle(k.cfg.Op)
 	}
-	k.renewed++
+	if k.s.Fired == "" {
+		k.renewed++
+	}
 	return nil
 }
 

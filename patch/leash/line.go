@@ -244,14 +244,12 @@ func (l *Line) watch(ended <-chan error) error {
 		case <-every.C:
 		}
 		l.mu.Lock()
-		quiet, fired := Boottime()-l.answered, l.s.Fired != ""
+		quiet := Boottime() - l.answered
 		l.mu.Unlock()
 		if quiet > l.silence {
 			return errDumb
 		}
-		if !fired {
-			l.send(request{Do: doRenew}, nil)
-		}
+		l.send(request{Do: doRenew}, nil) // one that has fired is asked too: does it live?
 	}
 }
 
