@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"belay/agent/config"
@@ -131,7 +132,16 @@ func (l line) Marks() map[string]preserve.Mark {
 
 func (l line) Leave() []maint.LeashEvent {
 	defer l.Close()
-	return l.Status().Events
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if events, err := l.Events(ctx); err == nil {
+		return events
+	}
+	s := l.Status()
+	if s.Fired != "" && !slices.ContainsFunc(s.Events, func(e maint.LeashEvent) bool { return e.Kind == maint.LeashFired }) {
+		s.Events = append(s.Events, maint.LeashEvent{Time: time.Now(), Kind: maint.LeashFired, Text: s.Fired})
+	}
+	return s.Events
 }
 
 // steps gives package preserve the runner of host steps in its terms.

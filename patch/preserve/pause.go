@@ -309,6 +309,7 @@ func (p *pause) free(ctx context.Context) {
 	events, err := p.disarm(ctx)
 	if err != nil {
 		p.h.Log.Error("cannot disarm the leash", "err", err)
+		events = p.line.Leave() // what it has done is so all the same
 	}
 	p.events = events
 }
