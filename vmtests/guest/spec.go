@@ -26,9 +26,8 @@ const (
 	agentChannel = "org.qemu.guest_agent.0"
 
 	// baseCmdline: a panic reboots nothing, as the console then has its
-	// reason; mitigations only cost time under emulation; on a busy machine
-	// the kernel would take the TSC for bad and read a slow device instead.
-	baseCmdline = "console=ttyS0 loglevel=4 mitigations=off no_timer_check tsc=reliable"
+	// reason; mitigations only cost time under emulation.
+	baseCmdline = "console=ttyS0 loglevel=4 mitigations=off no_timer_check"
 
 	minMemoryMiB, maxMemoryMiB = 128, 4096
 )
