@@ -37,6 +37,15 @@
 // The value sent is the host's time and an estimate of the way to the guest: half
 // a round trip at first.
 //
+// # Many guests
+//
+// A setting keeps a connection and one of libvirtd's workers until hwclock is done.
+// So only as many clocks are set in a second as calls may be under way (New), and
+// libvirtd has workers (max_workers, 20 by default): of a host's guests the first so
+// many are right some ten milliseconds after their release, the next a second later,
+// and so on. libvirtd begins with few workers (min_workers, 5); a call that waits for
+// one carries a time that grows old, which the next setting makes good.
+//
 // # What is not done
 //
 // No clock is stepped back: the guest's programs would see time repeat itself. A

@@ -21,6 +21,14 @@ const slack = 250 * time.Millisecond
 func (b *bed) check(w *ward, r maint.ClockReport, steps int, resumed time.Time) (off, stale time.Duration) {
 	b.t.Helper()
 	is := b.rule(w)
+	if is.bar < 0 {
+		// A starved machine's guest can misjudge its TSC when it boots.
+		b.t.Logf("%s: its clock runs at a rate of its own and is not judged: %+v", w.Name, r)
+		if r.State == maint.ClockSynchronised {
+			b.t.Errorf("%s: %+v", w.Name, r)
+		}
+		return 0, 0
+	}
 	if len(is.steps) != steps+r.Shots {
 		b.t.Errorf("%s: its clock was set %d times, reported %d", w.Name, len(is.steps)-steps, r.Shots)
 		return is.off, 0
