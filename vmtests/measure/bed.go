@@ -191,16 +191,21 @@ const (
 	greetings    = 5
 )
 
-// dial connects to the guest's probe and returns its first answer. That one can
+// dial connects to the guest's probe and returns its first answer.
+func (b *Bed) dial(ctx context.Context) (*guest.Control, probe.Status, error) {
+	return greet(ctx, b.Guest, b.At())
+}
+
+// greet connects to a guest's probe and returns its first answer. That one can
 // get lost: a guest that has the question before it knows that a new client is
 // there drops the answer, as there is nobody to take it. So it is asked again.
-func (b *Bed) dial(ctx context.Context) (c *guest.Control, s probe.Status, err error) {
-	if c, err = b.Guest.Dial(ctx, b.At()); err != nil {
+func greet(ctx context.Context, g *guest.Guest, h guest.Host) (c *guest.Control, s probe.Status, err error) {
+	if c, err = g.Dial(ctx, h); err != nil {
 		return nil, s, err
 	}
 	for range greetings {
-		greet, cancel := context.WithTimeout(ctx, greetTimeout)
-		s, err = c.Status(greet)
+		once, cancel := context.WithTimeout(ctx, greetTimeout)
+		s, err = c.Status(once)
 		cancel()
 		if err == nil || ctx.Err() != nil {
 			break

@@ -15,4 +15,10 @@
 //
 // Both commands find the same hosts: belayd runs on each while virsh is at work
 // too, and neither is given a limit or a tuning that the other has not.
+//
+// For changes of a guest's QEMU there are [Bed.Replace] and [Bed.SaveRestore].
+//
+// A [Ward] is one host with many guests that are held, by [Ward.Belay] or by
+// [Ward.Virsh], a loop of the shell. Its rulers are QEMU's own times of its
+// events STOP and RESUME, the heartbeats, and the guests' word on their clocks.
 package measure

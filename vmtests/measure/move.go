@@ -93,10 +93,8 @@ func (b *Bed) Virsh(ctx context.Context) (Move, error) {
 func (b *Bed) move(ctx context.Context, tool string, f func(ctx context.Context, from, to *cluster.Node, m *Move) error) (Move, error) {
 	from, to := b.At(), b.Other()
 	m := Move{Tool: tool, From: from.Name, To: to.Name}
-	select {
-	case <-time.After(rest):
-	case <-ctx.Done():
-		return m, ctx.Err()
+	if err := pause(ctx, rest); err != nil {
+		return m, err
 	}
 	mark := b.Observer.Mark()
 	if err := f(ctx, from, to, &m); err != nil {

@@ -54,30 +54,39 @@ func Summarise(tool string, moves []Move) Summary {
 		Outage: RangeOf(outage), Downtime: RangeOf(downtime), Total: RangeOf(total), Copy: RangeOf(copied), Sent: RangeOf(sent)}
 }
 
-// PrintComparison writes a table of two summaries: the median of each with its
-// least and largest value, and what the first's median is of the second's.
+// PrintComparison writes a table of two summaries.
 func PrintComparison(w io.Writer, a, b Summary) error {
+	const msec = float64(time.Millisecond)
+	return PrintTable(w, a.Tool, b.Tool, []Row{
+		{"outage seen on the LAN", a.Outage, b.Outage, msec, "ms"},
+		{"downtime reported by QEMU", a.Downtime, b.Downtime, msec, "ms"},
+		{"total time of the command", a.Total, b.Total, msec, "ms"},
+		{"  of that libvirt's job", a.Copy, b.Copy, msec, "ms"},
+		{"memory sent", a.Sent, b.Sent, 1 << 20, "MiB"},
+	})
+}
+
+// Row compares two ranges, in a unit of Scale of their own.
+type Row struct {
+	Name  string
+	A, B  Range
+	Scale float64
+	Unit  string
+}
+
+// PrintTable writes rows: the median of each column with its least and largest
+// value, and what the first's median is of the second's.
+func PrintTable(w io.Writer, a, b string, rows []Row) error {
 	const form = "%-27s %-25s %-25s %s\n"
-	if _, err := fmt.Fprintf(w, form, "", a.Tool, b.Tool, a.Tool+"/"+b.Tool); err != nil {
+	if _, err := fmt.Fprintf(w, form, "", a, b, a+"/"+b); err != nil {
 		return err
 	}
-	for _, row := range []struct {
-		name  string
-		a, b  Range
-		scale float64
-		unit  string
-	}{
-		{"outage seen on the LAN", a.Outage, b.Outage, float64(time.Millisecond), "ms"},
-		{"downtime reported by QEMU", a.Downtime, b.Downtime, float64(time.Millisecond), "ms"},
-		{"total time of the command", a.Total, b.Total, float64(time.Millisecond), "ms"},
-		{"  of that libvirt's job", a.Copy, b.Copy, float64(time.Millisecond), "ms"},
-		{"memory sent", a.Sent, b.Sent, 1 << 20, "MiB"},
-	} {
+	for _, row := range rows {
 		ratio := "-"
-		if row.b.Median > 0 {
-			ratio = fmt.Sprintf("%.2f", row.a.Median/row.b.Median)
+		if row.B.Median > 0 {
+			ratio = fmt.Sprintf("%.2f", row.A.Median/row.B.Median)
 		}
-		if _, err := fmt.Fprintf(w, form, row.name, row.a.In(row.scale, row.unit), row.b.In(row.scale, row.unit), ratio); err != nil {
+		if _, err := fmt.Fprintf(w, form, row.Name, row.A.In(row.Scale, row.Unit), row.B.In(row.Scale, row.Unit), ratio); err != nil {
 			return err
 		}
 	}
@@ -85,8 +94,13 @@ func PrintComparison(w io.Writer, a, b Summary) error {
 }
 
 // In writes a range in a unit of so many of its own: "250 (200 to 335) ms".
+// A small one has a decimal.
 func (r Range) In(scale float64, unit string) string {
-	return fmt.Sprintf("%.0f (%.0f to %.0f) %s", r.Median/scale, r.Min/scale, r.Max/scale, unit)
+	digits := 0
+	if r.Median/scale < 10 {
+		digits = 1
+	}
+	return fmt.Sprintf("%.*f (%.*f to %.*f) %s", digits, r.Median/scale, digits, r.Min/scale, digits, r.Max/scale, unit)
 }
 
 // Phase is one phase of Belay's migrations and how long it took, ns.

@@ -18,14 +18,13 @@ import (
 
 const (
 	domains    = 50
-	statusRuns = 101
 	idleFor    = time.Minute
 	clockTicks = 100 // of /proc/PID/stat a second: USER_HZ, see proc(5)
 )
 
 // benchDaemon measures what belayd costs while nothing happens, and how long
 // an operator waits for belay status, with 50 domains defined in real libvirt.
-func benchDaemon(ctx context.Context, bin cluster.Binaries) error {
+func benchDaemon(ctx context.Context, bin cluster.Binaries, rounds int) error {
 	l, err := lab.Up(ctx, lab.Config{Name: "bench"})
 	if err != nil {
 		return err
@@ -46,9 +45,9 @@ func benchDaemon(ctx context.Context, bin cluster.Binaries) error {
 	if err := settled(ctx, n); err != nil {
 		return err
 	}
-	heading("belay status, %d domains defined, %d runs each, alternating", domains, statusRuns)
+	heading("belay status, %d domains defined, %d runs each, alternating", domains, rounds)
 	var belay, virsh []time.Duration
-	for range statusRuns {
+	for range rounds {
 		begun := time.Now()
 		if r, err := n.Belay(ctx, "status"); err != nil || r.Code != 0 || !strings.Contains(r.Stdout, fmt.Sprintf("%d shut off", domains)) {
 			return fmt.Errorf("belay status: %v: %+v", err, r)

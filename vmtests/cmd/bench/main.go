@@ -3,12 +3,15 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"flag"
 	"fmt"
 	"os"
 	"os/signal"
 	"runtime"
+	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -16,6 +19,24 @@ import (
 	"belay/vmtests/cluster"
 	"belay/vmtests/lab"
 )
+
+// part is one benchmark.
+type part struct {
+	name   string
+	rounds int // unless -rounds says otherwise: what its figures are made of
+	run    func(ctx context.Context, bin cluster.Binaries, rounds int) error
+	asked  bool // it is run only when asked for
+}
+
+func parts() []part {
+	return []part{
+		{name: "daemon", rounds: 101, run: benchDaemon},
+		{name: "migrate", rounds: 12, run: benchMigrate}, // an even number has both go each way equally often
+		{name: "hold", rounds: 7, run: benchHold},
+		{name: "clock", rounds: 50, run: benchClock},
+		{name: "vmm", rounds: 7, run: benchVMM, asked: true},
+	}
+}
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
@@ -28,11 +49,18 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) error {
+	var names []string
+	for _, p := range parts() {
+		names = append(names, p.name)
+	}
 	flags := flag.NewFlagSet("bench", flag.ExitOnError)
-	only := flags.String("only", "", "run only this part: daemon or migrate")
-	rounds := flags.Int("rounds", 12, "moves by each tool, in the migration benchmarks; an even number has both go each way equally often")
+	only := flags.String("only", "", "run only this part: "+strings.Join(names, ", "))
+	rounds := flags.Int("rounds", 0, "how often each tool is measured; 0 is each part's own number")
 	if err := flags.Parse(args); err != nil {
 		return err
+	}
+	if *only != "" && !slices.Contains(names, *only) {
+		return fmt.Errorf("there is no part %q", *only)
 	}
 	bin, discard, err := cluster.Programs(ctx)
 	if err != nil {
@@ -44,13 +72,12 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	fmt.Printf("%s, %d cores, Linux %s, %s\n", time.Now().UTC().Format(time.DateOnly), runtime.NumCPU(), unix.ByteSliceToString(uts.Release[:]), runtime.Version())
-	if *only == "" || *only == "daemon" {
-		if err := benchDaemon(ctx, bin); err != nil {
-			return err
+	for _, p := range parts() {
+		if p.name == *only || *only == "" && !p.asked {
+			if err := p.run(ctx, bin, cmp.Or(*rounds, p.rounds)); err != nil {
+				return fmt.Errorf("%s: %w", p.name, err)
+			}
 		}
-	}
-	if *only == "" || *only == "migrate" {
-		return benchMigrate(ctx, bin, *rounds)
 	}
 	return nil
 }
