@@ -53,6 +53,7 @@ type held struct {
 	agent  maint.AgentState
 	unsure error // why it is not known whether it was paused at all
 	over   bool  // it was released under an earlier belayd, or never paused
+	timed  bool  // its clock is being seen to
 	// running is since when one that an earlier belayd may have been about to
 	// pause is seen to run.
 	running time.Time
@@ -158,9 +159,7 @@ func (p *pause) release(ctx context.Context) {
 	groups := make(map[int][]*held)
 	var atOnce []*held
 	for _, g := range p.guests {
-		if g.over {
-			atOnce = append(atOnce, g)
-		} else {
+		if !g.over {
 			groups[g.group] = append(groups[g.group], g)
 		}
 	}
@@ -260,11 +259,20 @@ const (
 	somebodyElse = "somebody else"
 )
 
-// correct puts a guest's clock right, in a goroutine, unless it ended.
+// correct puts the clock right, in a goroutine, of a guest that belayd has
+// released. The leash may stop one once more that it released: see credit.
 func (p *pause) correct(ctx context.Context, g *held) {
-	if g.Released.IsZero() && !g.over {
+	if g.ReleasedBy == belayd {
+		p.restore(ctx, g)
+	}
+}
+
+// restore puts a guest's clock right, in a goroutine, unless it ended.
+func (p *pause) restore(ctx context.Context, g *held) {
+	if g.Released.IsZero() && !g.over || g.timed {
 		return
 	}
+	g.timed = true
 	by, released := g.ReleasedBy, cmp.Or(g.Released, time.Now())
 	lost := released.Round(0).Sub(cmp.Or(g.Paused, p.begun).Round(0))
 	guest := maint.Guest{Name: g.Guest, UUID: g.UUID, Agent: g.agent}
@@ -335,30 +343,30 @@ func (p *pause) end(ctx context.Context) ([]maint.HeldGuest, []maint.LeashEvent)
 }
 
 // credit gives the leash what it released, under this belayd or under one that
-// died. Of that one's pauses only the arming is known, right before them.
+// died, and sees to the clocks that are left: the leash is done with the guests
+// now. Of the dead one's pauses only the arming is known, right before them.
 func (p *pause) credit(ctx context.Context) {
 	var armed time.Time
+	fired, credited := false, make(map[string]bool)
 	for _, e := range p.events {
+		fired = fired || e.Kind == maint.LeashFired
 		if e.Kind == maint.LeashArmed && armed.IsZero() {
 			armed = e.Time
 		}
+		// Only the first release is one: the others have leases taken again.
 		i := slices.IndexFunc(p.order.Guests, func(m Member) bool { return m.UUID == e.UUID })
-		if e.Kind != maint.LeashReleased || i < 0 {
+		if e.Kind != maint.LeashReleased || i < 0 || credited[e.UUID] {
 			continue
 		}
-		m, g := p.order.Guests[i], p.guests[e.UUID]
+		credited[e.UUID] = true
+		g := p.guests[e.UUID]
 		if g == nil {
-			g = p.add(m, time.Time{})
-		} else if g.ReleasedBy == belayd {
-			continue
+			g = p.add(p.order.Guests[i], time.Time{})
 		}
-		late := g.Released.IsZero() && !g.over // nobody has seen to its clock
-		g.ReleasedBy, g.Released, g.Problem = leash, e.Time, nil
-		if late {
-			p.correct(ctx, g)
+		if g.ReleasedBy != belayd {
+			g.ReleasedBy, g.Released, g.Pause, g.Problem = leash, e.Time, 0, nil
 		}
 	}
-	fired := slices.ContainsFunc(p.events, func(e maint.LeashEvent) bool { return e.Kind == maint.LeashFired })
 	for _, g := range p.guests {
 		if g.Paused.IsZero() {
 			g.Paused = armed
@@ -373,6 +381,7 @@ func (p *pause) credit(ctx context.Context) {
 		if g.Pause == 0 && !g.Paused.IsZero() && !g.Released.IsZero() {
 			g.Pause = g.Released.Round(0).Sub(g.Paused.Round(0)) // the leash's times are of the wall clock
 		}
+		p.restore(ctx, g)
 	}
 }
 

@@ -523,6 +523,56 @@ func TestRecoverTellsTheTruth(t *testing.T) {
 	}
 }
 
+// relocking are leashes that release every guest once more, as they do after a
+// release past libvirt.
+type relocking struct {
+	preserve.Leash
+	again time.Duration
+}
+
+type relockingLine struct {
+	preserve.Line
+	again time.Duration
+}
+
+func (r relocking) Attach(ctx context.Context, op maint.OpID) (preserve.Line, error) {
+	l, err := r.Leash.Attach(ctx, op)
+	return relockingLine{l, r.again}, err
+}
+
+func (l relockingLine) Disarm(ctx context.Context) ([]maint.LeashEvent, error) {
+	events, err := l.Line.Disarm(ctx)
+	for _, e := range events {
+		if e.Kind == maint.LeashReleased {
+			e.Time = e.Time.Add(l.again)
+			events = append(events, e)
+		}
+	}
+	return events, err
+}
+
+// What the leash released was paused until it did so first.
+func TestFirstReleaseCounts(t *testing.T) {
+	hold(t, all, func(b *bed) {
+		b.leashes.Alive = func() bool { return false }
+		b.died(func(l preserve.Line) {
+			if err := b.host.Suspend(b.Context(), b.uuids["web-1"]); err != nil {
+				b.Fatal(err)
+			}
+			l.Mark(preserve.Paused, b.uuids["web-1"])
+		})
+		time.Sleep(8 * time.Second)
+		b.allRun("web-1")
+		b.hold.Leash = relocking{b.leashes, 4 * time.Second}
+		if err := b.hold.Recover(b.Context(), b.scratch, b.record); err != nil {
+			b.Fatal(err)
+		}
+		if g := b.result("web-1"); g.ReleasedBy != "leash" || g.Pause > preservetest.Silence+time.Second || g.Clock == nil {
+			b.Errorf("%+v", g)
+		}
+	}, "web-1")
+}
+
 // A belayd that finds a hold begun by one that died goes back, however often.
 func TestRecover(t *testing.T) {
 	r := maint.HoldRequest{All: true, Step: command("sleep 5s"), Undo: ptr(command("true"))}
