@@ -33,8 +33,9 @@
 //
 // libvirt first. When it cannot be reached or does not answer for a second, the
 // guest's QMP monitor: QEMU serves one client there, so this works when libvirtd
-// is dead, and not when it hangs with the monitor in its hand. Past libvirt the
-// guest runs without the leases of its disks; when libvirt is back the leash
+// is dead, and not when it hangs with the monitor in its hand. Then the guest stays
+// paused until libvirt goes on or is killed, by the leash itself if the order says
+// so (Order.KillLibvirt). Past libvirt the guest runs without the leases of its disks; when libvirt is back the leash
 // stops and resumes it once through libvirt, which takes them. When a lease is
 // held by somebody else the guest stays paused, and the alarm goes on: two
 // writers would destroy the disk.

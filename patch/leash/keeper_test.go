@@ -55,7 +55,7 @@ func TestArmingIsRefused(t *testing.T) {
 		"no fate":               {func(_ *bed, s *Status) { s.Guests[1].Fate = "lost" }, maint.CodeBadRequest},
 		"an endless pause":      {func(_ *bed, s *Status) { s.Deadline += 25 * time.Hour }, maint.CodeBadRequest},
 		"no silence":            {func(_ *bed, s *Status) { s.Silence = 0 }, maint.CodeBadRequest},
-		"a kill before time":    {func(_ *bed, s *Status) { s.KillLibvirt = -1 }, maint.CodeBadRequest},
+		"a kill before time":    {func(_ *bed, s *Status) { s.KillLibvirt = minKill - 1 }, maint.CodeBadRequest},
 		"an endless silence":    {func(_ *bed, s *Status) { s.Silence = time.Hour }, maint.CodeBadRequest},
 		"a folder that is none": {func(b *bed, _ *Status) { spoilDir(b.t, b.dir) }, maint.CodeInternal},
 	} {
@@ -324,14 +324,16 @@ func TestLibvirtIsKilled(t *testing.T) {
 	})
 	within(t, newWorld(a, b), func(bed *bed) { // one that is alive and refuses is let be
 		o := bed.order()
-		o.KillLibvirt = time.Second
+		o.KillLibvirt = minKill
 		bed.must(request{Do: doArm, Order: o})
 		bed.pause(a, b)
 		bed.w.set(a, func(m *machine) { m.rival = true })
 		bed.w.set(b, func(m *machine) { m.refuse = errors.New("virtlockd does not answer") })
 		bed.staysFor(time.Minute, a)
 		bed.w.set(b, func(m *machine) { m.stuck = true })
-		bed.staysFor(time.Minute, b)
+		bed.staysFor(2*time.Minute, b)
+		bed.w.set(a, func(m *machine) { m.stuck = true })
+		bed.staysFor(5*time.Minute, b)
 		if bed.kills > 0 {
 			t.Error("libvirt was killed")
 		}

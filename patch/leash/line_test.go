@@ -103,9 +103,11 @@ func TestArmIsRefused(t *testing.T) {
 		t.Errorf("a guest that is not there: %v", err)
 	}
 	// The same operation, put right, has the leash that is there.
-	if _, err := s.Arm(t.Context(), order(time.Minute, 0)); err != nil || s.exec.count() != 1 {
-		t.Errorf("the second order: %v, %d leashes", err, s.exec.count())
+	l, err := s.Arm(t.Context(), order(time.Minute, 0))
+	if err != nil || s.exec.count() != 1 {
+		t.Fatalf("the second order: %v, %d leashes", err, s.exec.count())
 	}
+	l.Close()
 
 	bad := func(change func(*Order)) Order { o := order(time.Minute, 0); change(&o); return o }
 	for _, o := range []Order{

@@ -32,7 +32,7 @@ type Order struct {
 	// KillLibvirt is how long guests may be overdue because libvirt's daemon
 	// hangs with their monitors in its hand; then it is killed. Guests go on
 	// without it, jobs of libvirt's do not. 0 is never: the guests stay
-	// paused until somebody else ends it.
+	// paused until somebody else ends it. The least is 3 s.
 	KillLibvirt time.Duration
 }
 
@@ -106,7 +106,9 @@ const (
 	minSilence     = 100 * time.Millisecond
 	maxSilence     = time.Minute
 	maxPause       = 24 * time.Hour
-	maxGuests      = 4096
+	// minKill has at least two looks in it that libvirt does not answer.
+	minKill   = 3 * time.Second
+	maxGuests = 4096
 )
 
 // opName keeps an operation's name fit for files, units and cgroups.
@@ -128,8 +130,8 @@ func (s *Status) check(now time.Duration) error {
 	switch {
 	case s.Silence < minSilence || s.Silence > maxSilence:
 		return bad("a silence of %s is not between %s and %s", s.Silence, minSilence, maxSilence)
-	case s.KillLibvirt < 0:
-		return bad("libvirt cannot be killed after %s", s.KillLibvirt)
+	case s.KillLibvirt != 0 && s.KillLibvirt < minKill:
+		return bad("libvirt is not killed within %s", minKill)
 	case s.Deadline > now+maxPause:
 		return bad("a pause of more than %s", maxPause)
 	case len(s.Guests) == 0 || len(s.Guests) > maxGuests:

@@ -120,6 +120,8 @@ func (e *effort) try(ctx context.Context) (done bool) {
 		e.k.mu.Unlock()
 		return e.failed("find out who uses its disk: it stays paused until that has ended", err)
 	case errors.Is(err, maint.ErrHypervisorDown):
+		// Does it hang, or does the guest's job that it waits for?
+		_, _, _ = e.k.state(ctx, e.g.UUID)
 		return e.pastLibvirt(ctx, err)
 	case err != nil:
 		return e.failed("see libvirt's log", err)
