@@ -288,8 +288,8 @@ func (c *Config) check() error {
 	if d := c.Hold.LeashSilence.Duration; d < time.Second || d > time.Minute {
 		bad("hold.leash_silence", "%s is not between 1s and 1m", d)
 	}
-	if c.Hold.KillLibvirt.Duration < 0 {
-		bad("hold.kill_libvirt", "%s is negative; 0 means never", c.Hold.KillLibvirt)
+	if d := c.Hold.KillLibvirt.Duration; d != 0 && d < 3*time.Second {
+		bad("hold.kill_libvirt", "%s is shorter than 3s; 0 means never", d)
 	}
 	if by := c.Hold.CommandsBy; by != "root" && by != "operators" {
 		bad("hold.commands_by", "%q is neither \"root\" nor \"operators\"", by)
