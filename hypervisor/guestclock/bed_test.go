@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -91,7 +92,7 @@ func newBed(t *testing.T, s setup) *bed {
 			defer func() { <-turns }()
 			w := &ward{Guest: maint.Guest{Name: fmt.Sprintf("web-%d", i+1), UUID: fmt.Sprintf("11111111-2222-4333-8444-%012d", i+1), Agent: maint.AgentConnected}}
 			b.guests[i] = w
-			spec := guest.Spec{Name: w.Name, UUID: w.UUID, Accel: accel, Cmdline: s.cmdline}
+			spec := guest.Spec{Name: w.Name, UUID: w.UUID, Accel: accel, Cmdline: strings.TrimSpace(s.cmdline + " " + guest.SteadyClock)}
 			if _, errs[i] = guest.Start(ctx, b.host, spec, img); errs[i] == nil {
 				w.probe, errs[i] = guest.Dial(ctx, b.host, w.Name)
 			}

@@ -128,6 +128,8 @@ func TestWhatItIsGiven(t *testing.T) {
 	got := strings.Split(strings.TrimSpace(run.Output), "\n")
 	got = append(got[:0:0], got...)
 	for i := 0; i < len(got); i++ {
+		// What make starts ignores signal 32, the C library's own.
+		got[i] = strings.Replace(got[i], "SigIgn:\t0000000080000000", "SigIgn:\t0000000000000000", 1)
 		if strings.HasPrefix(got[i], "PWD=") || strings.HasPrefix(got[i], "OLDPWD=") { // the shell's own
 			got = append(got[:i], got[i+1:]...)
 		}
