@@ -1,8 +1,10 @@
 package vmtests
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -10,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -28,41 +29,103 @@ type vmmHost struct{ *hypervisor.Host }
 
 func (h vmmHost) Describe(ctx context.Context, uuid string) (vmm.Description, error) {
 	x, err := h.GuestXML(ctx, uuid)
-	return vmm.Description{Live: x.Live, Portable: x.Portable, Inactive: x.Inactive}, err
+	return vmm.Description{Live: x.Live, Portable: x.Portable, Inactive: x.Inactive, CPU: x.CPU}, err
 }
 
-// notebook is a Scratch in memory. It outlives a replacement that is killed.
+// notebook is a Scratch that outlives a replacement that is killed: with a file,
+// also one in a process of its own.
 type notebook struct {
-	mu    sync.Mutex
+	file  string
 	phase string
-	saved map[string][]byte
-	notes []string
+
+	Done  map[string]bool
+	Saved map[string]json.RawMessage
+	Notes []string
 }
 
-func newNotebook() *notebook { return &notebook{saved: make(map[string][]byte)} }
+func newNotebook() *notebook {
+	return &notebook{Done: make(map[string]bool), Saved: make(map[string]json.RawMessage)}
+}
+
+// openNotebook takes up one that is in a file, if it is there.
+func openNotebook(file string) (*notebook, error) {
+	n := newNotebook()
+	n.file = file
+	b, err := os.ReadFile(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return n, nil
+	}
+	if err == nil {
+		err = json.Unmarshal(b, n)
+	}
+	return n, err
+}
+
+func (n *notebook) write() error {
+	if n.file == "" {
+		return nil
+	}
+	b, err := json.Marshal(n)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(n.file+".new", b, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(n.file+".new", n.file)
+}
 
 func (n *notebook) Note(format string, args ...any) error {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.notes = append(n.notes, n.phase+": "+fmt.Sprintf(format, args...))
-	return nil
+	n.Notes = append(n.Notes, n.phase+": "+fmt.Sprintf(format, args...))
+	return n.write()
 }
 
 func (n *notebook) Save(v any) (err error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.saved[n.phase], err = json.Marshal(v)
-	return err
+	if n.Saved[n.phase], err = json.Marshal(v); err != nil {
+		return err
+	}
+	return n.write()
 }
 
 func (n *notebook) Load(phase string, v any) (bool, error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	b, ok := n.saved[phase]
+	b, ok := n.Saved[phase]
 	if !ok {
 		return false, nil
 	}
 	return true, json.Unmarshal(b, v)
+}
+
+// run takes a replacement through its phases as the agent does, from the first
+// that is not done, and undoes when one before the end of the swap fails.
+func (n *notebook) run(ctx context.Context, r *vmm.Replacement) error {
+	do := func(phase string, f func(context.Context, vmm.Scratch) error) error {
+		if n.Done[phase] {
+			return nil
+		}
+		n.phase = phase
+		if err := f(ctx, n); err != nil {
+			return fmt.Errorf("%s: %w", phase, err)
+		}
+		n.Done[phase] = true
+		return n.write()
+	}
+	if err := do(vmm.PhasePreflight, r.Preflight); err != nil {
+		return err
+	}
+	err := do(vmm.PhasePrepare, r.Prepare)
+	if err == nil {
+		err = do(vmm.PhaseSwap, r.Swap)
+	}
+	if err != nil && !errors.Is(err, vmm.ErrStuck) {
+		return errors.Join(err, r.Back(ctx, n), r.Unprepare(ctx, n))
+	}
+	if err == nil {
+		err = do(vmm.PhaseProve, r.Prove)
+	}
+	if err == nil {
+		err = do(vmm.PhaseFinish, r.Finish)
+	}
+	return err
 }
 
 // swapBed is a lab with one guest whose QEMU is to be replaced.
@@ -82,14 +145,20 @@ type swapBed struct {
 func newSwapBed(t *testing.T, c lab.Config, s guest.Spec) *swapBed {
 	t.Helper()
 	img, accel := guest.ForTest(t)
-	if c.QEMU == "" {
+	switch c.QEMU {
+	case "":
 		c.QEMU = img.QEMU
+	case machineQEMU:
+		c.QEMU = ""
 	}
 	if c.Hosts == 0 {
 		c.Hosts = 1
 	}
-	if c.Hooks == "" {
+	switch c.Hooks {
+	case "":
 		c.Hooks = "../dist/hooks"
+	case noHooks:
+		c.Hooks = ""
 	}
 	b := &swapBed{t: t, lab: lab.ForTest(t, c)}
 	b.host = b.lab.Hosts[0]
@@ -111,13 +180,14 @@ func newSwapBed(t *testing.T, c lab.Config, s guest.Spec) *swapBed {
 	if s.MemoryMiB == 0 {
 		s.MemoryMiB = 192
 	}
-	if s.Disk == "" {
-		s.Disk = filepath.Join(b.lab.Shared, "web-1.qcow2")
+	if s.Disk == sharedDevice {
+		s.Disk, err = b.lab.AddDisk(t.Context(), "web-1", 64<<20)
+	} else {
+		s.Disk = filepath.Join(b.lab.Shared, cmp.Or(s.Disk, "web-1.qcow2"))
+		err = guest.CreateDisk(t.Context(), s.Disk, 64)
 	}
-	if !strings.HasPrefix(s.Disk, "/dev/") {
-		if err := guest.CreateDisk(t.Context(), s.Disk, 64); err != nil {
-			t.Fatal(err)
-		}
+	if err != nil {
+		t.Fatal(err)
 	}
 	if b.guest, err = guest.Start(b.ctx(3*time.Minute), b.host, s, img); err != nil {
 		t.Fatal(err)
@@ -189,20 +259,6 @@ func (b *swapBed) replacement(method maint.VMMMethod) *vmm.Replacement {
 		Host: vmmHost{b.hv}, Places: b.places(), Log: slog.New(slog.NewTextHandler(b.t.Output(), nil))}
 }
 
-// run takes a replacement through its phases as the agent does, undoing when
-// one before the end of the swap fails.
-func (b *swapBed) run(r *vmm.Replacement, n *notebook) error {
-	ctx := b.ctx(4 * time.Minute)
-	do := func(phase string, f func(context.Context, vmm.Scratch) error) error {
-		n.phase = phase
-		if err := f(ctx, n); err != nil {
-			return fmt.Errorf("%s: %w", phase, err)
-		}
-		return nil
-	}
-	return swapPhases(r, do)
-}
-
 // isWhole checks that the guest is the one that was started, alive and whole,
 // with its disk, its agent and its autostart.
 func (b *swapBed) isWhole(h *lab.Host) {
@@ -249,57 +305,43 @@ func (b *swapBed) isTidy() {
 	}
 }
 
-func swapPhases(r *vmm.Replacement, do func(string, func(context.Context, vmm.Scratch) error) error) error {
-	if err := do(vmm.PhasePreflight, r.Preflight); err != nil {
-		return err
+// swap does one replacement that is to succeed, and checks the guest and that
+// nothing is left. It returns what was measured.
+func (b *swapBed) swap(method maint.VMMMethod) maint.VMMResult {
+	b.t.Helper()
+	pid, mark := b.pid(), b.obs.Mark()
+	r, n := b.replacement(method), newNotebook()
+	if err := n.run(b.ctx(4*time.Minute), r); err != nil {
+		b.t.Fatalf("%v; notes %q", err, n.Notes)
 	}
-	err := do(vmm.PhasePrepare, r.Prepare)
-	if err == nil {
-		err = do(vmm.PhaseSwap, r.Swap)
-	}
+	res, err := r.Measure(b.ctx(time.Minute), n)
 	if err != nil {
-		for _, undo := range []func(context.Context, vmm.Scratch) error{r.Back, r.Unprepare} {
-			if undone := do("undo", undo); undone != nil {
-				return fmt.Errorf("%w; %w", err, undone)
-			}
-		}
-		return err
+		b.t.Fatal(err)
 	}
-	if err := do(vmm.PhaseProve, r.Prove); err != nil {
-		return err
+	if now := b.pid(); now == pid {
+		b.t.Fatalf("its QEMU is still process %s", pid)
 	}
-	return do(vmm.PhaseFinish, r.Finish)
+	b.isWhole(b.host)
+	b.isTidy()
+	if err := b.obs.Await(b.ctx(10*time.Second), "web-1", 100); err != nil {
+		b.t.Fatal(err)
+	}
+	seen := b.obs.Since(mark, "web-1")
+	if seen.Restarts != 0 || seen.Pause() == 0 {
+		b.t.Fatalf("seen on the LAN: %+v", seen)
+	}
+	b.t.Logf("%s: pause %v %s, outage %v on the LAN", method, res.Pause.Round(time.Millisecond), n.Saved[vmm.PhaseSwap], seen.Pause().Round(time.Millisecond))
+	return res
 }
 
-// A guest gets new QEMUs, one after the other, its memory where it is.
+// A guest gets new QEMUs, one after the other, its memory where it is. Then
+// libvirt does with it what it can do with any other.
 func TestNewQEMUInPlace(t *testing.T) {
 	t.Parallel()
-	b := newSwapBed(t, lab.Config{}, guest.Spec{FileMemory: true})
+	b := newSwapBed(t, lab.Config{Hosts: 2}, guest.Spec{FileMemory: true, Disk: sharedDevice})
 	definition := b.virsh("dumpxml", "--inactive", "--security-info", "web-1")
-	for round := range 3 {
-		pid := b.pid()
-		mark := b.obs.Mark()
-		r, n := b.replacement(maint.VMMInPlace), newNotebook()
-		if err := b.run(r, n); err != nil {
-			t.Fatalf("round %d: %v; %q", round, err, n.notes)
-		}
-		res, err := r.Measure(b.ctx(time.Minute), n)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if now := b.pid(); now == pid {
-			t.Fatalf("its QEMU is still process %s", pid)
-		}
-		b.isWhole(b.host)
-		b.isTidy()
-		if err := b.obs.Await(b.ctx(10*time.Second), "web-1", 100); err != nil {
-			t.Fatal(err)
-		}
-		seen := b.obs.Since(mark, "web-1")
-		if seen.Restarts != 0 {
-			t.Fatalf("the probe was restarted: %+v", seen)
-		}
-		t.Logf("round %d: pause %v (%s), outage %v on the LAN, standstill %v", round, res.Pause.Round(time.Millisecond), n.saved[vmm.PhaseSwap], seen.Pause().Round(time.Millisecond), seen.Standstill.Round(time.Millisecond))
+	same := func() {
+		t.Helper()
 		if now := b.virsh("dumpxml", "--inactive", "--security-info", "web-1"); now != definition {
 			t.Fatalf("its definition has changed:\n%s\nwas\n%s", now, definition)
 		}
@@ -307,13 +349,122 @@ func TestNewQEMUInPlace(t *testing.T) {
 			t.Fatalf("it lost its autostart: %q", got)
 		}
 	}
+	for range 2 {
+		b.swap(maint.VMMInPlace)
+		same()
+		if err := b.rival(b.lab.Hosts[1]); err == nil || !strings.Contains(err.Error(), "lock") {
+			t.Fatalf("its disk's lease is not held: %v", err)
+		}
+	}
+
+	// It is saved and restored with its memory.
+	image := filepath.Join(b.lab.Shared, "saved")
+	b.virsh("save", "web-1", image)
+	b.virsh("restore", image)
+	b.isWhole(b.host)
+	b.swap(maint.VMMInPlace)
+
+	// It leaves, and comes back.
+	there, back := b.lab.Hosts[1], b.host
+	move := func(from, to *lab.Host) {
+		t.Helper()
+		if _, err := from.Virsh(b.ctx(2*time.Minute), "migrate", "--live", "--p2p", "--persistent", "--undefinesource", "web-1", to.PeerURI(false)); err != nil {
+			t.Fatal(err)
+		}
+		b.isWhole(to)
+	}
+	move(back, there)
+	move(there, back)
+	b.virsh("autostart", "web-1")
+	b.swap(maint.VMMInPlace)
+
+	// Its own reboot, and its end, are as ever.
+	b.virsh("reset", "web-1")
+	c := b.dial(b.host)
+	defer c.Close()
+	ctx := b.ctx(time.Minute)
+	for {
+		ask, cancel := context.WithTimeout(ctx, 5*time.Second)
+		s, err := c.Status(ask)
+		cancel()
+		if err == nil && s.BootID != b.first.BootID {
+			break
+		}
+		if ctx.Err() != nil {
+			t.Fatalf("it did not boot anew: %+v, %v", s, err)
+		}
+	}
+	b.virsh("destroy", "web-1")
+	b.virsh("start", "web-1")
+	if live := b.virsh("dumpxml", "web-1"); strings.Contains(live, "BELAY_REPLACE") || strings.Contains(live, "-incoming") {
+		t.Errorf("something of the replacement is in its next start:\n%s", live)
+	}
 }
+
+// rival starts another guest with the same disk.
+func (b *swapBed) rival(on *lab.Host) error {
+	b.t.Helper()
+	file := filepath.Join(b.t.TempDir(), "rival.xml")
+	text := `<domain type='qemu'><name>rival</name><memory unit='MiB'>64</memory><os><type arch='x86_64' machine='` + guest.Machine + `'>hvm</type></os><features><acpi/></features>
+		<devices><disk type='block' device='disk'><driver name='qemu' type='raw' cache='none'/><source dev='` + b.guest.Spec.Disk + `'/><target dev='vda' bus='virtio'/></disk></devices></domain>`
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		b.t.Fatal(err)
+	}
+	_, err := on.Virsh(b.ctx(time.Minute), "create", file)
+	return err
+}
+
+// sharedDevice asks newSwapBed for a disk that is a block device.
+const sharedDevice = "/dev/"
+
+// richDevices are what many guests have and the lab's do without.
+const richDevices = `<graphics type='vnc' autoport='yes' passwd='secret'/>
+    <video><model type='virtio'/></video>
+    <input type='tablet' bus='virtio'/>
+    <controller type='scsi' model='virtio-scsi'/>
+    <disk type='file' device='cdrom'><target dev='sda' bus='scsi'/><readonly/></disk>
+    <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
+    <watchdog model='i6300esb' action='reset'/>
+    <panic model='isa'/>`
+
+// A transient guest with many devices gets a QEMU of a newer version.
+func TestNewQEMUIsNewer(t *testing.T) {
+	t.Parallel()
+	img, _ := guest.ForTest(t)
+	if img.QEMU == "" {
+		t.Skip("the machine's own QEMU is the newest there is")
+	}
+	b := newSwapBed(t, lab.Config{QEMU: machineQEMU}, guest.Spec{FileMemory: true, Transient: true, VCPUs: 2, Devices: richDevices})
+	old := b.virsh("qemu-monitor-command", "--hmp", "web-1", "info version")
+	for _, part := range []string{"/usr/bin/qemu-system-x86_64", "/usr/lib/x86_64-linux-gnu/qemu", "/usr/share/qemu", "/usr/share/seabios"} {
+		if out, err := b.host.Command(t.Context(), "mount", "--bind", img.QEMU+part, part).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	res := b.swap(maint.VMMInPlace)
+	if !strings.HasPrefix(old, res.OldQEMU) || res.NewQEMU == res.OldQEMU {
+		t.Errorf("from %q to %q; QEMU itself says it was %q", res.OldQEMU, res.NewQEMU, old)
+	}
+	if live := b.virsh("dumpxml", "--security-info", "web-1"); !strings.Contains(live, "passwd='secret'") {
+		t.Error("it lost its password")
+	}
+	b.swap(maint.VMMInPlace)
+	b.swap(maint.VMMCopy)
+}
+
+// machineQEMU asks newSwapBed for the machine's own QEMU, noHooks for no hook.
+const (
+	machineQEMU = "machine"
+	noHooks     = "none"
+)
 
 // pid is the process of the guest's QEMU.
 func (b *swapBed) pid() string {
 	b.t.Helper()
-	return b.read("/run/libvirt/qemu/web-1.pid")
+	return b.read(pidFile)
 }
+
+const pidFile = "/run/libvirt/qemu/web-1.pid"
 
 func (b *swapBed) read(path string) string {
 	b.t.Helper()

@@ -154,8 +154,12 @@ func (r *Replacement) awaitOff(ctx context.Context, pl plan) error {
 	}
 }
 
-// resetOld takes back what handOver set in the old QEMU.
+// resetOld takes back what handOver set in the old QEMU, and its socket, which
+// a belayd that was killed has left.
 func (r *Replacement) resetOld(ctx context.Context, pl plan) error {
+	if path, err := r.Places.socket(pl.ID, outSocket); err == nil {
+		_ = os.Remove(r.Places.at(path))
+	}
 	ctx, cancel := context.WithTimeout(ctx, r.paced().ask)
 	defer cancel()
 	return errors.Join(

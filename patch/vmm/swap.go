@@ -218,7 +218,7 @@ func (r *Replacement) arrive(ctx context.Context, pl plan, now place, t *timing)
 			return starts, failures, r.stuck(pl, now, err)
 		}
 		wait(ctx, pause)
-		pause *= 2
+		pause = min(2*pause, 5*time.Second)
 		if now, err = r.settled(ctx, pl); err != nil {
 			return starts, failures, r.unknown(pl, err)
 		}
