@@ -24,6 +24,8 @@ const (
 	// stopTimeout is enough for three daemons that have to be killed.
 	stopTimeout = 2 * time.Minute
 	pollEvery   = 20 * time.Millisecond
+	// launchEvery is the time that a supervisor has until it holds the lock.
+	launchEvery = 5 * time.Second
 )
 
 // Launcher starts a program that outlives its caller: outside belayd's cgroup and
@@ -104,10 +106,18 @@ func (t *Twin) Start(ctx context.Context) error {
 }
 
 func (t *Twin) start(ctx context.Context) error {
-	if err := t.launch(ctx); err != nil {
-		return err
-	}
+	var launched time.Time
 	for {
+		// Again and again: one that is seen may be about to die.
+		if time.Since(launched) > launchEvery {
+			did, err := t.launch(ctx)
+			if err != nil {
+				return err
+			}
+			if did {
+				launched = time.Now()
+			}
+		}
 		err := t.Libvirt.Ping(ctx)
 		if err == nil {
 			return nil
@@ -122,15 +132,15 @@ func (t *Twin) start(ctx context.Context) error {
 }
 
 // launch starts the supervisor unless there is one.
-func (t *Twin) launch(ctx context.Context) error {
+func (t *Twin) launch(ctx context.Context) (did bool, err error) {
 	pid, err := holder(t.place().lock())
 	if err != nil || pid != 0 {
-		return err
+		return false, err
 	}
 	if err := os.Remove(t.place().failed()); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+		return false, err
 	}
-	return t.Launcher.Launch(ctx, "belay-twin.service", "Belay's second libvirt daemon", t.Program)
+	return true, t.Launcher.Launch(ctx, "belay-twin.service", "Belay's second libvirt daemon", t.Program)
 }
 
 // lastWords is the end of what the twin's libvirtd has said.
@@ -165,7 +175,7 @@ func (t *Twin) Stop(ctx context.Context) error {
 	}
 	// A supervisor that has died is started again: it takes the daemons over,
 	// and ends them.
-	if err := t.launch(ctx); err != nil {
+	if _, err := t.launch(ctx); err != nil {
 		return fail(err)
 	}
 	var super process

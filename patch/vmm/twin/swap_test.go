@@ -269,8 +269,6 @@ func (q *fakeQEMU) QMP(ctx context.Context, _, command string, args any) (json.R
 			value = map[string]any{"status": "active"}
 		case q.state == "postmigrate":
 			value = map[string]any{"status": "completed", "downtime": 5}
-		case q.state == "inmigrate" && q.listen != "":
-			value = map[string]any{"status": "setup"}
 		}
 	case "query-migrate-capabilities":
 		value = []any{map[string]any{"capability": capability, "state": q.ignore}}
@@ -283,7 +281,10 @@ func (q *fakeQEMU) QMP(ctx context.Context, _, command string, args any) (json.R
 		if a.Property == "mem-path" {
 			value = q.files[0]
 		}
-	case "migrate-incoming":
+	case "migrate-incoming": // query-migrate of 7.2 does not show it
+		if q.listen != "" {
+			return nil, errors.New("the incoming migration has already been started")
+		}
 		q.listen = a.URI
 	case "migrate":
 		q.send(a.URI)

@@ -129,7 +129,10 @@ type Visit struct {
 
 	// BeforePause, unless nil, is called right before the pause of a prewarmed
 	// crossing, with the side (at home or in the twin) whose QEMU, and no other,
-	// has to be resumed if belayd dies or hangs. An error calls the crossing off.
+	// has to be resumed if belayd dies or hangs. QEMU before 10.0 refuses that
+	// once the second has loaded the state, as that one has the disks' locks
+	// then: the guest stands until the next belayd resumes it there. An error
+	// calls the crossing off.
 	BeforePause func(ctx context.Context, atHome bool) error
 	// PointOfNoReturn, unless nil, is called right before the guest is resumed
 	// on the other side, in the pause. When it has returned nil nobody may
