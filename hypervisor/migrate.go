@@ -66,6 +66,9 @@ func moveFlags(p maint.MoveParams) libvirt.DomainMigrateFlags {
 	if p.Persist {
 		flags |= libvirt.MigratePersistDest | libvirt.MigrateUndefineSource
 	}
+	if p.SameHost { // both QEMUs see the same files, however local
+		flags |= libvirt.MigrateUnsafe
+	}
 	if p.TLS {
 		flags |= libvirt.MigrateTLS
 	}

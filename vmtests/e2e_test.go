@@ -36,6 +36,14 @@ type bed struct {
 // long reports whether the long forms of the tests are wanted.
 func long() bool { return os.Getenv("BELAY_LONG") != "" }
 
+// longOnly leaves a test out of the short form: it takes minutes.
+func longOnly(t *testing.T) {
+	t.Helper()
+	if !long() {
+		t.Skip("of the long campaigns: BELAY_LONG=1, make test-long")
+	}
+}
+
 func newBed(t *testing.T, c lab.Config) *bed {
 	t.Helper()
 	img, accel := guest.ForTest(t)

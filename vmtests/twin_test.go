@@ -427,6 +427,7 @@ func (b *twinBed) leg(r twinRole, phase string) measured {
 // looked at with all of its memory and its disk.
 func TestTwinVisit(t *testing.T) {
 	t.Parallel()
+	longOnly(t)
 	for _, c := range []struct {
 		name   string
 		method maint.VMMMethod
@@ -483,6 +484,7 @@ const twinDevices = `<memballoon model='virtio'/>
 // belayd is killed at various moments; the next one brings the guest home.
 func TestTwinVisitorKilled(t *testing.T) {
 	t.Parallel()
+	longOnly(t)
 	for _, method := range []maint.VMMMethod{maint.VMMBounce, maint.VMMPrewarmed} {
 		t.Run(string(method), func(t *testing.T) {
 			t.Parallel()
@@ -552,6 +554,7 @@ func TestTwinVisitorKilled(t *testing.T) {
 // was, and the next one is made.
 func TestTwinCalledOff(t *testing.T) {
 	t.Parallel()
+	longOnly(t)
 	for name, qemu := range map[string]string{"newer QEMU": "", "machine's own QEMU": "/"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -576,6 +579,7 @@ func longTwin() bool { return os.Getenv("BELAY_LONG") != "" }
 // The daemons die, at home and in the twin; the guest comes home.
 func TestTwinDaemonsKilled(t *testing.T) {
 	t.Parallel()
+	longOnly(t)
 	b := newTwinBed(t, lab.Config{Hosts: 1, Hooks: twinHooks(t)}, guest.Spec{})
 	ctx := b.ctx(20 * time.Minute)
 	restartHome := func() {
@@ -704,6 +708,7 @@ func (b *twinBed) awaitCopy(h guest.Host) {
 // so in the twin comes home with a longer blackout, if that is allowed.
 func TestTwinBusyGuest(t *testing.T) {
 	t.Parallel()
+	longOnly(t)
 	b := newTwinBed(t, lab.Config{Hosts: 1}, guest.Spec{})
 	slow := twinRole{Method: maint.VMMBounce, Notebook: b.notebook(), Bandwidth: 2, Limit: 20 * time.Second, MaxPause: 50 * time.Millisecond}
 	slow.Phases = []string{twin.PhasePreflight, twin.PhaseOut}
@@ -733,6 +738,7 @@ func TestTwinBusyGuest(t *testing.T) {
 // same guest in the same run.
 func TestTwinBlackouts(t *testing.T) {
 	t.Parallel()
+	longOnly(t)
 	b := newTwinBed(t, lab.Config{Hooks: twinHooks(t)}, guest.Spec{FileMemory: true})
 	other := b.lab.Hosts[1]
 	rounds := 3

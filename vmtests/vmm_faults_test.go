@@ -94,6 +94,7 @@ func (b *swapBed) stays(pid string) {
 // guest run on in that, and what fails after is tried again, or kept.
 func TestNewQEMUFaults(t *testing.T) {
 	t.Parallel()
+	longOnly(t)
 	b := newSwapBed(t, lab.Config{}, guest.Spec{FileMemory: true})
 	fails := func(name string, method maint.VMMMethod, change func(*vmm.Replacement)) error {
 		t.Helper()
@@ -245,6 +246,7 @@ func (b *swapBed) leaveRoom(mib uint64) {
 // change it; a copy is possible.
 func TestNewQEMUByCopy(t *testing.T) {
 	t.Parallel()
+	longOnly(t)
 	b := newSwapBed(t, lab.Config{Hooks: noHooks}, guest.Spec{Disk: "web-1.raw"})
 	pid := b.pid()
 	err := newNotebook().run(b.ctx(time.Minute), b.replacement(maint.VMMInPlace))

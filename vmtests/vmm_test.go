@@ -430,6 +430,7 @@ const richDevices = `<graphics type='vnc' autoport='yes' passwd='secret'/>
 // A transient guest with many devices gets a QEMU of a newer version.
 func TestNewQEMUIsNewer(t *testing.T) {
 	t.Parallel()
+	longOnly(t)
 	img, _ := guest.ForTest(t)
 	if img.QEMU == "" {
 		t.Skip("the machine's own QEMU is the newest there is")
