@@ -131,7 +131,9 @@ func printHeld(w io.Writer, op maint.Op) {
 	if op.Held == nil {
 		return
 	}
-	row(w, "GUEST", "PAUSED FOR", "RELEASED BY", "CLOCK WAS OFF", "CLOCK IS OFF", "RAN WITH A STALE CLOCK")
+	if len(op.Held.Guests) > 0 {
+		row(w, "GUEST", "PAUSED FOR", "RELEASED BY", "CLOCK WAS OFF", "CLOCK IS OFF", "RAN WITH A STALE CLOCK")
+	}
 	for _, g := range op.Held.Guests {
 		if g.Left != "" {
 			row(w, g.Guest, "not paused: "+g.Left)

@@ -68,7 +68,8 @@ func (h *Hold) hold(ctx context.Context, order Order) (out Outcome, failure erro
 	line, err := h.Leash.Arm(arm, order)
 	cancel()
 	if err != nil {
-		return out, maint.Problemf(maint.CodeLeash, "leash", "see 'belay doctor' for rung B", "cannot be armed, so nothing was paused: %v", err)
+		return out, maint.Refuse("cannot hold "+h.what(), []maint.Problem{*maint.Problemf(maint.CodeLeash, "leash",
+			"see 'belay doctor' for rung B", "cannot be armed, so nothing was paused: %v", err)})
 	}
 	p := newPause(h, line, order)
 	if failure = p.begin(ctx); failure == nil {
