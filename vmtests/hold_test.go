@@ -2,11 +2,14 @@ package vmtests
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -15,6 +18,7 @@ import (
 	"belay/vmtests/guest"
 	"belay/vmtests/lab"
 	"belay/vmtests/observer"
+	"belay/vmtests/probe"
 )
 
 // ward is one host whose guests are held.
@@ -28,13 +32,13 @@ type ward struct {
 // theirs is a guest without a system that somebody else has paused.
 const theirs = "theirs"
 
-// newWard brings up a host with n guests that run, and one that somebody else
-// has paused.
+// newWard brings up a host with n guests that run, each with a disk, and one
+// that somebody else has paused.
 func newWard(t *testing.T, n int) *ward {
 	t.Helper()
 	img, accel := guest.ForTest(t)
 	c := cluster.ForTest(t, lab.Config{Hosts: 1, QEMU: img.QEMU})
-	w := &ward{Node: c.Nodes[0], t: t}
+	w := &ward{Node: c.Nodes[0], t: t, guests: make([]*guest.Guest, n)}
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	err := c.Lab.InSwitch(func() error {
@@ -49,25 +53,40 @@ func newWard(t *testing.T, n int) *ward {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { w.obs.Close() })
+	errs := make([]error, n)
+	var all sync.WaitGroup
 	for i := range n {
-		g, err := guest.Start(ctx, w.Node, guest.Spec{Name: fmt.Sprintf("web-%d", i+1), Accel: accel, IntervalUs: 10_000,
-			IP: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 77, 1, byte(i + 1)}), 16), Heartbeat: heartbeats}, img)
-		if err != nil {
-			t.Fatal(err)
-		}
-		w.guests = append(w.guests, g)
+		spec := guest.Spec{Name: fmt.Sprintf("web-%d", i+1), Accel: accel, IntervalUs: 10_000, Cmdline: guest.SteadyClock,
+			IP: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 77, 1, byte(i + 1)}), 16), Heartbeat: heartbeats}
+		spec.Disk = filepath.Join(c.Lab.Shared, spec.Name+".qcow2")
+		all.Go(func() {
+			if errs[i] = guest.CreateDisk(ctx, spec.Disk, 16); errs[i] == nil {
+				w.guests[i], errs[i] = guest.Start(ctx, w.Node, spec, img)
+			}
+		})
 	}
-	xml := w.Path("/tmp-theirs.xml")
-	if err := os.WriteFile(xml, []byte("<domain type='qemu'><name>"+theirs+"</name><memory unit='MiB'>16</memory>"+
+	all.Wait()
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
+	}
+	w.create(ctx, t, theirs)
+	if _, err := w.Virsh(ctx, "suspend", theirs); err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+// create starts a guest without a system, and so without an agent.
+func (w *ward) create(ctx context.Context, t *testing.T, name string) {
+	t.Helper()
+	xml := filepath.Join(w.Dir, name+".xml")
+	if err := os.WriteFile(xml, []byte("<domain type='qemu'><name>"+name+"</name><memory unit='MiB'>16</memory>"+
 		"<os><type arch='x86_64' machine='"+guest.Machine+"'>hvm</type></os><features><acpi/></features></domain>"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, args := range [][]string{{"create", xml}, {"suspend", theirs}} {
-		if _, err := w.Virsh(ctx, args...); err != nil {
-			t.Fatal(err)
-		}
+	if _, err := w.Virsh(ctx, "create", xml); err != nil {
+		t.Fatal(err)
 	}
-	return w
 }
 
 // state is virsh's word on a guest.
@@ -80,22 +99,51 @@ func (w *ward) state(ctx context.Context, name string) string {
 	return strings.TrimSpace(out)
 }
 
+// look asks every guest how it and its memory are.
+func (w *ward) look(ctx context.Context) (all []look) {
+	w.t.Helper()
+	for _, g := range w.guests {
+		c, err := g.Dial(ctx, w.Node)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		status, err1 := c.Status(ctx)
+		memory, err2 := c.Verify(ctx)
+		c.Close()
+		if err := errors.Join(err1, err2); err != nil {
+			w.t.Fatal(err)
+		}
+		all = append(all, look{status, memory})
+	}
+	return all
+}
+
+type look struct {
+	status probe.Status
+	memory probe.MemoryReport
+}
+
+// same checks that the guests are what they were.
+func (w *ward) same(before, after []look) {
+	w.t.Helper()
+	for i, b := range before {
+		a := after[i]
+		if a.status.BootID != b.status.BootID || a.status.Incarnation != b.status.Incarnation {
+			w.t.Errorf("%s has rebooted: boot ID was %s, is %s", a.status.Guest, b.status.BootID, a.status.BootID)
+		}
+		if !a.memory.OK() || a.memory.FixedChecksum != b.memory.FixedChecksum {
+			w.t.Errorf("the memory of %s is damaged: %+v, was %+v", a.status.Guest, a.memory, b.memory)
+		}
+	}
+}
+
 // TestHold holds real guests around a real command.
 func TestHold(t *testing.T) {
 	t.Parallel()
 	w := newWard(t, 2)
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
-	g := w.guests[0]
-	c, err := g.Dial(ctx, w.Node)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	before, err := c.Status(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
+	before := w.look(ctx)
 	marks := w.obs.Mark()
 
 	var op maint.Op
@@ -124,14 +172,5 @@ func TestHold(t *testing.T) {
 			t.Errorf("%s was not seen to stand still: %s", h.Guest, r.LargestGap.Length)
 		}
 	}
-	after, err := c.Status(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := c.Verify(ctx); err != nil {
-		t.Error(err)
-	}
-	if after.BootID != before.BootID {
-		t.Errorf("boot ID was %s, is %s", before.BootID, after.BootID)
-	}
+	w.same(before, w.look(ctx))
 }
