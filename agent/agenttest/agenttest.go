@@ -5,6 +5,7 @@ package agenttest
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -13,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -194,7 +196,7 @@ func (n *Node) Start(hook func(what string)) {
 		who.PeerCerts = append(who.PeerCerts, name)
 	}
 	check(n.t, n.servers.ListenUnix(n.Config.API.Socket, n.Agent, who))
-	check(n.t, n.servers.ListenTLS(n.Config.API.Listen, id, n.Agent, who))
+	check(n.t, n.listenTLS(id, who))
 	n.servers.Serve(make(chan error, 2))
 	ctx, cancel := context.WithCancel(context.Background())
 	n.stop, n.stopped = cancel, make(chan struct{})
@@ -202,6 +204,19 @@ func (n *Node) Start(hook func(what string)) {
 		defer close(stopped)
 		_ = a.Run(ctx)
 	}(n.Agent, n.stopped)
+}
+
+// listenTLS waits for the port, which an outgoing connection of anybody's, or the
+// agent's life before, may have for a moment.
+func (n *Node) listenTLS(id api.Identity, who api.Access) (err error) {
+	for range 100 {
+		err = n.servers.ListenTLS(n.Config.API.Listen, id, n.Agent, who)
+		if !errors.Is(err, syscall.EADDRINUSE) {
+			return err
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	return err
 }
 
 // Stop shuts the agent down in order.
