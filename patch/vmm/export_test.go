@@ -9,6 +9,9 @@ func (r *Replacement) Hurry() {
 	r.pace = &p
 }
 
+// Impatient has it wait for no sign of life for long, either.
+func (r *Replacement) Impatient() { r.pace.prove = 100 * time.Millisecond }
+
 var (
 	Incoming = incoming
 	Listen   = Places.listen

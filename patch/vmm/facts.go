@@ -37,8 +37,10 @@ type Facts struct {
 	Copies      string
 	CopiesFree  uint64
 	CopiesInRAM bool
-	// Guarded is the operation that has left a guard, "" without.
+	// Guarded is the operation that has left a guard, "" without; GoesOn is
+	// its method if another operation can go on with what it has kept.
 	Guarded maint.OpID
+	GoesOn  maint.VMMMethod
 
 	// Bounce is what package twin says against its way; with NoBounce that
 	// is not offered at all.

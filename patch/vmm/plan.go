@@ -50,7 +50,7 @@ func (pl plan) image() string { return filepath.Join(pl.Kept, "saved") }
 // reason why the method is not possible. It writes the plan down, and changes
 // nothing.
 //
-// For a guest that is off, and of which an earlier operation has kept memory and
+// For a guest that is between two QEMUs, and of which an earlier operation has kept memory and
 // state, the plan is that operation's: it is gone on with.
 func (r *Replacement) Preflight(ctx context.Context, s Scratch) error {
 	left, err := r.Places.kept(r.UUID)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -249,24 +250,11 @@ func TestFailsBeforeTheEndOfTheOldQEMU(t *testing.T) {
 			b := newBed(t)
 			pid := b.PID(b.uuid)
 			r, n := b.replacement(c.method), newNotebook()
-			before := r.BeforePause
-			started := false
-			r.BeforePause = func(ctx context.Context) error {
-				started = true
-				if before != nil {
-					return before(ctx)
-				}
-				return nil
-			}
 			c.change(b, r)
-			if r.BeforePause == nil {
-				started = true
-			}
 			err := run(t.Context(), r, n)
 			if err == nil || errors.Is(err, vmm.ErrStuck) {
 				t.Fatalf("ended with %v", err)
 			}
-			_ = started
 			b.Heal("Guest")
 			b.runs()
 			if b.PID(b.uuid) != pid {
@@ -391,6 +379,14 @@ func TestStuckAndTakenUp(t *testing.T) {
 					t.Fatalf("somebody else could start it: %v", err)
 				}
 			}
+			// Whoever asks for no method is given this one.
+			f, err := vmm.Survey(t.Context(), b.Machine, b.Places(), b.uuid)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if choice, err := vmm.Choose("web-1", vmm.Choices(f), "", 0); err != nil || choice.Method != c.method {
+				t.Errorf("the choice is %+v, %v", choice, err)
+			}
 			// It goes on failing, and nothing is lost by that.
 			if err := run(t.Context(), b.replacement(c.method), newNotebook()); !errors.Is(err, vmm.ErrStuck) {
 				t.Fatalf("taken up, ended with %v", err)
@@ -452,6 +448,89 @@ func TestStartedByOthers(t *testing.T) {
 				t.Errorf("the other's guest is %s; %q", b.state(), d)
 			}
 		})
+	}
+}
+
+// A new QEMU that dies while a lease keeps its guest from running is replaced:
+// the guest has not run in it.
+func TestNewQEMUDiesWaitingForALease(t *testing.T) {
+	t.Parallel()
+	for _, method := range methods {
+		b := newBed(t)
+		r := b.replacement(method)
+		r.PointOfNoReturn = func(context.Context) error { b.TakeLease(t, b.uuid); return nil }
+		if err := run(t.Context(), r, newNotebook()); !errors.Is(err, vmm.ErrStuck) || !strings.Contains(err.Error(), "virsh resume") {
+			t.Fatalf("%s: ended with %v", method, err)
+		}
+		b.Stop(t, b.uuid, "crashed")
+		b.FreeLease(t, b.uuid)
+		if err := run(t.Context(), b.replacement(method), newNotebook()); err != nil {
+			t.Fatalf("%s: %v", method, err)
+		}
+		b.runs()
+	}
+}
+
+// A guest that was resumed and whose vCPUs use no time is not said to run.
+func TestNoSignOfLife(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	b.answer("query-cpus-fast", []any{})
+	r := b.replacement(maint.VMMInPlace)
+	r.Impatient()
+	var p *maint.Problem
+	n := newNotebook()
+	if err := run(t.Context(), r, n); !errors.As(err, &p) || p.Code != maint.CodeUnverified || !n.done[vmm.PhaseSwap] {
+		t.Fatalf("ended with %v", err)
+	}
+	b.Intercept(nil)
+	if err := run(t.Context(), r, n); err != nil { // taken up
+		t.Fatal(err)
+	}
+	b.runs()
+}
+
+// A guest that its owner pauses as soon as it runs is the owner's affair.
+func TestPausedByItsOwner(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	r, n := b.replacement(maint.VMMInPlace), newNotebook()
+	r.Host = &mortal{Host: b.Machine, at: func(call string) {
+		if call == "before query-cpus-fast" {
+			b.Pause(t, b.uuid)
+		}
+	}}
+	if err := run(t.Context(), r, n); err != nil || len(n.notes) != 1 || !strings.Contains(n.notes[0], "not Belay's doing") {
+		t.Fatalf("ended with %v, notes %q", err, n.notes)
+	}
+	b.tidy()
+}
+
+// What is received is bounded, and ends with its context.
+func TestReceive(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	ln, path, err := vmm.Listen(b.Places(), 1, "s.sock", os.Getuid(), os.Getgid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	if info, err := os.Stat(filepath.Join(b.Root, path)); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v", info, err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	got := vmm.Receive(ctx, ln)
+	conn, err := net.Dial("unix", filepath.Join(b.Root, path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := conn.Write([]byte("some")); err != nil {
+		t.Fatal(err)
+	}
+	cancel() // before its end
+	if state, err := got.Result(); err == nil {
+		t.Errorf("half a state was taken: %q", state)
 	}
 }
 

@@ -13,8 +13,8 @@ import (
 
 // Survey finds out what the choice of a method needs, and changes nothing. An
 // error says that libvirt or the guest's QEMU could not be asked; what merely
-// stands in the way is among the facts. Of a guest that does not run only Guest,
-// Host and Guarded are found.
+// stands in the way is among the facts. Of a guest that does not run, or is between
+// two QEMUs, only Guest, Host, Guarded and GoesOn are found.
 //
 // What a QEMU can reach is tried: it is told to connect to a socket in its
 // domain's folder, and to listen on one.
@@ -35,6 +35,10 @@ func survey(ctx context.Context, h Host, p Places, uuid string) (f Facts, err er
 	}
 	if left, err := p.kept(f.Guest.UUID); err == nil {
 		f.Guarded = left.Op
+		if (&Replacement{Guest: left.Guest, UUID: left.UUID, Host: h, Places: p}).adoptable(ctx, left) {
+			f.GoesOn = left.Method
+			return f, nil
+		}
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		f.Guarded = "unreadable"
 	}

@@ -159,8 +159,8 @@ func (r *Replacement) left(ctx context.Context, pl plan, why error) (place, erro
 func (r *Replacement) finishSwap(ctx context.Context, s Scratch, pl plan, now place, t *timing) error {
 	starts, failures, err := r.arrive(ctx, pl, now, t)
 	for _, f := range failures { // written down when the guest runs, not while it stands still
-		if err := s.Note("a new QEMU could not take the guest over: %v", f); err != nil {
-			return err
+		if noted := s.Note("a new QEMU could not take the guest over: %v", f); noted != nil {
+			return errors.Join(err, noted)
 		}
 	}
 	if err != nil {
@@ -256,8 +256,8 @@ func (r *Replacement) wake(ctx context.Context, pl plan, t *timing) error {
 		}
 	}
 	err = r.Host.Resume(ctx, pl.UUID)
-	if errors.Is(err, maint.ErrLocked) {
-		return fmt.Errorf("it is complete in its new QEMU, and cannot run: %w", err)
+	if errors.Is(err, maint.ErrLocked) { // it has not run, then
+		return errors.Join(fmt.Errorf("it is complete in its new QEMU, and cannot run: %w", err), g.drop(guardResumed))
 	}
 	if err != nil {
 		return err
@@ -419,7 +419,7 @@ func (r *Replacement) stuck(pl plan, now place, err error) error {
 		p.Code = maint.CodeStarted
 		p.Reason = "is " + string(now) + " while its own was being replaced; that is left alone, and what was kept is of no use any more"
 		p.Remedy = fmt.Sprintf("see whether it is as it should be; then remove %s", strings.Join(r.folders(pl), " and "))
-	case now == atNew && !g.has(guardResumed):
+	case now == atNew && !g.has(guardResumed) && !errors.Is(err, maint.ErrLocked):
 		p.Reason = fmt.Sprintf("is in its new QEMU, which has not got the guest's state: %v", err)
 		p.Remedy = fmt.Sprintf("end that QEMU, in which nothing has run yet (virsh destroy %s); then %s", r.Guest, r.howOn(pl))
 	case now == atNew:
