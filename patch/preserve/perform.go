@@ -62,7 +62,8 @@ func (h *Hold) forgetting(record func(Outcome) error) func(Outcome) error {
 // hold is the pause from end to end. Nothing in it writes to disk.
 func (h *Hold) hold(ctx context.Context, order Order) (out Outcome, failure error) {
 	if err := h.Host.Warm(ctx, len(order.Guests)); err != nil {
-		return out, fmt.Errorf("cannot hold %s: %w", h.what(), err)
+		return out, maint.Refuse("cannot hold "+h.what(), []maint.Problem{*maint.Problemf(maint.CodeHypervisorDown, "libvirt",
+			"see that it runs, and begin again", "cannot be reached, so nothing was paused: %v", err)})
 	}
 	arm, cancel := context.WithTimeout(ctx, armTimeout)
 	line, err := h.Leash.Arm(arm, order)

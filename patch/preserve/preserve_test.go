@@ -394,6 +394,8 @@ func TestRefusals(t *testing.T) {
 		{"no such program", maint.HoldRequest{All: true, Step: command("frobnicate")}, nil, []maint.Code{maint.CodeBadRequest}},
 		{"bad undo", maint.HoldRequest{All: true, Undo: ptr(command("frobnicate"))}, nil, []maint.Code{maint.CodeBadRequest}},
 		{"frozen file systems", all, func(b *bed) { b.hold.Clocks = preservetest.Clocks{Frozen: "web-2"} }, []maint.Code{maint.CodeFrozen}},
+		{"libvirt dies before the pause", all, func(b *bed) { b.host.Fault("Warm", hypervisortest.Fault{Err: maint.ErrHypervisorDown, Times: 1}) },
+			[]maint.Code{maint.CodeHypervisorDown}},
 		{"no leash", all, func(b *bed) { b.leashes.Refuse = errors.New("no") }, []maint.Code{maint.CodeLeash}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
