@@ -245,7 +245,8 @@ func (w *ward) lies(op maint.Op, p trail) (lies []string) {
 // trial is one belay hold with the rulers applied.
 type trial struct {
 	*ward
-	first map[string]int // the QEMUs before it
+	first map[string]int           // the QEMUs before it
+	clock map[string]time.Duration // how far the guests' were ahead
 	trail trail
 	begun time.Time
 	mark  observer.Mark
@@ -264,7 +265,7 @@ const stale = 250 * time.Millisecond
 // try readies the rulers.
 func (w *ward) try(ctx context.Context, name string) *trial {
 	w.t.Helper()
-	e := &trial{ward: w, first: map[string]int{theirs: w.pid(theirs)}, trail: trail(filepath.Join(w.Dir, "trail-"+name))}
+	e := &trial{ward: w, first: map[string]int{theirs: w.pid(theirs)}, clock: make(map[string]time.Duration), trail: trail(filepath.Join(w.Dir, "trail-"+name))}
 	for _, g := range w.guests {
 		e.first[g.Spec.Name] = w.pid(g.Spec.Name)
 	}
@@ -276,6 +277,9 @@ func (w *ward) try(ctx context.Context, name string) *trial {
 		e.known = ops[len(ops)-1].ID
 	}
 	e.begun, e.mark, e.late = time.Now(), w.obs.Mark(), lateness()
+	for _, g := range w.guests {
+		e.clock[g.Spec.Name] = w.obs.Since(e.mark, g.Spec.Name).ClockAfter.Value
+	}
 	return e
 }
 
@@ -352,12 +356,13 @@ func (e *trial) wrong(ctx context.Context, limit func(observer.Gap) time.Duratio
 		if e.op.Held != nil {
 			if i := slices.IndexFunc(e.op.Held.Guests, func(h maint.HeldGuest) bool { return h.Guest == name }); i >= 0 {
 				told = e.op.Held.Guests[i]
-			} else {
+			} else if e.op.Outcome != maint.OutcomeBlocked {
 				say("%s is not told of", name)
 			}
 		}
-		if off := r.ClockAfter.Value.Abs(); off > stale+e.noise && (told.Clock == nil || told.Clock.State == maint.ClockSynchronised) {
-			say("%s's clock is off by %s, and is said to be %+v", name, r.ClockAfter.Value, told.Clock)
+		off, lost := r.ClockAfter.Value, e.clock[name]-r.ClockAfter.Value
+		if told.Clock == nil && lost > stale+e.noise || told.Clock != nil && told.Clock.State == maint.ClockSynchronised && off.Abs() > stale+e.noise {
+			say("%s's clock is off by %s, was by %s, and is said to be %+v", name, off, e.clock[name], told.Clock)
 		}
 		if d := (told.Pause - r.LargestGap.Length).Abs(); told.Pause > 0 && d > 500*time.Millisecond+e.noise {
 			say("%s stood still for %s, and is said to have for %s", name, r.LargestGap.Length, told.Pause)
