@@ -97,6 +97,7 @@ func newStrike(seed uint64, round int) strike {
 // BELAY_SEED=N repeats a campaign's strikes, BELAY_SEED=N/ROUND one of them.
 func TestHoldCampaign(t *testing.T) {
 	t.Parallel()
+	longOnly(t)
 	rounds := 25
 	if long() {
 		rounds = 500

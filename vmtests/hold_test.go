@@ -164,7 +164,9 @@ func TestHold(t *testing.T) {
 		if h.Pause < time.Second || h.Pause > 3*time.Second || h.ReleasedBy != "belayd" {
 			t.Errorf("%+v", h)
 		}
-		if h.Clock == nil || h.Clock.State != maint.ClockSynchronised || h.Clock.After == nil {
+		// How near it gets on a busy machine is the benchmarks' affair; left
+		// alone it would be behind by the pause.
+		if h.Clock == nil || h.Clock.After == nil || h.Clock.After.Offset.Abs() > h.Pause/2 {
 			t.Errorf("clock of %s: %+v", h.Guest, h.Clock)
 		}
 		r := w.obs.Since(marks, h.Guest)
