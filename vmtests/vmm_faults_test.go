@@ -304,6 +304,7 @@ func TestReplacementChild(t *testing.T) {
 // runs, whole, in the one QEMU or the other.
 func TestNewQEMUKilled(t *testing.T) {
 	t.Parallel()
+	longOnly(t)
 	b := newSwapBed(t, lab.Config{}, guest.Spec{FileMemory: true})
 	inPlace := []string{"BeforePause", "before Suspend", "after Suspend", "before migrate", "after migrate", "PointOfNoReturn",
 		"before QuitMigrated", "after QuitMigrated", "before CreatePaused", "after CreatePaused", "before migrate-incoming",

@@ -237,7 +237,7 @@ func (b *swapBed) look(h *lab.Host) (s probe.Status, m probe.MemoryReport) {
 	b.t.Helper()
 	c := b.dial(h)
 	defer c.Close()
-	ctx := b.ctx(time.Minute)
+	ctx := b.ctx(3 * time.Minute)
 	s, err := c.Status(ctx)
 	if err == nil {
 		m, err = c.Verify(ctx)

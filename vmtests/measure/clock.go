@@ -16,8 +16,8 @@ import (
 type ClockSeen struct {
 	Offset time.Duration // of the guest's clock less the host's
 	Error  time.Duration // ±: half the way there and back
-	// Steps is how often the clock was set since the last look, Stale how long
-	// the guest ran until the first time, ± Error.
+	// Steps is how often the clock was set since the release, Stale how long the
+	// guest ran until the first time, ± Error.
 	Steps int
 	Stale time.Duration
 }
@@ -27,7 +27,6 @@ const clockLooks = 20
 
 // clock reads a guest's clock, resumed being when its vCPUs began to run.
 func (p *patient) clock(ctx context.Context, resumed time.Time) (c ClockSeen, err error) {
-	steps := p.steps
 	for i := range clockLooks {
 		asked := time.Now()
 		r, err := p.probe.Clock(ctx)
@@ -39,11 +38,17 @@ func (p *patient) clock(ctx context.Context, resumed time.Time) (c ClockSeen, er
 			continue
 		}
 		half := asked.Add(way)
-		c = ClockSeen{Offset: time.Unix(0, r.Wall).Sub(half), Error: way, Steps: len(r.Steps) - steps}
-		if c.Steps > 0 {
-			c.Stale = half.Sub(resumed) - (r.Monotonic - r.Steps[steps].Monotonic)
+		c = ClockSeen{Offset: time.Unix(0, r.Wall).Sub(half), Error: way}
+		for _, step := range r.Steps {
+			// The guest's monotonic clock stood still with it.
+			ran := half.Sub(resumed) - (r.Monotonic - step.Monotonic)
+			if ran < -way {
+				continue // before the pause
+			}
+			if c.Steps++; c.Steps == 1 {
+				c.Stale = ran
+			}
 		}
-		p.steps = len(r.Steps)
 	}
 	return c, nil
 }

@@ -34,7 +34,6 @@ type patient struct {
 	name  string
 	probe *guest.Control
 	boot  string // ID of its kernel
-	steps int    // of its clock that were told before
 }
 
 const (

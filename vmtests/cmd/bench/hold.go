@@ -93,10 +93,30 @@ func tellHolds(belay, virsh []measure.Hold) error {
 	line("pause as belayd recorded", "%s", inMs(each(belay, func(_ measure.Hold, g measure.Held) time.Duration { return g.Recorded })))
 	line("the step really took", "%s", inMs(each(belay, func(h measure.Hold, _ measure.Held) time.Duration { return h.Step })))
 	line("pause beyond the step", "%s, by QEMU or belayd, the longer", inMs(beyond))
+	tellParts(belay)
 	verdict("pause within 50 ms of the step at the median", measure.Median(beyond) <= 50*time.Millisecond)
 	verdict("pause within 150 ms of the step at the worst", slices.Max(beyond) <= 150*time.Millisecond)
 	verdict("overhead at most a quarter of the shell loop's", over.A.Median <= over.B.Median/4)
 	return nil
+}
+
+// tellParts tells where the time goes beyond the step.
+func tellParts(belay []measure.Hold) {
+	var stopping, begin, end, resuming []time.Duration
+	for _, h := range belay {
+		byStop := func(a, b measure.Held) int { return a.Stopped.Compare(b.Stopped) }
+		byResume := func(a, b measure.Held) int { return a.Resumed.Compare(b.Resumed) }
+		stopped, first, last := slices.MaxFunc(h.Guests, byStop).Stopped, slices.MinFunc(h.Guests, byResume).Resumed, slices.MaxFunc(h.Guests, byResume).Resumed
+		step := h.Op.Held.Step
+		stopping = append(stopping, stopped.Sub(slices.MinFunc(h.Guests, byStop).Stopped))
+		begin = append(begin, step.Started.Sub(stopped))
+		end = append(end, first.Sub(step.Ended))
+		resuming = append(resuming, last.Sub(first))
+	}
+	line("  from first to last stop", "%s", inMs(stopping))
+	line("  to the step's beginning", "%s", inMs(begin))
+	line("  from its end to a release", "%s", inMs(end))
+	line("  from first to last release", "%s", inMs(resuming))
 }
 
 // tellStale tells how long guests ran with a wrong clock, by belayd, and by the
