@@ -24,8 +24,8 @@ const (
 	libvirtDies = "libvirtd"
 )
 
-// restartSec is that of belayd's unit: nothing else starts it in a lab.
-const restartSec = 2 * time.Second
+// restartAfter is that of belayd's unit: nothing else starts it in a lab.
+const restartAfter = 2 * time.Second
 
 // tolerance is how long after the deadline every guest runs, whatever has died.
 const tolerance = 2 * time.Second
@@ -198,13 +198,11 @@ func (b *blow) healed(t *testing.T) {
 func (c *campaign) strike(ctx context.Context, s strike) *blow {
 	c.t.Helper()
 	b := new(blow)
-	begun := time.Now()
 	if s.moment == "armed" {
 		c.awaitLeash(ctx, 10*time.Second)
 	}
 	armed := time.Now()
 	sleep(ctx, s.after)
-	died := begun
 	for i, who := range s.victims {
 		if i > 0 {
 			sleep(ctx, s.apart)
@@ -212,13 +210,13 @@ func (c *campaign) strike(ctx context.Context, s strike) *blow {
 		if err := c.kill(ctx, who); err != nil {
 			c.t.Fatal(err)
 		}
-		died = time.Now()
+		died := time.Now()
 		if who == leashDies {
 			continue
 		}
 		wait := s.back
 		if who == belaydDies {
-			wait = restartSec
+			wait = restartAfter
 		}
 		if s.late {
 			wait = max(wait, time.Until(armed.Add(s.maxPause+tolerance)))

@@ -58,7 +58,7 @@ func TestHoldNastySteps(t *testing.T) {
 		}
 	}
 	restartBelayd := func(ctx context.Context, e *trial) error {
-		sleep(ctx, restartSec)
+		sleep(ctx, restartAfter)
 		if err := e.Kill(); err != nil { // which it is; now the harness knows
 			return err
 		}
