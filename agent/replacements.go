@@ -23,7 +23,7 @@ type vmmHost struct{ Hypervisor }
 
 func (h vmmHost) Describe(ctx context.Context, uuid string) (vmm.Description, error) {
 	x, err := h.GuestXML(ctx, uuid)
-	return vmm.Description{Live: x.Live, Portable: x.Portable, Inactive: x.Inactive}, err
+	return vmm.Description{Live: x.Live, Portable: x.Portable, Inactive: x.Inactive, CPU: x.CPU}, err
 }
 
 // Replace admits the replacement of a guest's QEMU, writes it down and starts it.
