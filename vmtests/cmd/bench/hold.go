@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"belay/agent/maint"
 	"belay/vmtests/cluster"
 	"belay/vmtests/measure"
 )
@@ -127,6 +128,13 @@ func tellStale(belay []measure.Hold) {
 	line("ran with a stale clock", "%s", inMs(stale))
 	line("  by the guests' own notes", "%s", inMs(seen))
 	line("clock off afterwards", "%s", inMs(each(belay, func(_ measure.Hold, g measure.Held) time.Duration { return g.Clock.Offset })))
+	for i, h := range belay {
+		for _, g := range h.Op.Held.Guests {
+			if g.Clock.State != maint.ClockSynchronised {
+				line("  not synchronised", "round %d, %s: %s", i+1, g.Guest, g.Clock.Reason)
+			}
+		}
+	}
 	both := slices.Concat(stale, seen)
 	verdict("stale for at most 100 ms at the median", max(measure.Median(stale), measure.Median(seen)) <= 100*time.Millisecond)
 	verdict("stale for at most 100 ms at the worst", slices.Max(both) <= 100*time.Millisecond)

@@ -25,7 +25,6 @@ type part struct {
 	name   string
 	rounds int // unless -rounds says otherwise: what its figures are made of
 	run    func(ctx context.Context, bin cluster.Binaries, rounds int) error
-	asked  bool // it is run only when asked for
 }
 
 func parts() []part {
@@ -34,7 +33,7 @@ func parts() []part {
 		{name: "migrate", rounds: 12, run: benchMigrate}, // an even number has both go each way equally often
 		{name: "hold", rounds: 7, run: benchHold},
 		{name: "clock", rounds: 50, run: benchClock},
-		{name: "vmm", rounds: 7, run: benchVMM, asked: true},
+		{name: "vmm", rounds: 7, run: benchVMM},
 	}
 }
 
@@ -73,7 +72,7 @@ func run(ctx context.Context, args []string) error {
 	}
 	fmt.Printf("%s, %d cores, Linux %s, %s\n", time.Now().UTC().Format(time.DateOnly), runtime.NumCPU(), unix.ByteSliceToString(uts.Release[:]), runtime.Version())
 	for _, p := range parts() {
-		if p.name == *only || *only == "" && !p.asked {
+		if *only == "" || *only == p.name {
 			if err := p.run(ctx, bin, cmp.Or(*rounds, p.rounds)); err != nil {
 				return fmt.Errorf("%s: %w", p.name, err)
 			}
