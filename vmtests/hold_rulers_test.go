@@ -276,10 +276,14 @@ func (w *ward) try(ctx context.Context, name string) *trial {
 	if len(ops) > 0 {
 		e.known = ops[len(ops)-1].ID
 	}
-	e.begun, e.mark, e.late = time.Now(), w.obs.Mark(), lateness()
 	for _, g := range w.guests {
-		e.clock[g.Spec.Name] = w.obs.Since(e.mark, g.Spec.Name).ClockAfter.Value
+		r, err := w.since(ctx, w.obs.Mark(), g.Spec.Name)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		e.clock[g.Spec.Name] = r.ClockAfter.Value
 	}
+	e.begun, e.mark, e.late = time.Now(), w.obs.Mark(), lateness()
 	return e
 }
 

@@ -3,6 +3,7 @@ package vmtests
 import (
 	"context"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -33,7 +34,7 @@ func TestHoldStall(t *testing.T) {
 	looks := w.look(ctx)
 	mark := w.obs.Mark()
 	var op maint.Op
-	if err := w.BelayJSON(ctx, &op, "hold", "--all", "--max-pause", (pause + 10*time.Second).String(), "--", "sleep", pause.String()); err != nil {
+	if err := w.BelayJSON(ctx, &op, "hold", "--all", "--max-pause", (pause + 10*time.Second).String(), "--", "sleep", strconv.Itoa(int(pause.Seconds()))); err != nil {
 		t.Fatal(err)
 	}
 	if gap := w.obs.Since(mark, g.Spec.Name).LargestGap.Length; gap < pause {
