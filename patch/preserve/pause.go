@@ -209,7 +209,12 @@ func (p *pause) try(ctx context.Context, g *held) (done bool) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	end := func(by string) bool {
-		g.ReleasedBy, g.Released, g.Problem = by, time.Now(), nil
+		g.ReleasedBy, g.Problem = by, nil
+		// One that was found running, and that a belayd had paused that has
+		// died, may have been released by that: nobody knows when.
+		if g.over = by == somebodyElse && g.Paused.IsZero(); !g.over {
+			g.Released = time.Now()
+		}
 		if !g.Paused.IsZero() {
 			g.Pause = g.Released.Sub(g.Paused)
 		}

@@ -484,6 +484,7 @@ func TestRecoverTellsTheTruth(t *testing.T) {
 				b.Error(err)
 			}
 			l.Mark(preserve.Paused, b.uuids["web-1"])
+			time.Sleep(time.Second)
 		}, "belayd"},
 		{"after the release", func(b *bed, l preserve.Line) {
 			l.Mark(preserve.Paused, b.uuids["web-1"])
@@ -517,6 +518,9 @@ func TestRecoverTellsTheTruth(t *testing.T) {
 				}
 				if g.Clock == nil {
 					b.Error("nobody has looked at its clock")
+				}
+				if known := !g.Released.IsZero(); known != (g.Pause > 0) || c.by == "somebody else" && known {
+					b.Errorf("it was released at %s, after %s", g.Released, g.Pause)
 				}
 				time.Sleep(time.Minute)
 				b.allRun("web-1")
