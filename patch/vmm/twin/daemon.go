@@ -171,7 +171,7 @@ func (t *Twin) Stop(ctx context.Context) error {
 		return fail(err)
 	}
 	if len(guests) > 0 {
-		return fail(maint.Problemf(maint.CodeBusy, "host", "bring them home first (belay replace)", "guests are in the twin: %s", strings.Join(guests, ", ")))
+		return fail(maint.Problemf(maint.CodeBusy, "host", "bring them home first (belay replace-vmm GUEST)", "guests are in the twin: %s", strings.Join(guests, ", ")))
 	}
 	// A supervisor that has died is started again: it takes the daemons over,
 	// and ends them.
