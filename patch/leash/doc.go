@@ -9,6 +9,7 @@
 //	Line        an armed leash as its holder sees it; renews itself
 //	Launcher    starts the process; see package launch
 //	Leftovers   notes of leashes whose belayd has died
+//	Sweep       discards what nobody needs any more
 //
 // A leash's life:
 //

@@ -23,7 +23,12 @@ const (
 	notesExt  = ".json"
 	socketExt = ".sock"
 	lockExt   = ".lock"
+	newExt    = ".new" // of notes that are being written
 )
+
+// files are the extensions of all that can be left of a leash. The lock is the
+// last: see claim.
+var files = [...]string{notesExt + newExt, notesExt, socketExt, lockExt}
 
 func path(dir string, op maint.OpID, ext string) string { return filepath.Join(dir, string(op)+ext) }
 
@@ -49,14 +54,14 @@ func (s *Status) write(dir string) error {
 		return err
 	}
 	name := path(dir, s.Op, notesExt)
-	err = os.WriteFile(name+".new", b, 0o600)
+	err = os.WriteFile(name+newExt, b, 0o600)
 	if errors.Is(err, fs.ErrNotExist) {
 		if err = makeDir(dir); err == nil {
-			err = os.WriteFile(name+".new", b, 0o600)
+			err = os.WriteFile(name+newExt, b, 0o600)
 		}
 	}
 	if err == nil {
-		err = os.Rename(name+".new", name)
+		err = os.Rename(name+newExt, name)
 	}
 	if err != nil {
 		return fmt.Errorf("cannot write the leash's notes: %w", err)
@@ -64,10 +69,10 @@ func (s *Status) write(dir string) error {
 	return nil
 }
 
-// remove removes all files of an operation. The lock goes last: see claim.
+// remove removes all files of an operation.
 func remove(dir string, op maint.OpID) error {
 	var errs []error
-	for _, ext := range []string{notesExt, notesExt + ".new", socketExt, lockExt} {
+	for _, ext := range files {
 		if err := os.Remove(path(dir, op, ext)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
