@@ -28,8 +28,21 @@ func (r *Runner) known(name string) (place, error) {
 	return p, nil
 }
 
-// Look tells how a step goes, or went: Ended is zero while it runs. It wraps
-// ErrUnknown when none of that name was asked for.
+// Begun reports whether a step was ever begun.
+func (r *Runner) Begun(name string) (bool, error) {
+	p, err := r.known(name)
+	if errors.Is(err, ErrUnknown) {
+		return false, nil
+	} else if err != nil {
+		return false, err
+	}
+	c, _, err := p.claimed()
+	return c.PID != 0, err
+}
+
+// Look tells how a step goes, or went: Ended is zero while it runs, and so is
+// Started before it begins. It wraps ErrUnknown when none of that name was
+// asked for.
 func (r *Runner) Look(ctx context.Context, name string) (maint.StepRun, error) {
 	p, err := r.known(name)
 	if err != nil {
@@ -76,7 +89,7 @@ func (r *Runner) Leftover(ctx context.Context, name string) (bool, error) {
 		return false, err
 	}
 	if !claimed {
-		return true, nil // a supervisor may be starting
+		return true, nil // a supervisor may be starting, or wait to be told to begin
 	}
 	s, err := p.spec()
 	if err != nil {
@@ -109,7 +122,11 @@ func (r *Runner) End(ctx context.Context, name string) error {
 		}
 		return nil
 	}
-	if o := r.end(ctx, p, s, request{Ask: askEnd, Why: "by belayd, after its restart"}); o.Stuck {
+	o, over := r.over(ctx, p, request{Why: "it was given up"})
+	if !over {
+		o = r.end(ctx, p, s, request{Ask: askEnd, Why: "by belayd, after its restart"})
+	}
+	if o.Stuck {
 		return fmt.Errorf("cannot end step %s: %s", name, o.Error)
 	}
 	return nil

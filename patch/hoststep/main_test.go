@@ -29,6 +29,9 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 2 && os.Args[1] == "run-as-belayd" {
 		os.Exit(asBelayd(os.Args[2:]))
 	}
+	if len(os.Args) > 2 && os.Args[1] == "prepare-as-belayd" {
+		os.Exit(asPreparing(os.Args[2:]))
+	}
 	os.Exit(m.Run())
 }
 

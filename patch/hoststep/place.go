@@ -11,18 +11,18 @@ import (
 	"path/filepath"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"belay/agent/maint"
 )
 
 // spec is what belayd tells the supervisor, and itself after a restart.
 type spec struct {
 	Step  maint.HostStep `json:"step"`
-	Env   []string       `json:"env,omitempty"`
 	Token string         `json:"token"` // marks the step's processes in their environment
 	Asked time.Time      `json:"asked"`
-	// Timeout is when the supervisor ends the step by itself; 0 is never.
-	Timeout time.Duration `json:"timeout_ns,omitempty"`
-	Grace   time.Duration `json:"grace_ns"` // between SIGTERM and SIGKILL
+	Wait  time.Duration  `json:"wait_ns"`  // for the word to begin
+	Grace time.Duration  `json:"grace_ns"` // between SIGTERM and SIGKILL
 	// Before is the unit's invocation before its job, by which a restart is
 	// known to have happened.
 	Before string `json:"before,omitempty"`
@@ -40,6 +40,14 @@ type outcome struct {
 	maint.StepRun
 	Stuck bool `json:"stuck,omitempty"`
 }
+
+// never is how a step went that never begins.
+func never(why string) outcome {
+	now := time.Now()
+	return outcome{StepRun: maint.StepRun{Started: now, Ended: now, ExitCode: -1, Error: why}}
+}
+
+const notBegun = "the step was not begun: "
 
 // place is the folder of one step.
 type place string
@@ -68,6 +76,13 @@ func (p place) claim(c claim) (bool, error) {
 func (p place) claimed() (c claim, ok bool, err error) {
 	ok, err = readJSON(p.file("claim.json"), &c)
 	return c, ok, err
+}
+
+// deserted says that a supervisor which could not be asked was killed before it
+// was told to begin: nobody listens on its socket, which it removes otherwise.
+func (p place) deserted(asked error) bool {
+	_, claimed, err := p.claimed()
+	return err == nil && !claimed && errors.Is(asked, unix.ECONNREFUSED)
 }
 
 func (p place) result() (r outcome, ok bool, err error) {
@@ -114,23 +129,28 @@ func readJSON(path string, v any) (bool, error) {
 
 // What a supervisor is asked.
 const (
-	askLook = "look" // answer at once
-	askWait = "wait" // answer when it has ended
-	askEnd  = "end"  // end it, then answer
+	askLook  = "look"  // answer at once
+	askBegin = "begin" // begin it if it has not begun; answer when it has ended
+	askEnd   = "end"   // end it, or never begin it; then answer
 )
 
 type request struct {
-	Ask      string `json:"ask"`
+	Ask string `json:"ask"`
+	// Env and Timeout are what a step begins with: its supervisor ends it by
+	// itself so long after its begin; 0 is never.
+	Env     []string      `json:"env,omitempty"`
+	Timeout time.Duration `json:"timeout_ns,omitempty"`
+	// TimedOut, or Why, says why it is to end.
 	TimedOut bool   `json:"timed_out,omitempty"`
-	Why      string `json:"why,omitempty"` // unless TimedOut
+	Why      string `json:"why,omitempty"`
 }
 
 // ask puts a request to the step's supervisor. An error says that none
 // answered before ctx ended.
 func (p place) ask(ctx context.Context, q request) (r outcome, err error) {
-	err = p.viaShortPath(func(sock string) error {
+	err = p.viaShortPath(func(dir string) error {
 		var d net.Dialer
-		c, err := d.DialContext(ctx, "unix", sock)
+		c, err := d.DialContext(ctx, "unix", filepath.Join(dir, "sock"))
 		if err != nil {
 			return err
 		}
@@ -144,23 +164,31 @@ func (p place) ask(ctx context.Context, q request) (r outcome, err error) {
 	return r, err
 }
 
+// listen makes the socket, which has its name only once somebody listens.
 func (p place) listen() (l *net.UnixListener, err error) {
-	err = p.viaShortPath(func(sock string) error {
-		l, err = net.ListenUnix("unix", &net.UnixAddr{Name: sock, Net: "unix"})
+	fresh := fmt.Sprintf("sock-%d", os.Getpid())
+	err = p.viaShortPath(func(dir string) error {
+		l, err = net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, fresh), Net: "unix"})
 		return err
 	})
-	if err == nil {
-		l.SetUnlinkOnClose(false) // the short path is gone by then
+	if err != nil {
+		return nil, err
 	}
-	return l, err
+	l.SetUnlinkOnClose(false) // the short path is gone by then
+	defer os.Remove(p.file(fresh))
+	if err := os.Link(p.file(fresh), p.file("sock")); err != nil {
+		l.Close()
+		return nil, err
+	}
+	return l, nil
 }
 
 // viaShortPath is for sockets, whose paths cannot be longer than 107 bytes.
-func (p place) viaShortPath(do func(sock string) error) error {
+func (p place) viaShortPath(do func(dir string) error) error {
 	d, err := os.Open(string(p))
 	if err != nil {
 		return err
 	}
 	defer d.Close()
-	return do(fmt.Sprintf("/proc/self/fd/%d/sock", d.Fd()))
+	return do(fmt.Sprintf("/proc/self/fd/%d", d.Fd()))
 }

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -74,6 +75,7 @@ var ErrUnknown = errors.New("no such step")
 type Config struct {
 	Dir     string        // the steps' folder, on tmpfs; it must outlive belayd
 	Grace   time.Duration // between SIGTERM and SIGKILL; 0 is 300 ms
+	Wait    time.Duration // how long one that is prepared waits to be begun; 0 is 1 min
 	Systemd Systemd       // nil: none runs here
 	// Program is this program under the name by which systemd can start it;
 	// "" is its path. It must come to Supervise (see SuperviseArg).
@@ -83,6 +85,8 @@ type Config struct {
 
 const (
 	defaultGrace = 300 * time.Millisecond
+	// defaultWait is long enough to arm a leash and stop all vCPUs.
+	defaultWait = time.Minute
 	// startLimit bounds the start of a supervisor.
 	startLimit = 10 * time.Second
 	// slack is how much longer than it can need a supervisor is waited for.
@@ -91,13 +95,17 @@ const (
 
 // Runner runs steps. Its methods can be called at any time, from anywhere.
 type Runner struct {
-	cfg Config
+	cfg  Config
+	anew sync.Mutex // held by relaunch
 }
 
 // New returns a runner of steps.
 func New(cfg Config) *Runner {
 	if cfg.Grace == 0 {
 		cfg.Grace = defaultGrace
+	}
+	if cfg.Wait == 0 {
+		cfg.Wait = defaultWait
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
@@ -118,14 +126,34 @@ func (p place) name() string { return filepath.Base(string(p)) }
 
 func unitOf(p place) string { return "belay-step-" + p.name() + ".service" }
 
+// Prepare does ahead what takes time before a step can begin, and begins
+// nothing: a command's supervisor is started, and waits for Run, or for End, or
+// in the end for nobody. A unit's job needs none. An error leaves nothing
+// behind.
+func (r *Runner) Prepare(ctx context.Context, name string, step maint.HostStep) error {
+	p, err := r.check(name, step)
+	if err != nil || step.Unit != "" {
+		return err
+	}
+	s, err := r.enter(ctx, p, step)
+	if err != nil {
+		return err
+	}
+	if err := r.launch(ctx, p, s); err != nil {
+		r.dismiss(ctx, p)
+		return errors.Join(fmt.Errorf("cannot prepare the step: %w", err), os.RemoveAll(string(p)))
+	}
+	return nil
+}
+
 // Run runs a step and returns when it has ended, soon after ctx's end at the
 // latest: a command and all its descendants are ended then, which TimedOut
 // (ctx's deadline) or Error (it was cancelled) tells. A unit's job is left to
 // systemd.
 //
 // A step of a name begins once: when it was begun before, perhaps by a belayd
-// that has died, Run waits for that one. env are BELAY_ variables beside the
-// fixed PATH, LANG and HOME.
+// that has died, Run waits for that one. One that was prepared begins at once.
+// env are BELAY_ variables beside the fixed PATH, LANG and HOME.
 func (r *Runner) Run(ctx context.Context, name string, step maint.HostStep, env []string) maint.StepRun {
 	run, err := r.run(ctx, name, step, env)
 	if err != nil {
@@ -137,11 +165,8 @@ func (r *Runner) Run(ctx context.Context, name string, step maint.HostStep, env 
 }
 
 func (r *Runner) run(ctx context.Context, name string, step maint.HostStep, env []string) (maint.StepRun, error) {
-	p, err := r.place(name)
+	p, err := r.check(name, step)
 	if err != nil {
-		return maint.StepRun{}, err
-	}
-	if err := maint.Refuse("cannot run the step", shape(step)); err != nil {
 		return maint.StepRun{}, err
 	}
 	for _, v := range env {
@@ -149,49 +174,63 @@ func (r *Runner) run(ctx context.Context, name string, step maint.HostStep, env 
 			return maint.StepRun{}, fmt.Errorf("cannot run the step with %q in its environment", v)
 		}
 	}
-	if step.Unit != "" && r.cfg.Systemd == nil {
-		return maint.StepRun{}, fmt.Errorf("cannot run a job of unit %s: systemd does not run here", step.Unit)
-	}
-	if err := ctx.Err(); err != nil {
-		return maint.StepRun{}, fmt.Errorf("the step was not begun: %w", err)
-	}
-	if err := os.MkdirAll(r.cfg.Dir, 0o700); err != nil {
-		return maint.StepRun{}, err
-	}
 	if step.Timeout > 0 {
 		limited, cancel := context.WithTimeout(ctx, step.Timeout)
 		defer cancel()
 		ctx = limited
 	}
-	err = os.Mkdir(string(p), 0o700)
+	s, err := r.enter(ctx, p, step)
 	switch {
 	case errors.Is(err, fs.ErrExist):
+		if s, err = p.spec(); err != nil { // it was not begun then
+			r.cfg.Log.Warn("a host step has no specification", "step", name, "err", err)
+		}
+		if s.Step.Unit != "" {
+			return r.awaitJob(ctx, p, s), nil
+		}
 	case err != nil:
 		return maint.StepRun{}, err
+	case step.Unit != "":
+		return r.runJob(ctx, p, s), nil
 	default:
-		s := spec{Step: step, Env: env, Token: rand.Text(), Asked: time.Now(), Grace: r.cfg.Grace}
-		if end, ok := ctx.Deadline(); ok {
-			s.Timeout = max(time.Until(end), time.Nanosecond)
-		}
-		if step.Unit != "" {
-			return r.runJob(ctx, p, s), nil
-		}
 		if err := r.launch(ctx, p, s); err != nil {
 			return r.notLaunched(ctx, p, s, err), nil
 		}
-		return r.await(ctx, p, s), nil
 	}
-	s, err := p.spec()
-	if err != nil { // it was not begun then
-		r.cfg.Log.Warn("a host step has no specification", "step", name, "err", err)
-	}
-	if s.Step.Unit != "" {
-		return r.awaitJob(ctx, p, s), nil
-	}
-	return r.await(ctx, p, s), nil
+	return r.await(ctx, p, s, env), nil
 }
 
-// launch starts the step's supervisor and returns when the step is claimed.
+// check gives the place of a step that can be asked for.
+func (r *Runner) check(name string, step maint.HostStep) (place, error) {
+	p, err := r.place(name)
+	if err != nil {
+		return "", err
+	}
+	if err := maint.Refuse("cannot run the step", shape(step)); err != nil {
+		return "", err
+	}
+	if step.Unit != "" && r.cfg.Systemd == nil {
+		return "", fmt.Errorf("cannot run a job of unit %s: systemd does not run here", step.Unit)
+	}
+	return p, nil
+}
+
+// enter makes the place of a step; the error is fs.ErrExist when there is one.
+func (r *Runner) enter(ctx context.Context, p place, step maint.HostStep) (spec, error) {
+	if err := os.MkdirAll(r.cfg.Dir, 0o700); err != nil {
+		return spec{}, err
+	}
+	if err := os.Mkdir(string(p), 0o700); err != nil {
+		return spec{}, err
+	}
+	if err := ctx.Err(); err != nil {
+		return spec{}, errors.Join(fmt.Errorf(notBegun+"%w", err), os.Remove(string(p)))
+	}
+	return spec{Step: step, Token: rand.Text(), Asked: time.Now(), Wait: r.cfg.Wait, Grace: r.cfg.Grace}, nil
+}
+
+// launch starts the step's supervisor and returns when that waits to be told
+// to begin.
 func (r *Runner) launch(ctx context.Context, p place, s spec) error {
 	if err := p.writeSpec(s); err != nil {
 		return err
@@ -223,26 +262,26 @@ func launchChild(ctx context.Context, p place) error {
 		return err
 	}
 	defer log.Close()
-	ready, begun, err := os.Pipe()
+	ready, say, err := os.Pipe()
 	if err != nil {
 		return err
 	}
 	defer ready.Close()
-	defer begun.Close()
+	defer say.Close()
 	c := &exec.Cmd{
 		Path:        "/proc/self/exe", // also when the file was replaced
 		Args:        []string{supervisorName, SuperviseArg, string(p), "3"},
 		Env:         []string{"PATH=" + searchPath, "LANG=C.UTF-8"},
 		Dir:         "/",
 		Stderr:      log,
-		ExtraFiles:  []*os.File{begun},
+		ExtraFiles:  []*os.File{say},
 		SysProcAttr: &unix.SysProcAttr{Setsid: true},
 	}
 	if err := c.Start(); err != nil {
 		return err
 	}
 	go func() { _ = c.Wait() }() // how it went is in the result, not in its exit code
-	begun.Close()
+	say.Close()
 	defer context.AfterFunc(ctx, func() { _ = ready.SetReadDeadline(time.Now()) })()
 	if _, err := ready.Read(make([]byte, 1)); err != nil {
 		if ctx.Err() != nil {
@@ -254,18 +293,33 @@ func launchChild(ctx context.Context, p place) error {
 	return nil
 }
 
+// relaunch starts a supervisor in the place of one that was killed before it was
+// told to begin. The claim sees to it that only one of them ever begins.
+func (r *Runner) relaunch(ctx context.Context, p place, s spec) error {
+	r.anew.Lock()
+	defer r.anew.Unlock()
+	if _, asked := p.ask(ctx, request{Ask: askLook}); !p.deserted(asked) {
+		return nil // somebody else has
+	}
+	r.cfg.Log.Warn("a host step's supervisor was killed before the step began: starting it again", "step", p.name())
+	if err := os.Remove(p.file("sock")); err != nil {
+		return err
+	}
+	return r.launch(ctx, p, s)
+}
+
 // notLaunched tells of a step whose supervisor may not have started; it sees
 // to it that the step does not begin later, and waits for one that has begun.
 func (r *Runner) notLaunched(ctx context.Context, p place, s spec, cause error) maint.StepRun {
-	now := time.Now()
-	first, err := p.claim(claim{Time: now})
+	first, err := p.claim(claim{Time: time.Now()})
 	if err == nil && !first {
-		return r.await(ctx, p, s)
+		return r.await(ctx, p, s, nil)
 	}
-	run := maint.StepRun{Started: now, Ended: now, ExitCode: -1, TimedOut: errors.Is(ctx.Err(), context.DeadlineExceeded)}
-	run.Error = fmt.Sprintf("cannot start the step: %v", errors.Join(cause, err))
-	r.note(p, outcome{StepRun: run})
-	return run
+	r.dismiss(ctx, p)
+	o := never(fmt.Sprintf("cannot start the step: %v", errors.Join(cause, err)))
+	o.TimedOut = errors.Is(ctx.Err(), context.DeadlineExceeded)
+	r.note(p, o)
+	return o.StepRun
 }
 
 // note writes down how a step went that has no supervisor to do it.
@@ -275,47 +329,67 @@ func (r *Runner) note(p place, o outcome) {
 	}
 }
 
-// await waits for the end of a command that was begun, and ends it with ctx.
-func (r *Runner) await(ctx context.Context, p place, s spec) maint.StepRun {
-	for range 2 { // its supervisor may just be starting
-		if o, err := p.ask(ctx, request{Ask: askWait}); err == nil {
-			return o.StepRun
+// await has a command begun, unless it was, waits for its end, and ends it with
+// ctx.
+func (r *Runner) await(ctx context.Context, p place, s spec, env []string) maint.StepRun {
+	for range 3 { // its supervisor may just be starting, or be started again
+		begin := request{Ask: askBegin, Env: env}
+		if end, ok := ctx.Deadline(); ok {
+			begin.Timeout = max(time.Until(end), time.Nanosecond)
 		}
-		if ctx.Err() != nil {
-			break
-		}
-		if o, over := r.over(p); over {
+		o, asked := p.ask(ctx, begin)
+		switch {
+		case asked == nil:
 			return o.StepRun
+		case ctx.Err() != nil:
+			q := request{Ask: askEnd, TimedOut: errors.Is(ctx.Err(), context.DeadlineExceeded), Why: fmt.Sprint(context.Cause(ctx))}
+			return r.end(context.WithoutCancel(ctx), p, s, q).StepRun
+		case p.deserted(asked):
+			if err := r.relaunch(ctx, p, s); err != nil {
+				return r.notLaunched(ctx, p, s, err)
+			}
+		case errors.Is(asked, fs.ErrNotExist): // it has ended, or does not listen yet
+			if o, over := r.over(ctx, p, request{Why: "it has no supervisor"}); over {
+				return o.StepRun
+			}
 		}
 	}
-	q := request{Ask: askEnd}
-	if ctx.Err() != nil {
-		q.TimedOut = errors.Is(ctx.Err(), context.DeadlineExceeded)
-		q.Why = fmt.Sprint(context.Cause(ctx))
-	}
-	return r.end(context.WithoutCancel(ctx), p, s, q).StepRun
+	return r.end(context.WithoutCancel(ctx), p, s, request{Ask: askEnd, Why: "its supervisor does not answer"}).StepRun
 }
 
 // over tells how a command went that has ended, or that has not begun, and
-// from now on never will. Else its supervisor has begun it and listens.
-func (r *Runner) over(p place) (outcome, bool) {
+// from now on never will, for the reason that q gives. Else its supervisor has
+// begun it and listens.
+func (r *Runner) over(ctx context.Context, p place, q request) (outcome, bool) {
 	if o, ok, _ := p.result(); ok {
 		return o, true
 	}
-	now := time.Now()
-	_, err := p.claim(claim{Time: now})
+	_, err := p.claim(claim{Time: time.Now()})
 	c, ok, err2 := p.claimed()
 	if err := errors.Join(err, err2); err != nil || !ok || c.PID != 0 {
 		return outcome{}, false
 	}
-	o := outcome{StepRun: maint.StepRun{Started: now, Ended: now, ExitCode: -1, Error: "the step was not begun"}}
+	r.dismiss(ctx, p)
+	if o, ok, _ := p.result(); ok { // it had given up by itself
+		return o, true
+	}
+	o := never(notBegun + q.Why)
+	o.TimedOut = q.TimedOut
 	r.note(p, o)
 	return o, true
 }
 
+// dismiss has a supervisor end that waits to begin what never will. One that
+// does not answer finds that out, or ends when it has waited long enough.
+func (r *Runner) dismiss(ctx context.Context, p place) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lookLimit)
+	defer cancel()
+	_, _ = p.ask(ctx, request{Ask: askEnd, Why: "it was given up"})
+}
+
 // end ends a command, by its supervisor where that answers.
 func (r *Runner) end(ctx context.Context, p place, s spec, q request) outcome {
-	if o, over := r.over(p); over {
+	if o, over := r.over(ctx, p, q); over {
 		return o
 	}
 	asking, cancel := context.WithTimeout(ctx, s.Grace+killLimit+slack)

@@ -35,9 +35,13 @@ const (
 	supervisorName = "belay-step"
 )
 
-// Supervise is the supervisor of one step: it runs a command as its folder's
-// specification says. args are the folder, and the number of a file to tell
-// on that it is begun. It heeds no signal but SIGUSR1, which ends the step.
+// errGivenUp: somebody has seen to it that the step never begins.
+var errGivenUp = errors.New("it was given up before it began")
+
+// Supervise is the supervisor of one step: when it is told to, it runs a
+// command as its folder's specification says. args are the folder, and the
+// number of a file to tell on that it can be told. It heeds no signal but
+// SIGUSR1, which ends the step.
 func Supervise(args []string) int {
 	if err := supervise(args); err != nil {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", supervisorName, err)
@@ -56,7 +60,7 @@ func supervise(args []string) error {
 	if err := settleIn(); err != nil {
 		return err
 	}
-	s := &supervisor{at: place(args[0]), end: make(chan request, 1), done: make(chan struct{}), started: time.Now()}
+	s := &supervisor{at: place(args[0]), begin: make(chan request, 1), begun: make(chan struct{}), end: make(chan request, 1), done: make(chan struct{})}
 	var err error
 	if s.spec, err = s.at.spec(); err != nil {
 		return err
@@ -66,9 +70,9 @@ func supervise(args []string) error {
 		return err
 	}
 	defer l.Close()
-	self, _ := look(os.Getpid())
-	if first, err := s.at.claim(claim{PID: self.pid, Start: self.start, Time: s.started}); err != nil || !first {
-		return errors.Join(err, errors.New("the step was given up before it began"))
+	// Who gives it up from now on finds somebody to tell.
+	if _, claimed, err := s.at.claimed(); err != nil || claimed {
+		return errors.Join(err, errGivenUp)
 	}
 	go s.heed(caught)
 	s.answering.Go(func() { s.serve(l) })
@@ -76,11 +80,14 @@ func supervise(args []string) error {
 		return err
 	}
 
-	s.run()
-	failed := s.at.writeResult(s.state)
+	begun, failed := s.decide()
+	if begun {
+		s.run()
+		failed = s.at.writeResult(s.state)
+	}
 	close(s.done)
+	_ = os.Remove(s.at.file("sock")) // before nobody listens on it: see deserted
 	l.Close()
-	_ = os.Remove(s.at.file("sock")) // a socket that nobody listens on says the same
 	s.answering.Wait()
 	if s.pipe != nil { // a daemon that writes must neither block nor get SIGPIPE
 		_, _ = io.Copy(io.Discard, s.pipe)
@@ -131,7 +138,10 @@ func sayReady(args []string) error {
 type supervisor struct {
 	at      place
 	spec    spec
-	started time.Time
+	begin   chan request  // the first one to begin the step
+	begun   chan struct{} // closed when it has begun
+	with    request       // what it has begun with, after begun
+	started time.Time     // after begun
 	out     output
 	pipe    *os.File     // the read end of the command's output; nil before it is started
 	end     chan request // the first one to end the step
@@ -144,15 +154,16 @@ type supervisor struct {
 func (s *supervisor) heed(caught <-chan os.Signal) {
 	for sig := range caught {
 		if sig == unix.SIGUSR1 {
-			s.askEnd(request{Why: "its supervisor was sent SIGUSR1"})
+			first(s.end, request{Why: "its supervisor was sent SIGUSR1"})
 		}
 	}
 }
 
-func (s *supervisor) askEnd(q request) {
+// first passes on a request unless somebody else has asked.
+func first(to chan<- request, q request) {
 	select {
-	case s.end <- q:
-	default: // somebody else has asked
+	case to <- q:
+	default:
 	}
 }
 
@@ -173,19 +184,56 @@ func (s *supervisor) answer(c net.Conn) {
 	if err := json.NewDecoder(c).Decode(&q); err != nil {
 		return
 	}
-	now := outcome{StepRun: maint.StepRun{Started: s.started, ExitCode: -1}}
+	now := outcome{StepRun: maint.StepRun{ExitCode: -1}}
 	switch q.Ask {
 	case askLook:
-		now.Output, now.OutputDropped = s.out.text()
+		select {
+		case <-s.begun:
+			now.Started = s.started
+			now.Output, now.OutputDropped = s.out.text()
+		default:
+		}
+	case askBegin:
+		first(s.begin, q)
+		<-s.done
+		now = s.state
 	case askEnd:
-		s.askEnd(q)
-		fallthrough
-	default:
+		first(s.end, q)
 		<-s.done
 		now = s.state
 	}
 	_ = c.SetWriteDeadline(time.Now().Add(time.Second))
 	_ = json.NewEncoder(c).Encode(now) // who has gone can read the result's file
+}
+
+// decide waits to be told to begin, and claims the step. If it is not to begin
+// it sets state to why, and sees to it that nobody begins it any more.
+func (s *supervisor) decide() (begun bool, err error) {
+	self, _ := look(os.Getpid())
+	c, why := claim{PID: self.pid, Start: self.start}, ""
+	select {
+	case s.with = <-s.begin:
+	case q := <-s.end:
+		c, why = claim{}, q.Why
+	case <-time.After(s.spec.Wait):
+		c, why = claim{}, fmt.Sprintf("its supervisor waited %v to be told to", s.spec.Wait)
+	}
+	c.Time = time.Now()
+	mine, err := s.at.claim(c)
+	switch {
+	case err != nil:
+		s.state = never(notBegun + err.Error())
+		return false, err
+	case !mine:
+		s.state = never(notBegun + errGivenUp.Error())
+		return false, nil
+	case c.PID == 0:
+		s.state = never(notBegun + why)
+		return false, s.at.writeResult(s.state)
+	}
+	s.started = c.Time
+	close(s.begun)
+	return true, nil
 }
 
 // run runs the command and sets state to how it went.
@@ -203,8 +251,8 @@ func (s *supervisor) run() {
 	go reap(pid, exited, gone)
 
 	var timeUp <-chan time.Time
-	if s.spec.Timeout > 0 {
-		timeUp = time.After(s.spec.Timeout - time.Since(s.started))
+	if s.with.Timeout > 0 {
+		timeUp = time.After(s.with.Timeout - time.Since(s.started))
 	}
 	q, status, ended := s.await(exited, timeUp)
 	if ended {
@@ -282,7 +330,7 @@ func (s *supervisor) start() (pid int, err error) {
 		return 0, err
 	}
 	s.pipe = os.NewFile(uintptr(ends[0]), "output")
-	env := append([]string{"PATH=" + searchPath, "LANG=C.UTF-8", "HOME=/root"}, s.spec.Env...)
+	env := append([]string{"PATH=" + searchPath, "LANG=C.UTF-8", "HOME=/root"}, s.with.Env...)
 	dir := step.Dir
 	if dir == "" {
 		dir = "/"
