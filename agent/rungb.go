@@ -151,10 +151,10 @@ func (s steps) End(ctx context.Context, name string) (*maint.StepRun, error) {
 	if err := s.Runner.End(ctx, name); err != nil {
 		return nil, err
 	}
-	run, err := s.Look(ctx, name)
-	if errors.Is(err, hoststep.ErrUnknown) {
-		return nil, nil
+	if begun, err := s.Begun(name); err != nil || !begun {
+		return nil, err
 	}
+	run, err := s.Look(ctx, name)
 	if err != nil {
 		return nil, err
 	}

@@ -2,8 +2,10 @@
 // memory kept in RAM) while something is done to the host, and releases them.
 //
 //	Preflight   who is to be held, can the step run, are file systems frozen
-//	Perform     arm the leash ─► pause ─► step ─► verify ─► release ─► clocks
-//	                                       │ failed: undo ──────┘
+//	Perform     prepare the step ─► arm the leash ─► pause ─┐
+//	               ┌────────────────────────────────────────┘
+//	               └► step ─► verify ─► release ─► clocks
+//	                   │ failed: undo ────┘
 //	Recover     the same way out, for a belayd that died within Perform
 //
 // Nothing is written to disk between the first pause and the last release: the

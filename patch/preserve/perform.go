@@ -65,6 +65,16 @@ func (h *Hold) hold(ctx context.Context, order Order) (out Outcome, failure erro
 		return out, maint.Refuse("cannot hold "+h.what(), []maint.Problem{*maint.Problemf(maint.CodeHypervisorDown, "libvirt",
 			"see that it runs, and begin again", "cannot be reached, so nothing was paused: %v", err)})
 	}
+	// Before the leash, whose time runs from its arming.
+	if err := h.Steps.Prepare(ctx, stepName(h.Op, "step"), h.Request.Step); err != nil {
+		return out, maint.Refuse("cannot hold "+h.what(), []maint.Problem{*maint.Problemf(maint.CodeStep, subject(h.Request.Step),
+			"see that processes can be started and /run has room, and begin again", "cannot be prepared, so nothing was paused: %v", err)})
+	}
+	defer func() {
+		if out.Result.Step == nil { // nobody will begin it any more
+			h.ended(context.WithoutCancel(ctx), "step")
+		}
+	}()
 	arm, cancel := context.WithTimeout(ctx, armTimeout)
 	line, err := h.Leash.Arm(arm, order)
 	cancel()
@@ -131,13 +141,17 @@ func (h *Hold) start(ctx context.Context, role string, step maint.HostStep, p *p
 
 func stepName(op maint.OpID, role string) string { return string(op) + "-" + role }
 
+// subject names a step in a problem.
+func subject(step maint.HostStep) string {
+	if step.Unit != "" {
+		return "'" + step.Unit + "'"
+	}
+	return "'" + strings.Join(step.Command, " ") + "'"
+}
+
 func stepFailure(what string, step maint.HostStep, run maint.StepRun) error {
 	if run.OK() {
 		return nil
-	}
-	subject := strings.Join(step.Command, " ")
-	if step.Unit != "" {
-		subject = step.Unit
 	}
 	reason := fmt.Sprintf("%s ended with exit code %d", what, run.ExitCode)
 	remedy := ""
@@ -148,7 +162,7 @@ func stepFailure(what string, step maint.HostStep, run maint.StepRun) error {
 		reason = fmt.Sprintf("%s was ended after %s, so that the guests are released in time", what, run.Ended.Sub(run.Started).Round(time.Millisecond))
 		remedy = "allow a longer pause (--max-pause)"
 	}
-	return &maint.Problem{Code: maint.CodeStep, Subject: "'" + subject + "'", Reason: reason, Remedy: remedy}
+	return &maint.Problem{Code: maint.CodeStep, Subject: subject(step), Reason: reason, Remedy: remedy}
 }
 
 // undo takes the step back, while the guests are held if there is time.

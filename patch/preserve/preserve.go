@@ -70,9 +70,12 @@ type Line interface {
 // Steps runs what is done to the host; see package hoststep.
 type Steps interface {
 	Check(ctx context.Context, step maint.HostStep) []maint.Problem
+	// Prepare does ahead what takes time before a step can begin; Run or End
+	// must follow. An error leaves nothing behind.
+	Prepare(ctx context.Context, name string, step maint.HostStep) error
 	Run(ctx context.Context, name string, step maint.HostStep, env []string) maint.StepRun
-	// End ends what still runs under a name since an earlier belayd, and
-	// says how it went; nil: it was never begun.
+	// End ends what still runs under a name since an earlier belayd, or was
+	// prepared, and says how it went; nil: it was never begun, nor will be.
 	End(ctx context.Context, name string) (*maint.StepRun, error)
 	// Forget drops what is known of a step that has ended.
 	Forget(name string)

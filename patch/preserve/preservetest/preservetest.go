@@ -206,11 +206,14 @@ func (ls *Leashes) Lose(op maint.OpID) {
 type Steps struct {
 	// Did, if set, is told the name of every step as it is run.
 	Did func(name string)
+	// Refuse, if set, has every step fail to be prepared.
+	Refuse error
 
-	mu   sync.Mutex
-	runs map[string]*maint.StepRun
-	ends map[string]context.CancelFunc
-	ran  map[string]int // how often begun
+	mu       sync.Mutex
+	prepared map[string]bool // and neither run nor ended
+	runs     map[string]*maint.StepRun
+	ends     map[string]context.CancelFunc
+	ran      map[string]int // how often begun
 }
 
 // Check implements preserve.Steps.
@@ -219,6 +222,27 @@ func (s *Steps) Check(_ context.Context, step maint.HostStep) []maint.Problem {
 		return []maint.Problem{{Code: maint.CodeBadRequest, Subject: strings.Join(step.Command, " "), Reason: "is no program"}}
 	}
 	return nil
+}
+
+// Prepare implements preserve.Steps.
+func (s *Steps) Prepare(_ context.Context, name string, _ maint.HostStep) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.Refuse != nil {
+		return s.Refuse
+	}
+	if s.prepared == nil {
+		s.prepared = make(map[string]bool)
+	}
+	s.prepared[name] = true
+	return nil
+}
+
+// Prepared are the names of the steps that wait to be run or ended, sorted.
+func (s *Steps) Prepared() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Sorted(maps.Keys(s.prepared))
 }
 
 // Run implements preserve.Steps.
@@ -234,6 +258,7 @@ func (s *Steps) Run(ctx context.Context, name string, step maint.HostStep, _ []s
 		s.mu.Unlock()
 		return *before
 	}
+	delete(s.prepared, name)
 	s.runs[name], s.ends[name] = run, cancel
 	s.ran[name]++
 	s.mu.Unlock()
@@ -281,6 +306,7 @@ func (s *Steps) Run(ctx context.Context, name string, step maint.HostStep, _ []s
 func (s *Steps) End(_ context.Context, name string) (*maint.StepRun, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	delete(s.prepared, name)
 	if s.runs[name] == nil {
 		return nil, nil
 	}
