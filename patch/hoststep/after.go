@@ -146,5 +146,5 @@ func (r *Runner) Forget(name string) error {
 	} else if !ended {
 		return fmt.Errorf("cannot forget step %s: it has not ended", name)
 	}
-	return os.RemoveAll(string(p))
+	return p.remove()
 }

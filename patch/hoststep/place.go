@@ -2,6 +2,7 @@ package hoststep
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -92,6 +93,19 @@ func (p place) result() (r outcome, ok bool, err error) {
 
 func (p place) writeResult(r outcome) error {
 	return writeJSON(p.file("result.json"), r, os.Rename)
+}
+
+// remove takes the place away at once: a supervisor that comes late finds none,
+// or what says that it is not to begin. It may just have made its socket there.
+func (p place) remove() error {
+	gone := filepath.Join(filepath.Dir(string(p)), ".gone-"+rand.Text())
+	if err := os.Rename(string(p), gone); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(gone); err != nil {
+		return os.RemoveAll(gone)
+	}
+	return nil
 }
 
 // writeJSON writes a file that is whole as soon as it is there: publish is

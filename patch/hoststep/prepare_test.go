@@ -196,6 +196,10 @@ func TestItCannotBePrepared(t *testing.T) {
 			if _, err := os.Stat(filepath.Join(h.dir, "mig-1-step")); !os.IsNotExist(err) {
 				t.Errorf("its folder: %v", err)
 			}
+			out, err := exec.Command("/proc/self/exe", hoststep.SuperviseArg, filepath.Join(h.dir, "mig-1-step")).CombinedOutput()
+			if err == nil || !strings.Contains(string(out), "not there") { // a supervisor that comes late
+				t.Errorf("the late supervisor: %v, %s", err, out)
+			}
 			h.wantEnded(h.sh(t.Context(), "mig-1-step", "exit 3"), 3)
 		})
 	}

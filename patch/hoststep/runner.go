@@ -140,8 +140,8 @@ func (r *Runner) Prepare(ctx context.Context, name string, step maint.HostStep) 
 		return err
 	}
 	if err := r.launch(ctx, p, s); err != nil {
-		r.dismiss(ctx, p)
-		return errors.Join(fmt.Errorf("cannot prepare the step: %w", err), os.RemoveAll(string(p)))
+		r.over(ctx, p, request{Why: "it could not be prepared"}) // one that comes late finds that out
+		return errors.Join(fmt.Errorf("cannot prepare the step: %w", err), p.remove())
 	}
 	return nil
 }

@@ -70,8 +70,12 @@ func supervise(args []string) error {
 		return err
 	}
 	defer l.Close()
-	// Who gives it up from now on finds somebody to tell.
+	// Who gives it up from now on finds somebody to tell. Nobody does where the
+	// place is another one by now.
 	if _, claimed, err := s.at.claimed(); err != nil || claimed {
+		return errors.Join(err, errGivenUp)
+	}
+	if now, err := s.at.spec(); err != nil || now.Token != s.spec.Token {
 		return errors.Join(err, errGivenUp)
 	}
 	go s.heed(caught)
