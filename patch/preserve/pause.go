@@ -103,47 +103,68 @@ func (p *pause) begin(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, suspendTimeout)
 	defer cancel()
-	var all sync.WaitGroup
-	errs := make([]error, len(p.order.Guests))
-	for i, m := range p.order.Guests {
-		if m.Left != "" {
-			continue
+	// Looked at right before: a guest that is paused now is somebody else's,
+	// and to suspend it would be a success as well. All are looked at before
+	// the first is stopped, which then does not wait for it.
+	n := len(p.order.Guests)
+	running, errs := make([]bool, n), make([]error, n)
+	each(n, func(i int) {
+		if m := p.order.Guests[i]; m.Left == "" {
+			running[i], errs[i] = p.runs(ctx, m)
 		}
-		all.Go(func() { errs[i] = p.stop(ctx, m) })
+	})
+	if err := errors.Join(errs...); err != nil {
+		return err
 	}
-	all.Wait()
+	each(n, func(i int) {
+		if running[i] {
+			errs[i] = p.stop(ctx, p.order.Guests[i])
+		}
+	})
 	return errors.Join(errs...)
 }
 
-// stop stops one guest's vCPUs.
-func (p *pause) stop(ctx context.Context, m Member) error {
-	leave := func(why string) {
-		p.line.Mark(Left, m.UUID)
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		p.left[m.UUID] = why
+// each does f for 0 to n-1, all at once.
+func each(n int, f func(i int)) {
+	var all sync.WaitGroup
+	for i := range n {
+		all.Go(func() { f(i) })
 	}
-	// Asked at the last moment: a guest that is paused now is somebody
-	// else's, and to suspend it would be a success as well.
+	all.Wait()
+}
+
+// runs reports whether a guest runs. One that does not is left as it is.
+func (p *pause) runs(ctx context.Context, m Member) (bool, error) {
 	state, reason, err := p.h.Host.State(ctx, m.UUID)
 	switch {
 	case errors.Is(err, maint.ErrNoGuest):
-		leave("it has gone from this host")
-		return nil
+		p.leave(m, "it has gone from this host")
 	case err != nil:
-		return maint.Problemf(maint.CodeFailed, "guest "+m.Guest, "", "cannot be looked at before the pause: %v", err)
+		return false, maint.Problemf(maint.CodeFailed, "guest "+m.Guest, "", "cannot be looked at before the pause: %v", err)
 	case state != maint.GuestRunning && state != maint.GuestBlocked:
-		leave("it is " + string(state) + " (" + reason + ")")
-		return nil
+		p.leave(m, "it is "+string(state)+" ("+reason+")")
+	default:
+		return true, nil
 	}
+	return false, nil
+}
+
+// leave notes why a guest is not paused.
+func (p *pause) leave(m Member, why string) {
+	p.line.Mark(Left, m.UUID)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.guests, m.UUID)
+	p.left[m.UUID] = why
+}
+
+// stop stops the vCPUs of a guest that runs.
+func (p *pause) stop(ctx context.Context, m Member) error {
 	g := p.add(m, time.Now()) // before the call: it may have its effect and fail
 	if err := p.h.Host.Suspend(ctx, m.UUID); err != nil {
 		g.unsure = fmt.Errorf("it was found running: it could not be paused: %w", err)
 		if state, _, err := p.h.Host.State(ctx, m.UUID); errors.Is(err, maint.ErrNoGuest) || err == nil && !state.Active() {
-			p.mu.Lock()
-			delete(p.guests, m.UUID)
-			p.mu.Unlock()
-			leave("it shut itself down")
+			p.leave(m, "it shut itself down")
 			return nil
 		}
 		return maint.Problemf(maint.CodeFailed, "guest "+m.Guest, "", "cannot be paused: %v", err)
@@ -167,13 +188,17 @@ func (p *pause) release(ctx context.Context) {
 	giveUp, cancel := context.WithDeadline(ctx, p.line.Deadline().Add(releaseGrace))
 	defer cancel()
 	for _, n := range slices.Sorted(maps.Keys(groups)) {
-		done := make([]bool, len(groups[n]))
-		var first sync.WaitGroup
-		for i, g := range groups[n] {
-			first.Go(func() { done[i] = p.try(giveUp, g) })
-		}
-		first.Wait()
-		for i, g := range groups[n] {
+		// All are looked at before the first is resumed: those that run again
+		// want the CPUs.
+		group := groups[n]
+		done, paused := make([]bool, len(group)), make([]bool, len(group))
+		each(len(group), func(i int) { done[i], paused[i] = p.look(giveUp, group[i]) })
+		each(len(group), func(i int) {
+			if paused[i] {
+				done[i] = p.resume(giveUp, group[i])
+			}
+		})
+		for i, g := range group {
 			if done[i] {
 				atOnce = append(atOnce, g)
 			} else {
@@ -206,33 +231,27 @@ func (p *pause) insist(ctx context.Context, g *held) {
 
 // try releases one guest and reports whether nothing is left to be done.
 func (p *pause) try(ctx context.Context, g *held) (done bool) {
+	done, paused := p.look(ctx, g)
+	if paused {
+		done = p.resume(ctx, g)
+	}
+	return done
+}
+
+// look finds out whether a guest is to be resumed, or nothing is left to be done.
+// Neither: it cannot be told yet.
+func (p *pause) look(ctx context.Context, g *held) (done, paused bool) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	end := func(by string) bool {
-		g.ReleasedBy, g.Problem = by, nil
-		// One that was found running, and that a belayd had paused that has
-		// died, may have been released by that: nobody knows when.
-		if g.over = by == somebodyElse && g.Paused.IsZero(); !g.over {
-			g.Released = time.Now()
-		}
-		if !g.Paused.IsZero() {
-			g.Pause = g.Released.Sub(g.Paused)
-		}
-		p.line.Mark(Released, g.UUID)
-		return true
-	}
-	still := func(remedy, format string, args ...any) bool {
-		g.Problem = maint.Problemf(maint.CodePaused, "guest "+g.Guest, remedy, format, args...)
-		return false
-	}
 	state, reason, err := p.h.Host.State(ctx, g.UUID)
 	switch {
 	case errors.Is(err, maint.ErrNoGuest), err == nil && !state.Active():
 		g.Problem = maint.Problemf(maint.CodeGuestState, "guest "+g.Guest, "see its log", "is no longer running: it ended while it was held (%s)", reason)
 		p.line.Mark(Left, g.UUID)
-		return true
+		return true, false
 	case err != nil:
-		return still("see that libvirt runs", "cannot be released yet: %v", err)
+		g.still("see that libvirt runs", "cannot be released yet: %v", err)
+		return false, false
 	case state == maint.GuestRunning || state == maint.GuestBlocked:
 		if g.unsure == errDied {
 			// Its call may still be on its way to a libvirt that is slow.
@@ -240,21 +259,50 @@ func (p *pause) try(ctx context.Context, g *held) (done bool) {
 				g.running = time.Now()
 			}
 			if time.Since(g.running) < settle {
-				return false
+				return false, false
 			}
 		}
 		// The leash, if it fired; its events tell, see credit.
-		return end(somebodyElse)
+		p.released(g, somebodyElse)
+		return true, false
 	}
 	g.running = time.Time{}
-	switch err := p.h.Host.Resume(ctx, g.UUID); {
+	return false, true
+}
+
+// resume starts the vCPUs of a guest that is paused.
+func (p *pause) resume(ctx context.Context, g *held) (done bool) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	err := p.h.Host.Resume(ctx, g.UUID)
+	switch {
 	case err == nil:
-		return end(belayd)
+		p.released(g, belayd)
 	case errors.Is(err, maint.ErrLocked):
-		return still("find out who uses its disk, end that, then: virsh resume "+g.Guest, "is still paused: %v", err)
+		g.still("find out who uses its disk, end that, then: virsh resume "+g.Guest, "is still paused: %v", err)
 	default:
-		return still("virsh resume "+g.Guest, "is still paused: %v", err)
+		g.still("virsh resume "+g.Guest, "is still paused: %v", err)
 	}
+	return err == nil
+}
+
+// released notes that a guest runs again, and since when.
+func (p *pause) released(g *held, by string) {
+	g.ReleasedBy, g.Problem = by, nil
+	// One that was found running, and that a belayd had paused that has
+	// died, may have been released by that: nobody knows when.
+	if g.over = by == somebodyElse && g.Paused.IsZero(); !g.over {
+		g.Released = time.Now()
+	}
+	if !g.Paused.IsZero() {
+		g.Pause = g.Released.Sub(g.Paused)
+	}
+	p.line.Mark(Released, g.UUID)
+}
+
+// still notes why a guest is paused.
+func (g *held) still(remedy, format string, args ...any) {
+	g.Problem = maint.Problemf(maint.CodePaused, "guest "+g.Guest, remedy, format, args...)
 }
 
 // Who released a guest.
