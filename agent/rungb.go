@@ -21,9 +21,9 @@ import (
 	"belay/patch/vmm/twin"
 )
 
-// clocksAtOnce is how many agents are spoken to at once: a little less than
-// the hypervisor's fan has connections, which resumes need too.
-const clocksAtOnce = 12
+// clocksAtOnce is how many agents are spoken to at once: as many as libvirtd has
+// workers (max_workers), each of which a setting keeps for up to a second.
+const clocksAtOnce = 20
 
 // NewPreserve is what rung B works with on a real host.
 func NewPreserve(cfg config.Config, hyp *hypervisor.Host, log *slog.Logger) Preserve {

@@ -6,7 +6,7 @@
 //	 │     Ping Info Guests Guest GuestXML CompareCPU DryRun QMP
 //	 │     QuitMigrated QuitIncoming
 //	 │     AbortJob Job CompletedJob SetAutostart Define UndefineInactive SavedXML
-//	 ├─ fan of up to 16 more, see Warm           the same, for many guests at once
+//	 ├─ fan of up to 24 more, see Warm           the same, for many guests at once
 //	 │     Suspend Resume State GuestTime SetGuestTime AgentCommand
 //	 ├─ events connection, kept by Run           lifecycle, agent state
 //	 │     └─► hub ─► one unbounded queue per Subscribe

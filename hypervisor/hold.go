@@ -16,7 +16,7 @@ import (
 // State. (Resume needs another to tell a guest that runs from one that is off:
 // libvirt refuses both alike.)
 
-// Warm opens connections until n of the fan's 16 stand and answer, so that none
+// Warm opens connections until n of the fan's 24 stand and answer, so that none
 // has to be opened within a pause. One that is lost afterwards is replaced by the
 // next call that needs it. It wraps maint.ErrHypervisorDown.
 //

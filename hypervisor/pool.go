@@ -8,11 +8,12 @@ import (
 )
 
 // How many connections the pools have. libvirtd serves 20 calls at once in all
-// (max_workers), migrations in both directions included. The fan may use most
-// of them: its calls are short, and come when many guests are held at once.
+// (max_workers), migrations in both directions included. The fan may use all of
+// them: its calls are short, and come when many guests are held at once. It has a
+// few connections more, for those that come while guests' agents are waited for.
 const (
 	poolSize = 4
-	fanSize  = 16
+	fanSize  = 24
 )
 
 // pool lends control connections, each to one caller at a time.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"runtime"
 	"time"
 
 	"belay/agent/maint"
@@ -16,9 +17,11 @@ import (
 type Host interface {
 	// GuestTime reads the guest's wall clock (virDomainGetTime).
 	GuestTime(ctx context.Context, uuid string) (time.Time, error)
-	// SetGuestTime sets it (virDomainSetTime).
+	// SetGuestTime sets it, and has QEMU forget the RTC's ticks that it owes the
+	// guest (virDomainSetTime). It waits for the agent for ever.
 	SetGuestTime(ctx context.Context, uuid string, to time.Time) error
-	// AgentCommand runs a command of the guest agent (virDomainQemuAgentCommand).
+	// AgentCommand runs a command of the guest agent, and gives up with ctx
+	// (virDomainQemuAgentCommand).
 	AgentCommand(ctx context.Context, uuid, command string, args any) (json.RawMessage, error)
 }
 
@@ -40,7 +43,7 @@ func New(host Host, atOnce int) *Clocks {
 	return &Clocks{
 		host:  host,
 		lanes: make(chan struct{}, atOnce),
-		again: make(chan struct{}, max(1, atOnce/2)),
+		again: make(chan struct{}, max(1, min(atOnce/2, runtime.NumCPU()))),
 		now: func() moment {
 			t := time.Now()
 			return moment{wall: t.Round(0), mono: t.Sub(epoch)}
@@ -72,14 +75,26 @@ func (c *Clocks) read(ctx context.Context, uuid string) (t time.Time, begin, end
 // set sets a guest's time to the host's and ahead of it, and tells when it did so
 // and was answered. What ahead has to ask of the guest is done in the same lane: a
 // guest does not lose its turn by it.
-func (c *Clocks) set(ctx context.Context, uuid string, ahead func() time.Duration) (begin, end moment, err error) {
+//
+// A worker of libvirtd's is kept until the agent answers, which a guest that
+// somebody pauses now does not do before it is resumed: with virDomainSetTime it
+// would take as many guests as there are workers to have nobody left to resume
+// them. Only Windows needs what that does beside, and its agent answers at once.
+func (c *Clocks) set(ctx context.Context, uuid string, coarse bool, ahead func() time.Duration) (begin, end moment, err error) {
 	if err = enter(ctx, c.lanes); err != nil {
 		return
 	}
 	defer func() { <-c.lanes }()
 	by := ahead()
 	begin = c.now()
-	err = c.host.SetGuestTime(ctx, uuid, begin.wall.Add(by))
+	to := begin.wall.Add(by)
+	if coarse {
+		err = c.host.SetGuestTime(ctx, uuid, to)
+	} else {
+		bounded, cancel := context.WithTimeout(ctx, longestSet)
+		defer cancel()
+		_, err = c.host.AgentCommand(bounded, uuid, "guest-set-time", map[string]int64{"time": to.UnixNano()})
+	}
 	return begin, c.now(), err
 }
 
@@ -87,6 +102,10 @@ const (
 	// firstAnswer bounds the wait for an agent's first answer. One that is dead
 	// would otherwise keep a connection from those that live, until ctx ends.
 	firstAnswer = 5 * time.Second
+
+	// longestSet bounds the wait for a setting's answer: hwclock takes a second,
+	// more where it has to share the CPU. What came of it is measured in any case.
+	longestSet = 3 * time.Second
 
 	// onPurpose is from where on a clock that is off is taken to be so on
 	// purpose: another time zone, a test of what will be.

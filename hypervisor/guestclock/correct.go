@@ -12,7 +12,7 @@ import (
 
 const (
 	// maxShots is how often a clock is set at most.
-	maxShots = 3
+	maxShots = 4
 	// worthwhile is what a clock must be behind, beyond the round trip, to be
 	// set: less is for the guest's time service, and not worth the risk of a step
 	// back by a setting that comes late.
@@ -47,7 +47,7 @@ type correction struct {
 // Correct puts a guest's clock right after a pause. It is to be called right after
 // the release, resumed being when the vCPUs began to run. The clock is set at
 // once, from what the Baseline has, and measured afterwards; it is set again while
-// that is worth it, three times at most. It returns when the clock is as good as
+// that is worth it, four times at most. It returns when the clock is as good as
 // it gets, or ctx ends; a deadline should leave a few seconds to agents that wait
 // for hwclock.
 //
@@ -161,14 +161,14 @@ type shot struct {
 // shot sets the clock once, delay being the estimate of the way, and measures. The
 // error is that nothing could be sent, or measured.
 func (k *correction) shot(ctx context.Context, delay time.Duration) (s shot, err error) {
-	if k.report.Shots > 0 {
+	if after := k.report.After; after != nil && (after.Offset-k.target).Abs() <= near {
 		done, err := k.calm(ctx)
 		if err != nil {
 			return s, err
 		}
 		defer done()
 	}
-	sent, answered, err := k.c.set(ctx, k.report.UUID, func() time.Duration {
+	sent, answered, err := k.c.set(ctx, k.report.UUID, k.coarse, func() time.Duration {
 		if k.report.Shots == 0 && k.before != nil {
 			k.aim(ctx)
 		}
@@ -192,7 +192,7 @@ func (k *correction) shot(ctx context.Context, delay time.Duration) (s shot, err
 	return s, nil
 }
 
-// calm waits for a good time to set a clock again: that is not urgent. hwclock
+// calm waits for a good time to set a clock again that is nearly right. hwclock
 // turns in a loop until the guest's next half second, so the half second is near;
 // and few guests do so at once, for each takes a CPU from the others.
 func (k *correction) calm(ctx context.Context) (done func(), err error) {

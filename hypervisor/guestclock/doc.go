@@ -7,7 +7,7 @@
 //
 //	Prepare ─► the guest is held ─► released ─► Correct
 //	   │                                          │
-//	   │ agent? frozen? Windows?                  │ set ─► measure ─► set again, three times at most
+//	   │ agent? frozen? Windows?                  │ set ─► measure ─► set again, four times at most
 //	   '─ offset, round trip                      '─ how far off now, how long it ran with a wrong clock
 //
 //	Measure, Sync      at any time

@@ -128,9 +128,11 @@ type slowSet struct {
 	by time.Duration
 }
 
-func (s *slowSet) SetGuestTime(ctx context.Context, uuid string, to time.Time) error {
-	time.Sleep(s.by)
-	return s.world.SetGuestTime(ctx, uuid, to)
+func (s *slowSet) AgentCommand(ctx context.Context, uuid, command string, args any) (json.RawMessage, error) {
+	if command == "guest-set-time" {
+		time.Sleep(s.by)
+	}
+	return s.world.AgentCommand(ctx, uuid, command, args)
 }
 
 // A guest that was ahead before is put right if its clock thereby goes forward,
@@ -277,6 +279,21 @@ func TestFrozen(t *testing.T) {
 	})
 }
 
+// An agent that never answers to a setting keeps libvirt's worker no longer than a
+// hwclock can take.
+func TestSettingIsBounded(t *testing.T) {
+	simulate(t, func(t *testing.T, w *world, ctx context.Context) {
+		b, _ := w.Prepare(ctx, w.guest.known())
+		w.guest.pause(time.Second)
+		w.guest.lostAfter = w.guest.calls
+		begin := time.Now()
+		_, _, err := w.set(ctx, w.guest.known().UUID, b.Coarse, func() time.Duration { return 0 })
+		if took := time.Since(begin); err == nil || took != longestSet || w.guest.rtcResets != 0 {
+			t.Errorf("given up after %s: %v", took, err)
+		}
+	})
+}
+
 // Windows reads a clock that ticks every 15.6 ms, and has no hwclock.
 func TestWindows(t *testing.T) {
 	simulate(t, func(t *testing.T, w *world, ctx context.Context) {
@@ -285,6 +302,9 @@ func TestWindows(t *testing.T) {
 		right(t, w, r, 10*ms)
 		if r.After.Error < ms {
 			t.Errorf("error bar %s of a clock that ticks every %s", r.After.Error, w.guest.tick)
+		}
+		if w.guest.rtcResets != w.guest.shots {
+			t.Errorf("of %d settings %d had QEMU forget the ticks that it owes", w.guest.shots, w.guest.rtcResets)
 		}
 	})
 }

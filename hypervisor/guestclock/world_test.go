@@ -45,6 +45,8 @@ type simGuest struct {
 	backBy  time.Duration // the largest step back
 	aheadBy time.Duration // what a setting left it ahead of the host at most
 	shots   int
+
+	rtcResets int // settings that did without the RTC's ticks owed
 }
 
 func newWorld(t *testing.T) *world {
@@ -134,8 +136,13 @@ func (w *world) GuestTime(ctx context.Context, _ string) (t time.Time, err error
 }
 
 func (w *world) SetGuestTime(ctx context.Context, _ string, to time.Time) error {
-	g := w.guest
-	return g.call(ctx, "guest-set-time", func() error {
+	w.guest.rtcResets++
+	return w.guest.call(ctx, "guest-set-time", w.guest.set(ctx, to))
+}
+
+// set is what guest-set-time does.
+func (g *simGuest) set(ctx context.Context, to time.Time) func() error {
+	return func() error {
 		if g.hwclock == "missing" {
 			return errors.New("this feature or command is not currently supported")
 		}
@@ -151,11 +158,14 @@ func (w *world) SetGuestTime(ctx context.Context, _ string, to time.Time) error 
 			return sleep(ctx, now.Truncate(time.Second).Add(1500*time.Millisecond).Sub(now)%time.Second)
 		}
 		return nil
-	})
+	}
 }
 
-func (w *world) AgentCommand(ctx context.Context, _, command string, _ any) (out json.RawMessage, err error) {
+func (w *world) AgentCommand(ctx context.Context, uuid, command string, args any) (out json.RawMessage, err error) {
 	g := w.guest
+	if command == "guest-set-time" {
+		return json.RawMessage("{}"), g.call(ctx, command, g.set(ctx, time.Unix(0, args.(map[string]int64)["time"])))
+	}
 	err = g.call(ctx, command, func() error {
 		switch command {
 		case "guest-info":
