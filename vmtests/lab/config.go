@@ -20,7 +20,7 @@ const (
 
 // writeFiles fills the host's private folders.
 func (h *Host) writeFiles(ctx context.Context) error {
-	for _, dir := range append(privateDirs(), "/run/lock", "/run/libvirt", "/etc/libvirt/qemu", "/var/lib/libvirt/images",
+	for _, dir := range append(privateDirs(), "/etc/libvirt/qemu", "/var/lib/libvirt/images",
 		"/var/log/libvirt/qemu") { // virtlogd makes no folder for a guest that arrives
 		if err := os.MkdirAll(filepath.Join(h.Dir, dir), 0o755); err != nil {
 			return err

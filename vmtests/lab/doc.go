@@ -34,11 +34,10 @@
 //
 //	/etc               a copy of the machine's, less its libvirt and pki
 //	                   folders, with the lab's own hosts, hostname, libvirt, pki
-//	/run               empty at first
 //	/var/lib/libvirt   /var/log/libvirt   /var/cache/libvirt
 //
-// Guests' memory that is in files is on a tmpfs of the host's own ([MemoryDir]),
-// and /sys is mounted anew, so that it shows the host's own links; it has no
+// /run and guests' memory that is in files ([MemoryDir]) are on tmpfs of the host's
+// own, which [Host.Path] sees through the host's holder; and /sys is mounted anew, so that it shows the host's own links; it has no
 // cgroups below it, and libvirt therefore makes none. All else, /tmp, /dev and
 // /proc too, is the machine's. [Host.Path] translates a path inside a host to
 // the one outside. Disks that several hosts use are in Lab.Shared, or are made

@@ -12,7 +12,9 @@ import (
 
 // holderScript makes a host out of new mount and UTS namespaces: $1 is its
 // name, $2 its folder, $3 where its QEMU is or nothing, $4 where guests' memory
-// is to be a tmpfs, the rest its private folders. It is run in the host's
+// is to be a tmpfs, the rest its private folders. /run is a tmpfs too, as on every
+// machine: libvirtd syncs what it writes there each time that a guest's state
+// changes, and that must not wait for a disk. It is run in the host's
 // network namespace.
 //
 // Mounts of other network namespaces, this lab's and other labs', were copied
@@ -36,6 +38,8 @@ fi
 for private; do
 	mount --bind "$dir$private" "$private"
 done
+mount -t tmpfs -o mode=0755 run /run
+mkdir /run/lock /run/libvirt
 mkdir -p "$memory"
 mount -t tmpfs -o mode=0755 guest-memory "$memory"
 umount -R -l /sys

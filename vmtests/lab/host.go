@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -91,7 +92,17 @@ func (h *Host) PeerURI(tls bool) string {
 
 // privateDirs are the folders of which each host has its own.
 func privateDirs() []string {
-	return []string{"/etc", "/run", "/var/cache/libvirt", "/var/lib/libvirt", "/var/log/libvirt"}
+	return []string{"/etc", "/var/cache/libvirt", "/var/lib/libvirt", "/var/log/libvirt"}
+}
+
+// memoryDirs are those that are kept in memory and seen from outside through the
+// host's holder.
+func memoryDirs() []string { return []string{"/run", MemoryDir} }
+
+func below(p, dir string) bool { return p == dir || strings.HasPrefix(p, dir+"/") }
+
+func belowAny(p string, dirs []string) bool {
+	return slices.ContainsFunc(dirs, func(dir string) bool { return below(p, dir) })
 }
 
 // Root is the host's root folder as it is seen from outside, with all that is
@@ -103,16 +114,14 @@ func (h *Host) Root() string { return fmt.Sprintf("/proc/%d/root", h.holder) }
 // /var/run is known to be /run.
 func (h *Host) Path(inside string) string {
 	p := filepath.Clean(inside)
-	if p == "/var/run" || strings.HasPrefix(p, "/var/run/") {
+	if below(p, "/var/run") {
 		p = strings.TrimPrefix(p, "/var")
 	}
-	if h.holder != 0 && (p == MemoryDir || strings.HasPrefix(p, MemoryDir+"/")) {
+	switch {
+	case h.holder != 0 && belowAny(p, memoryDirs()):
 		return filepath.Join(h.Root(), p)
-	}
-	for _, dir := range privateDirs() {
-		if p == dir || strings.HasPrefix(p, dir+"/") {
-			return filepath.Join(h.Dir, p)
-		}
+	case belowAny(p, privateDirs()):
+		return filepath.Join(h.Dir, p)
 	}
 	return p
 }
