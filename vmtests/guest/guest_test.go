@@ -95,7 +95,7 @@ func virsh(t *testing.T, ctx context.Context, h *lab.Host, args ...string) strin
 // and they stop when asked.
 func TestGuestBoots(t *testing.T) {
 	w := newWorld(t, 1)
-	ctx := timeout(t, time.Minute)
+	ctx := timeout(t, 3*time.Minute)
 	h := w.Hosts[0]
 	n := byte(0)
 	for _, mib := range []int{128, 1024} {

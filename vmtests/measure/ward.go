@@ -84,7 +84,11 @@ func WardUp(ctx context.Context, bin cluster.Binaries, name string, n int) (_ *W
 	if err := boot.Wait(); err != nil {
 		return nil, err
 	}
-	return w, w.try(ctx)
+	if err := w.try(ctx); err != nil {
+		return nil, err
+	}
+	// A kernel boots by an RTC of whole seconds.
+	return w, w.Sync(ctx)
 }
 
 // admit starts the i-th guest.
