@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"belay/agent/maint"
 )
 
 // Survey finds out what the choice of a method needs, and changes nothing. An
@@ -27,7 +29,12 @@ func Survey(ctx context.Context, h Host, p Places, uuid string) (Facts, error) {
 }
 
 func survey(ctx context.Context, h Host, p Places, uuid string) (f Facts, err error) {
-	if f.Guest, err = h.Guest(ctx, uuid); err != nil {
+	f.Guest, err = h.Guest(ctx, uuid)
+	if left, keptErr := p.kept(uuid); errors.Is(err, maint.ErrNoGuest) && keptErr == nil {
+		// libvirt forgets a transient guest when its QEMU ends.
+		f.Guest, err = maint.Guest{UUID: left.UUID, Name: left.Guest, State: maint.GuestShutoff}, nil
+	}
+	if err != nil {
 		return f, err
 	}
 	if f.Host, err = h.Info(ctx); err != nil {
