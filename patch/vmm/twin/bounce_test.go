@@ -48,6 +48,7 @@ type fakeSecond struct {
 	home, away *hypervisortest.Host
 	running    bool
 	problems   []maint.Problem
+	noRoom     []maint.Problem
 	lent       map[string][]string
 	sinks      int
 	startErr   error
@@ -89,6 +90,19 @@ func (f *fakeSecond) Fit(n Need) (Guard, []maint.Problem, error) {
 		f.t.Error("Fit is asked without XML")
 	}
 	return Guard{By: []string{"the test"}}, f.problems, nil
+}
+
+func (f *fakeSecond) Room(string, uint64, bool) ([]maint.Problem, error) { return f.noRoom, nil }
+
+func (f *fakeSecond) Guests() (names []string, err error) {
+	if f.away == nil {
+		return nil, nil
+	}
+	guests, err := f.away.Guests(context.Background())
+	for _, g := range guests {
+		names = append(names, g.Name)
+	}
+	return names, err
 }
 
 func (f *fakeSecond) Lend(uuid string, home bool, token string, files []string) error {

@@ -19,6 +19,9 @@ type Ground interface {
 	// Fit tells why there cannot be two of a guest here, and what guards it
 	// while it is away.
 	Fit(n Need) (Guard, []maint.Problem, error)
+	// Room tells why a guest's memory, as files or not, cannot be on this host
+	// once more.
+	Room(guest string, memory uint64, files bool) ([]maint.Problem, error)
 	// Lend has the QEMU of a guest that is started next on a side, and whose
 	// XML has the token, map these files; without any, none.
 	Lend(uuid string, home bool, token string, files []string) error
@@ -69,6 +72,15 @@ func (t *Twin) Fit(n Need) (g Guard, problems []maint.Problem, err error) {
 		return g, nil, err
 	}
 	return g, append(append(append(problems, fits...), g.problems(n.Guest)...), rooms...), nil
+}
+
+// Room implements Ground.
+func (t *Twin) Room(guest string, memory uint64, files bool) ([]maint.Problem, error) {
+	set, err := readSettings("")
+	if err != nil {
+		return nil, err
+	}
+	return room(guest, memory, files, set.memory())
 }
 
 // Route implements Ways. The socket is QEMU's, in a folder that no other user

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"time"
 
@@ -67,6 +68,8 @@ type Side interface {
 type Daemon interface {
 	Start(ctx context.Context) error
 	Stop(ctx context.Context) error
+	// Guests are the names of those in it, whether or not its libvirtd answers.
+	Guests() ([]string, error)
 }
 
 // Ways are those on which a guest crosses.
@@ -185,6 +188,8 @@ func (v *Visit) leg(out bool) leg {
 
 // before is what preflight writes down: how the guest was at home.
 type before struct {
+	// Adopted: it is in the twin already, see adopt.
+	Adopted   bool   `json:"adopted,omitempty"`
 	XML       string `json:"xml,omitempty"`
 	Autostart bool   `json:"autostart"`
 	Memory    uint64 `json:"memory_bytes"`
@@ -207,10 +212,17 @@ type crossing struct {
 func (c crossing) ours() bool { return c.Begun > 0 && !c.Over }
 
 // Preflight asks everything that can be asked before anything is done, and
-// returns a *maint.Refusal with every reason why not.
+// returns a *maint.Refusal with every reason why not. A guest that is in the twin
+// already, left there by an earlier visit, is only to be brought home.
 func (v *Visit) Preflight(ctx context.Context, s Scratch) error {
 	ctx, cancel := context.WithTimeout(ctx, v.paced().settle)
 	defer cancel()
+	switch guests, err := v.Twin.Guests(); {
+	case err != nil:
+		return err
+	case slices.Contains(guests, v.Guest):
+		return v.adopt(ctx, s)
+	}
 	b, sv, err := v.survey(ctx)
 	if err != nil {
 		return err
@@ -253,6 +265,9 @@ func (v *Visit) unfit(g maint.Guest) (problems []maint.Problem) {
 // that is not ErrStuck the guest is at home. When ctx ends a copy is cancelled;
 // when detach ends, belayd is going down, it is left running for the next Out.
 func (v *Visit) Out(ctx, detach context.Context, s Scratch) error {
+	if adopted, err := v.adopted(s); err != nil || adopted {
+		return err
+	}
 	if err := v.Twin.Start(ctx); err != nil {
 		return err
 	}
@@ -272,6 +287,12 @@ func (v *Visit) Out(ctx, detach context.Context, s Scratch) error {
 // a guest that home refuses is tried again for a quarter of an hour. Then, and
 // when it is not known where the guest is, the error is ErrStuck.
 func (v *Visit) Back(detach context.Context, s Scratch) error {
+	switch adopted, err := v.adopted(s); {
+	case err != nil:
+		return err
+	case adopted:
+		return v.Fetch(detach, s)
+	}
 	var c crossing
 	if _, err := s.Load(PhaseBack, &c); err != nil {
 		return err
@@ -284,27 +305,6 @@ func (v *Visit) Back(detach context.Context, s Scratch) error {
 		c.OutPause = pause
 	}
 	return v.bring(detach, s, &c, v.Method != maint.VMMPrewarmed)
-}
-
-// Fetch brings home, by live migration, a guest that a visit of which nothing is
-// known any more has left in the twin (see [Twin.Guests]). Like Back it may give
-// ErrStuck.
-func (v *Visit) Fetch(detach context.Context, s Scratch) error {
-	if err := v.Twin.Start(detach); err != nil {
-		return err
-	}
-	c := crossing{Begun: 1} // nobody else moves what is in the twin
-	l := v.leg(false)
-	if now, err := v.settle(detach, l); err == nil && now != copying {
-		gone, cancel := context.WithCancel(detach)
-		cancel()
-		err := v.swap(gone, detach, l, s, &c) // which ends a QEMU that waits for it at home
-		var stayed *stayedError
-		if !errors.As(err, &stayed) {
-			return err
-		}
-	}
-	return v.bring(detach, s, &c, true)
 }
 
 // bring brings the guest home, trying again when home refuses it.
@@ -426,6 +426,9 @@ func (v *Visit) Finish(ctx context.Context, s Scratch) (maint.VMMResult, error) 
 		return r, err
 	}
 	r.OldQEMU = b.QEMU
+	if b.Adopted {
+		r.Attempts = -1 // Fetch counts the one that whoever left it there may have begun
+	}
 	for _, phase := range []string{PhaseOut, PhaseBack} {
 		var c crossing
 		if _, err := s.Load(phase, &c); err != nil {
