@@ -127,6 +127,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	helpers.Go(func() { a.pruneDaily(a.life) })
 
+	a.sweepLeashes()
 	a.resume()
 	for ctx.Err() == nil {
 		select {

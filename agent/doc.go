@@ -1,7 +1,8 @@
 // Package agent composes one host's agent: the only package that knows the
 // hypervisor, the journal, the runner and the rungs together.
 //
-//	Run ──► resume what the journal has open
+//	Run ──► sweep what leashes of ended operations have left
+//	    ──► resume what the journal has open
 //	    ──► loop: one goroutine owns the operations
 //	          Migrate, Abort ──► admitted? ──► journal ──► goroutine: run.Run(steps)
 //	          ended          ──► forget it

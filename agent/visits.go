@@ -63,8 +63,8 @@ func (a *Agent) visitSteps(op maint.Op) []run.Step {
 	v := a.visit(op)
 	// A way out and a way back have a leash each: where a guest is paused,
 	// and by which libvirt it is to be resumed, is another each time.
-	home, away := &pauseLeash{a: a, op: op, leash: a.preserve.Leash, hyp: a.hyp, suffix: "-home"},
-		&pauseLeash{a: a, op: op, leash: a.preserve.Twin.Leash, hyp: a.preserve.Twin.Away, suffix: "-away"}
+	home, away := &pauseLeash{a: a, op: op, leash: a.preserve.Leash, hyp: a.hyp, suffix: homeSuffix},
+		&pauseLeash{a: a, op: op, leash: a.preserve.Twin.Leash, hyp: a.preserve.Twin.Away, suffix: awaySuffix}
 	v.BeforePause = func(ctx context.Context, atHome bool) error {
 		if atHome {
 			return home.arm(ctx)
@@ -116,6 +116,9 @@ func (a *Agent) visitSteps(op maint.Op) []run.Step {
 			}},
 	}
 }
+
+// The leashes of a visit are its operation's with these words after its ID.
+const homeSuffix, awaySuffix = "-home", "-away"
 
 // homeAgain is between two longer series of tries to bring a guest home.
 const homeAgain = time.Minute

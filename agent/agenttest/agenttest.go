@@ -25,6 +25,8 @@ import (
 	"belay/agent/maint"
 	"belay/hypervisor/hypervisortest"
 	"belay/patch/preserve/preservetest"
+	"belay/patch/vmm"
+	"belay/patch/vmm/vmmtest"
 	"belay/vmtests/pki"
 )
 
@@ -38,6 +40,14 @@ type Node struct {
 	// Leashes and Steps are the host's: they outlive the agent.
 	Leashes *preservetest.Leashes
 	Steps   *preservetest.Steps
+	// Root is the host's root folder, as far as its guests between two QEMUs
+	// are concerned, and LeashDir where leashes leave what they leave.
+	Root, LeashDir string
+	// Machine, if set, is Host with QEMUs that can be replaced; Twin, if set,
+	// is its second libvirt daemon. Both are for agents that are started from
+	// then on.
+	Machine *vmmtest.Machine
+	Twin    *Second
 
 	t       testing.TB
 	log     *slog.Logger
@@ -149,6 +159,7 @@ func NewOn(t testing.TB, log *slog.Logger, hosts map[string]hypervisortest.HostO
 		n.Leashes, n.Steps = &preservetest.Leashes{Host: n.Host, Alive: alive}, &preservetest.Steps{}
 		home := filepath.Join(dir, name)
 		check(t, os.Mkdir(home, 0o700))
+		n.Root, n.LeashDir = filepath.Join(home, "root"), filepath.Join(home, "leash")
 		n.Config = config.Config{
 			Host: name, StateDir: filepath.Join(home, "state"), RunDir: "/run",
 			API:       config.API{Socket: filepath.Join(home, "sock"), Listen: addrs[name]},
@@ -188,8 +199,15 @@ func (n *Node) Start(hook func(what string)) {
 	id, err := api.LoadIdentity(n.Config.TLS.CA, n.Config.TLS.Cert, n.Config.TLS.Key)
 	check(n.t, err)
 	n.living.Store(n.life)
-	b := agent.Preserve{Leash: mortalLeash{n.Leashes, n.life}, Steps: n.Steps, Clocks: preservetest.Clocks{}}
-	n.Agent = agent.New(n.Config, "test", mortalHost{n.Host, n.life}, mortalJournal{n.journal, n, n.life}, b, id.Client, n.log)
+	b := agent.Preserve{Leash: mortalLeash{n.Leashes, n.LeashDir, n.life}, Steps: n.Steps, Clocks: preservetest.Clocks{}, Places: vmm.Places{Root: n.Root}}
+	var hyp agent.Hypervisor = n.Host
+	if n.Machine != nil {
+		hyp, b.Places = n.Machine, n.Machine.Places()
+	}
+	if n.Twin != nil {
+		b.Twin = n.Twin.twin(n.life)
+	}
+	n.Agent = agent.New(n.Config, "test", mortalHost{hyp, n.life}, mortalJournal{n.journal, n, n.life}, b, id.Client, n.log)
 	n.servers = api.NewServers(n.log)
 	who := api.Access{OperatorCerts: n.Config.Access.OperatorCerts, ViewerCerts: n.Config.Access.ViewerCerts}
 	for name := range n.Config.Peers {
@@ -241,10 +259,13 @@ func (n *Node) Kill() {
 }
 
 // Restart starts a killed agent again.
-func (n *Node) Restart() {
+func (n *Node) Restart() { n.RestartWith(nil) }
+
+// RestartWith is Restart with a hook; see Start.
+func (n *Node) RestartWith(hook func(what string)) {
 	closeNow(n.servers)
 	n.journal.Close()
-	n.Start(nil)
+	n.Start(hook)
 }
 
 // closeNow cuts what is being served.

@@ -2,17 +2,19 @@ package agenttest
 
 import (
 	"context"
+	"encoding/json"
 
+	"belay/agent"
 	"belay/agent/maint"
 	"belay/hypervisor"
-	"belay/hypervisor/hypervisortest"
+	"belay/patch/leash"
 	"belay/patch/preserve"
 	"belay/patch/preserve/preservetest"
 )
 
 // mortalHost is a host whose agent can be killed before and after each call.
 type mortalHost struct {
-	*hypervisortest.Host
+	agent.Hypervisor
 	life *life
 }
 
@@ -23,89 +25,117 @@ func (m mortalHost) around(call string) func() {
 
 func (m mortalHost) Guest(ctx context.Context, name string) (maint.Guest, error) {
 	defer m.around("Guest")()
-	return m.Host.Guest(ctx, name)
+	return m.Hypervisor.Guest(ctx, name)
 }
 
 func (m mortalHost) Guests(ctx context.Context) ([]maint.Guest, error) {
 	defer m.around("Guests")()
-	return m.Host.Guests(ctx)
+	return m.Hypervisor.Guests(ctx)
 }
 
 func (m mortalHost) Info(ctx context.Context) (maint.Host, error) {
 	defer m.around("Info")()
-	return m.Host.Info(ctx)
+	return m.Hypervisor.Info(ctx)
 }
 
 func (m mortalHost) GuestXML(ctx context.Context, uuid string) (hypervisor.GuestXML, error) {
 	defer m.around("GuestXML")()
-	return m.Host.GuestXML(ctx, uuid)
+	return m.Hypervisor.GuestXML(ctx, uuid)
 }
 
 func (m mortalHost) DryRun(ctx context.Context, uuid string, p maint.MoveParams) error {
 	defer m.around("DryRun")()
-	return m.Host.DryRun(ctx, uuid, p)
+	return m.Hypervisor.DryRun(ctx, uuid, p)
 }
 
 func (m mortalHost) Migrate(ctx context.Context, uuid string, p maint.MoveParams) error {
 	defer m.around("Migrate")()
-	return m.Host.Migrate(ctx, uuid, p)
+	return m.Hypervisor.Migrate(ctx, uuid, p)
 }
 
 func (m mortalHost) AbortJob(ctx context.Context, uuid string) error {
 	defer m.around("AbortJob")()
-	return m.Host.AbortJob(ctx, uuid)
+	return m.Hypervisor.AbortJob(ctx, uuid)
 }
 
 func (m mortalHost) Job(ctx context.Context, uuid string) (maint.Job, error) {
 	defer m.around("Job")()
-	return m.Host.Job(ctx, uuid)
+	return m.Hypervisor.Job(ctx, uuid)
 }
 
 func (m mortalHost) CompletedJob(ctx context.Context, uuid string) (maint.Job, error) {
 	defer m.around("CompletedJob")()
-	return m.Host.CompletedJob(ctx, uuid)
+	return m.Hypervisor.CompletedJob(ctx, uuid)
 }
 
 func (m mortalHost) CompareCPU(ctx context.Context, domainType, arch, machine, cpuXML string) error {
 	defer m.around("CompareCPU")()
-	return m.Host.CompareCPU(ctx, domainType, arch, machine, cpuXML)
+	return m.Hypervisor.CompareCPU(ctx, domainType, arch, machine, cpuXML)
 }
 
 func (m mortalHost) Define(ctx context.Context, xml string) error {
 	defer m.around("Define")()
-	return m.Host.Define(ctx, xml)
+	return m.Hypervisor.Define(ctx, xml)
 }
 
 func (m mortalHost) UndefineInactive(ctx context.Context, uuid string) error {
 	defer m.around("UndefineInactive")()
-	return m.Host.UndefineInactive(ctx, uuid)
+	return m.Hypervisor.UndefineInactive(ctx, uuid)
 }
 
 func (m mortalHost) SetAutostart(ctx context.Context, uuid string, on bool) error {
 	defer m.around("SetAutostart")()
-	return m.Host.SetAutostart(ctx, uuid, on)
+	return m.Hypervisor.SetAutostart(ctx, uuid, on)
 }
 
 func (m mortalHost) State(ctx context.Context, uuid string) (maint.GuestState, string, error) {
 	defer m.around("State")()
-	return m.Host.State(ctx, uuid)
+	return m.Hypervisor.State(ctx, uuid)
 }
 
 func (m mortalHost) Suspend(ctx context.Context, uuid string) error {
 	defer m.around("Suspend")()
-	return m.Host.Suspend(ctx, uuid)
+	return m.Hypervisor.Suspend(ctx, uuid)
 }
 
 func (m mortalHost) Resume(ctx context.Context, uuid string) error {
 	defer m.around("Resume")()
-	return m.Host.Resume(ctx, uuid)
+	return m.Hypervisor.Resume(ctx, uuid)
+}
+
+func (m mortalHost) QMP(ctx context.Context, uuid, command string, args any) (json.RawMessage, error) {
+	defer m.around(command)()
+	return m.Hypervisor.QMP(ctx, uuid, command, args)
+}
+
+func (m mortalHost) QuitMigrated(ctx context.Context, uuid string) error {
+	defer m.around("QuitMigrated")()
+	return m.Hypervisor.QuitMigrated(ctx, uuid)
+}
+
+func (m mortalHost) QuitIncoming(ctx context.Context, uuid string) error {
+	defer m.around("QuitIncoming")()
+	return m.Hypervisor.QuitIncoming(ctx, uuid)
+}
+
+func (m mortalHost) CreatePaused(ctx context.Context, xml string) error {
+	defer m.around("CreatePaused")()
+	return m.Hypervisor.CreatePaused(ctx, xml)
 }
 
 // mortalLeash is a leash whose agent can be killed before and after each word
 // to it.
 type mortalLeash struct {
 	*preservetest.Leashes
+	dir  string // of what leashes leave
 	life *life
+}
+
+// Sweep implements agent.Sweeper, on files that a test has left.
+func (m mortalLeash) Sweep(keep func(maint.OpID) bool) ([]leash.Status, error) {
+	m.life.step("before Sweep")
+	defer m.life.step("after Sweep")
+	return leash.Sweep(m.dir, keep)
 }
 
 func (m mortalLeash) Arm(ctx context.Context, o preserve.Order) (preserve.Line, error) {
