@@ -129,6 +129,7 @@ func (a *Agent) Run(ctx context.Context) error {
 
 	a.sweepLeashes()
 	a.resume()
+	helpers.Go(func() { a.bringHome(a.life) })
 	for ctx.Err() == nil {
 		select {
 		case f := <-a.requests:

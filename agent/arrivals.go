@@ -46,6 +46,12 @@ func (a *Agent) Check(ctx context.Context, from string, r maint.Arrival) ([]main
 	room := migrate.Room{Host: host, Guests: guests, Reservations: kept,
 		MemoryLimit: a.cfg.Limits.GuestMemory.Bytes, MemoryReserve: a.cfg.Limits.MemoryReserve.Bytes}
 	ps := migrate.CheckArrival(ctx, r, room, a.hyp)
+	all, _ := a.elsewhere()
+	for _, e := range all {
+		if !e.Open && (e.is(r.Guest) || e.is(r.GuestUUID)) {
+			ps = append(ps, *e.problem())
+		}
+	}
 	for _, op := range a.journal.Ops() {
 		switch {
 		case op.State == maint.OpEnded:

@@ -3,6 +3,7 @@
 //
 //	Run ──► sweep what leashes of ended operations have left
 //	    ──► resume what the journal has open
+//	    ──► bring home what is in the twin and nobody accounts for
 //	    ──► loop: one goroutine owns the operations
 //	          Migrate, Abort ──► admitted? ──► journal ──► goroutine: run.Run(steps)
 //	          ended          ──► forget it

@@ -16,7 +16,7 @@ import (
 
 // doctorB says what is missing for rung B.
 func (a *Agent) doctorB(context.Context) []maint.Check {
-	return []maint.Check{a.checkLeash(), a.checkSteps(), a.checkRunDir(), a.checkAgents()}
+	return []maint.Check{a.checkLeash(), a.checkSteps(), a.checkRunDir(), a.checkAgents(), a.checkElsewhere()}
 }
 
 // checkLeash looks for the leash's program and says how it is started.

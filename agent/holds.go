@@ -68,9 +68,12 @@ func (a *Agent) Hold(ctx context.Context, by string, r maint.HoldRequest) (maint
 		if i < 0 {
 			return maint.Op{}, a.unknownGuest(what, name)
 		}
+		if err := a.unlessElsewhere(what, guests[i]); err != nil {
+			return maint.Op{}, err
+		}
 		op.Guests = append(op.Guests, guests[i].UUID)
 	}
-	if r.All && !slices.ContainsFunc(guests, func(g maint.Guest) bool { return g.State.Active() }) {
+	if r.All && !slices.ContainsFunc(a.complete(guests), func(g maint.Guest) bool { return g.State.Active() }) {
 		return maint.Op{}, refuse(what, maint.Problemf(maint.CodeNothing, "host "+a.cfg.Host, "run the command itself: no guest would feel it", "runs no guest"))
 	}
 	if len(r.Guests) == 1 {

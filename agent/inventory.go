@@ -35,10 +35,12 @@ type inventory struct {
 	hyp  Hypervisor
 	log  *slog.Logger
 	last atomic.Pointer[snapshot]
+	// ready is closed when the host has been listed for the first time.
+	ready chan struct{}
 }
 
 func newInventory(hyp Hypervisor, log *slog.Logger) *inventory {
-	v := &inventory{hyp: hyp, log: log}
+	v := &inventory{hyp: hyp, log: log, ready: make(chan struct{})}
 	v.last.Store(&snapshot{err: errNotYet, since: time.Now()})
 	return v
 }
@@ -102,6 +104,9 @@ func (v *inventory) refresh(ctx context.Context) {
 		v.log.Info("libvirt answers", "guests", len(now.guests))
 	}
 	v.last.Store(now)
+	if old.asOf.IsZero() && err == nil {
+		close(v.ready)
+	}
 }
 
 // Inventory returns the guests: from libvirt while it answers, else as they
@@ -111,8 +116,8 @@ func (a *Agent) Inventory(ctx context.Context) (maint.Inventory, error) {
 	defer cancel()
 	guests, err := a.hyp.Guests(ctx)
 	if err == nil {
-		return maint.Inventory{Guests: guests, AsOf: time.Now()}, nil
+		return maint.Inventory{Guests: a.complete(guests), AsOf: time.Now()}, nil
 	}
 	s := a.view.last.Load()
-	return maint.Inventory{Guests: s.guests, AsOf: s.asOf, Stale: err.Error()}, nil
+	return maint.Inventory{Guests: a.complete(s.guests), AsOf: s.asOf, Stale: err.Error()}, nil
 }

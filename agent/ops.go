@@ -26,10 +26,13 @@ func (a *Agent) guest(ctx context.Context, what, name string) (maint.Guest, erro
 	case err != nil:
 		return g, a.cannotAsk(what, err)
 	}
-	return g, nil
+	return g, a.unlessElsewhere(what, g)
 }
 
 func (a *Agent) unknownGuest(what, name string) error {
+	if e, there := a.findElsewhere(maint.Guest{Name: name, UUID: name}); there {
+		return refuse(what, e.problem())
+	}
 	return refuse(what, maint.Problemf(maint.CodeUnknownGuest, "guest "+name,
 		"see 'belay guests' for the names; if it has moved, ask the belayd of the host where it is", "is not on host %s", a.cfg.Host))
 }
@@ -82,6 +85,14 @@ func (a *Agent) admit(what string, op maint.Op) error {
 		if arrives || ofAll(op) {
 			return refuse(what, maint.Problemf(maint.CodeBusy, "guest "+r.Guest, "wait until it has arrived",
 				"is arriving from %s (operation %s)", r.From, r.Op))
+		}
+	}
+	if ofAll(op) { // it would run while all others are held
+		all, _ := a.elsewhere()
+		for _, e := range all {
+			if e.Where == inTwin {
+				return refuse(what, e.problem())
+			}
 		}
 	}
 	switch most := a.most(op.Kind); {

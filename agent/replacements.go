@@ -35,15 +35,19 @@ func (a *Agent) Replace(ctx context.Context, by string, r maint.ReplaceRequest) 
 	case r.MaxPause < 0 || r.MaxPause > maxTimeout:
 		return maint.Op{}, maint.Problemf(maint.CodeBadRequest, "max_pause", fmt.Sprintf("choose one up to %s", maxTimeout), "%s is out of range", r.MaxPause)
 	}
-	g, err := a.guest(ctx, what, r.Guest)
+	g, where, err := a.toReplace(ctx, what, r.Guest)
 	if err != nil {
 		return maint.Op{}, err
 	}
-	f, err := vmm.Survey(ctx, vmmHost{a.hyp}, a.preserve.Places, g.UUID)
-	if err != nil {
-		return maint.Op{}, a.cannotAsk(what, err)
+	f := vmm.Facts{Guest: g}
+	if where != inTwin {
+		if f, err = vmm.Survey(ctx, vmmHost{a.hyp}, a.preserve.Places, g.UUID); err != nil {
+			return maint.Op{}, a.cannotAsk(what, err)
+		}
 	}
 	switch {
+	case where == inTwin: // an earlier one has left it there: it is brought home
+		r.Method = maint.VMMBounce
 	case f.Guarded != "" && !g.State.Active(): // an earlier one is gone on with, by its own method
 		r.Method = maint.VMMInPlace
 	case r.Method == "":
@@ -66,9 +70,12 @@ func (a *Agent) Replace(ctx context.Context, by string, r maint.ReplaceRequest) 
 // ReplaceChoices says what each method would cost a guest.
 func (a *Agent) ReplaceChoices(ctx context.Context, guest string) ([]maint.VMMChoice, error) {
 	what := "cannot plan a new QEMU for guest " + guest
-	g, err := a.guest(ctx, what, guest)
-	if err != nil {
+	g, where, err := a.toReplace(ctx, what, guest)
+	switch {
+	case err != nil:
 		return nil, err
+	case where == inTwin: // there is one way, home
+		return []maint.VMMChoice{{Method: maint.VMMBounce, MemoryBytes: g.MemoryBytes}}, nil
 	}
 	f, err := vmm.Survey(ctx, vmmHost{a.hyp}, a.preserve.Places, g.UUID)
 	if err != nil {

@@ -21,7 +21,7 @@ func (a *Agent) Status(context.Context) (maint.Status, error) {
 	if s.Reservations == nil {
 		s.Reservations = []maint.Reservation{}
 	}
-	for _, g := range snap.guests {
+	for _, g := range a.complete(snap.guests) {
 		s.Guests[g.State]++
 	}
 	for _, op := range a.journal.Ops() {
@@ -57,6 +57,7 @@ func (a *Agent) conditions(snap *snapshot) []maint.Condition {
 			cs = append(cs, maint.Condition{Code: maint.CodePeerDown, Text: p.Error, Since: p.Checked})
 		}
 	}
+	cs = append(cs, a.astray(snap.guests)...)
 	return append(cs, unresolved(a.journal.Ops())...)
 }
 
