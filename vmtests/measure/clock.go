@@ -70,7 +70,8 @@ const (
 	syncGood = 250 * time.Millisecond
 )
 
-// Sync has Belay put all clocks right, however far they are behind.
+// Sync has Belay put all clocks right, however far they are behind. One that is
+// ahead, as a guest's can be by half a second after its boot, stays so.
 func (w *Ward) Sync(ctx context.Context) error {
 	var bad []string
 	for range syncTries {
@@ -84,7 +85,7 @@ func (w *Ward) Sync(ctx context.Context) error {
 		}
 		bad = nil
 		for _, r := range reports {
-			if o := cmp.Or(r.After, r.Before); o == nil || o.Offset.Abs() > syncGood {
+			if o := cmp.Or(r.After, r.Before); o == nil || o.Offset < -syncGood {
 				bad = append(bad, r.Guest+": "+r.Reason)
 			}
 		}
