@@ -14,8 +14,9 @@ const (
 	// refreshEvery is how often everything is listed again although no
 	// event asked for it: free memory and agent states change silently.
 	refreshEvery = time.Minute
-	// refreshAfter is how long after an event, so that a burst is one refresh.
-	refreshAfter = 50 * time.Millisecond
+	// refreshAfter is how long after an event, so that a burst is one refresh,
+	// and that it does not get in the way of guests that have just been released.
+	refreshAfter = 250 * time.Millisecond
 	// refreshTimeout bounds one listing.
 	refreshTimeout = 20 * time.Second
 )

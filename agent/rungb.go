@@ -70,8 +70,8 @@ type baseline struct {
 	before guestclock.Baseline
 }
 
-func (b baseline) Correct(ctx context.Context, resumed time.Time) maint.ClockReport {
-	return b.clocks.Correct(ctx, b.before, resumed)
+func (b baseline) Correct(ctx context.Context, resumed time.Time, stood time.Duration) maint.ClockReport {
+	return b.clocks.Correct(ctx, b.before, resumed, stood)
 }
 
 // leashes gives package preserve the leash in its terms.

@@ -224,7 +224,7 @@ func (b *bed) hold(d time.Duration, guests ...*ward) ([]maint.ClockReport, []tim
 	all.Wait()
 	resumed := b.pause(d, guests...)
 	for i := range guests {
-		all.Go(func() { reports[i] = b.Correct(ctx, before[i], resumed[i]) })
+		all.Go(func() { reports[i] = b.Correct(ctx, before[i], resumed[i], 0) })
 	}
 	all.Wait()
 	return reports, resumed

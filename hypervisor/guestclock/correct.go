@@ -42,10 +42,12 @@ type correction struct {
 	kept    string
 	rtt     time.Duration // shortest round trip to the agent
 	resumed time.Time     // zero: nobody asks for how long the clock was stale
+	stood   time.Duration // what it has lost at least
 }
 
 // Correct puts a guest's clock right after a pause. It is to be called right after
-// the release, resumed being when the vCPUs began to run. The clock is set at
+// the release, resumed being when the vCPUs began to run; stood is for how long they
+// did not at least, 0 if nobody knows. The clock is set at
 // once, from what the Baseline has, and measured afterwards; it is set again while
 // that is worth it, four times at most. It returns when the clock is as good as
 // it gets, or ctx ends; a deadline should leave a few seconds to agents that wait
@@ -53,8 +55,8 @@ type correction struct {
 //
 // The report's Before is the offset before the pause. A guest whose agent did not
 // answer then is not tried again: it would keep the others waiting.
-func (c *Clocks) Correct(ctx context.Context, b Baseline, resumed time.Time) maint.ClockReport {
-	k := &correction{c: c, grain: grainOf(b.Coarse), coarse: b.Coarse, rtt: b.RTT, resumed: resumed,
+func (c *Clocks) Correct(ctx context.Context, b Baseline, resumed time.Time, stood time.Duration) maint.ClockReport {
+	k := &correction{c: c, stood: stood, grain: grainOf(b.Coarse), coarse: b.Coarse, rtt: b.RTT, resumed: resumed,
 		report: maint.ClockReport{Guest: b.Guest, UUID: b.UUID, State: maint.ClockUnsynchronised, Before: b.Offset, Reason: b.Reason}}
 	switch {
 	case !b.Agent:
@@ -88,6 +90,9 @@ func (k *correction) aim(ctx context.Context) {
 		k.kept = "it was so before the pause, and was left so"
 	case before.Offset > worthwhile+before.Error:
 		// By now it is behind, unless the pause was shorter than it was ahead.
+		if before.Offset+before.Error < k.stood {
+			return
+		}
 		asked := k.c.now()
 		t, err := k.c.host.GuestTime(ctx, k.report.UUID)
 		if err == nil && t.Add(k.resolution).Before(asked.wall) {

@@ -55,7 +55,7 @@ func TestFirstShotIsFirst(t *testing.T) {
 		b, _ := w.Prepare(ctx, w.guest.known())
 		w.guest.pause(time.Second)
 		w.guest.log = nil
-		right(t, w, w.Correct(ctx, b, time.Now()), 50*time.Microsecond)
+		right(t, w, w.Correct(ctx, b, time.Now(), 0), 50*time.Microsecond)
 		if w.guest.log[0] != "guest-set-time" {
 			t.Errorf("first the agent was asked for %s", w.guest.log[0])
 		}
@@ -114,7 +114,7 @@ func TestLearnsTheWay(t *testing.T) {
 		w.Clocks.host = &slowSet{w, 3 * ms}
 		b, _ := w.Prepare(ctx, w.guest.known())
 		w.guest.pause(5 * time.Second)
-		r := w.Correct(ctx, b, time.Now())
+		r := w.Correct(ctx, b, time.Now(), 0)
 		honest(t, w, r)
 		if off := w.guest.offset(); off > 0 || off < -3*ms || r.State != maint.ClockSynchronised {
 			t.Errorf("off by %s: %+v", off, r)
@@ -228,7 +228,7 @@ func TestAgentLost(t *testing.T) {
 			}
 			w.guest.pause(time.Second)
 			begin := time.Now()
-			r := w.Correct(ctx, b, begin)
+			r := w.Correct(ctx, b, begin, 0)
 			switch {
 			case r.State == maint.ClockSynchronised:
 				// The last measurement had begun, and went with what it had.
@@ -253,7 +253,7 @@ func TestNoAgent(t *testing.T) {
 		if p != nil || b.Agent {
 			t.Errorf("%+v, %v", b, p)
 		}
-		for _, r := range []maint.ClockReport{w.Correct(ctx, b, time.Now()), w.Measure(ctx, g), w.Sync(ctx, g)} {
+		for _, r := range []maint.ClockReport{w.Correct(ctx, b, time.Now(), 0), w.Measure(ctx, g), w.Sync(ctx, g)} {
 			if r.State != maint.ClockUnsynchronised || r.Reason != noChannel || r.Guest != "web-1" || r.UUID != "u" {
 				t.Errorf("%+v", r)
 			}
@@ -345,7 +345,7 @@ func TestHostStep(t *testing.T) {
 				}
 				long, cancel := context.WithTimeout(context.WithoutCancel(ctx), 20*time.Second)
 				defer cancel()
-				r := w.Correct(long, b, resumed)
+				r := w.Correct(long, b, resumed, 0)
 				honest(t, w, r)
 				if off := w.guest.offset(); r.State == maint.ClockSynchronised && off.Abs() > 6*ms {
 					t.Errorf("%s, %s: off by %s: %+v", by, when, off, r)
@@ -413,7 +413,7 @@ func TestCorrectWithoutOffset(t *testing.T) {
 			}
 			w.guest.disabled["guest-get-time"] = false
 			w.guest.pause(5 * time.Second)
-			r := w.Correct(ctx, b, time.Now())
+			r := w.Correct(ctx, b, time.Now(), 0)
 			if off == 0 {
 				right(t, w, r, ms)
 			} else if r.State != maint.ClockOff || r.Shots != 0 {
@@ -497,7 +497,7 @@ func TestTimesDoNotGrowOld(t *testing.T) {
 				<-w.lanes
 			}
 		})
-		r := w.Correct(ctx, b, time.Now())
+		r := w.Correct(ctx, b, time.Now(), 0)
 		right(t, w, r, ms)
 		if r.Shots != 1 || (r.Stale-2*time.Second).Abs() > ms {
 			t.Errorf("%+v", r)
@@ -509,7 +509,7 @@ func TestTimesDoNotGrowOld(t *testing.T) {
 		for range cap(w.lanes) {
 			w.lanes <- struct{}{}
 		}
-		if r := w.Correct(ctx, b, time.Now()); r.State != maint.ClockUnsynchronised || r.Shots != 0 || !strings.Contains(r.Reason, "not told") {
+		if r := w.Correct(ctx, b, time.Now(), 0); r.State != maint.ClockUnsynchronised || r.Shots != 0 || !strings.Contains(r.Reason, "not told") {
 			t.Errorf("%+v", r)
 		}
 	})
@@ -527,6 +527,6 @@ func TestBaselineIsKeptAsJSON(t *testing.T) {
 		if err := json.Unmarshal(text, &kept); err != nil {
 			t.Fatal(err)
 		}
-		right(t, w, w.Correct(ctx, kept, time.Now().Round(0)), ms)
+		right(t, w, w.Correct(ctx, kept, time.Now().Round(0), 0), ms)
 	})
 }

@@ -81,7 +81,7 @@ func TestOneGuest(t *testing.T) {
 	t.Run("paused by somebody else meanwhile", func(t *testing.T) {
 		before, _ := b.Prepare(ctx, w.Guest)
 		b.virsh(t, "suspend", w.Name)
-		if r := b.Correct(ctx, before, time.Now()); r.State != maint.ClockUnsynchronised || r.Reason == "" || r.After != nil {
+		if r := b.Correct(ctx, before, time.Now(), 0); r.State != maint.ClockUnsynchronised || r.Reason == "" || r.After != nil {
 			t.Errorf("a paused guest: %+v", r)
 		}
 		time.Sleep(time.Second)

@@ -68,25 +68,26 @@ func (c *Clocks) compare(ctx context.Context, uuid string, g grain) (reading, er
 	return r.less(c.stepped(since)), nil
 }
 
-// patiently measures a clock again, up to four times in two seconds, while its
-// error is too large to say whether it is within tolerance: when many guests are
-// released at once, their hwclocks take the CPU from each other for a while.
+// patiently measures a clock that was set, and does so up to four times more while
+// the agent does not answer, or the error is too large to say whether the clock is
+// within tolerance: when many guests are released at once, their hwclocks take the
+// CPU from each other for a while, and miss the half second that they wait for.
 func (c *Clocks) patiently(ctx context.Context, uuid string, g grain, since moment) (reading, error) {
+	const wait = 500 * time.Millisecond
 	r, err := c.measure(ctx, uuid, g.resolution, since)
-	for n := 0; err == nil && n < 4 && r.bar() > g.tolerance; n++ {
-		const wait = 500 * time.Millisecond
+	for n := 0; n < 4 && (err != nil || r.bar() > g.tolerance); n++ {
 		if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < 4*wait {
 			break
 		}
 		if sleep(ctx, wait) != nil {
 			break
 		}
-		again, err := c.measure(ctx, uuid, g.resolution, since)
-		if err != nil {
-			break
-		}
-		if r = r.aged(wait); again.bar() < r.bar() {
-			r = again
+		again, againErr := c.measure(ctx, uuid, g.resolution, since)
+		switch r = r.aged(wait); {
+		case againErr != nil && err == nil:
+			return r, nil
+		case err != nil, again.bar() < r.bar():
+			r, err = again, againErr
 		}
 	}
 	return r, err

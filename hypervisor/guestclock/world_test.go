@@ -209,9 +209,13 @@ func (w *world) hold(t *testing.T, ctx context.Context, d time.Duration, meanwhi
 		t.Fatal(p)
 	}
 	w.guest.pause(d)
+	stood := d
+	if meanwhile != nil { // which may be a pause of its own
+		stood = 0
+	}
 	resumed := time.Now()
 	if meanwhile != nil {
 		meanwhile()
 	}
-	return w.Correct(ctx, b, resumed)
+	return w.Correct(ctx, b, resumed, stood)
 }

@@ -28,7 +28,7 @@ const (
 	// asked to stop.
 	settle = 3 * time.Second
 	// clockTimeout bounds the correction of all clocks.
-	clockTimeout = 20 * time.Second
+	clockTimeout = 30 * time.Second
 )
 
 // pause is one pause of the guests of an order.
@@ -54,6 +54,10 @@ type held struct {
 	unsure error // why it is not known whether it was paused at all
 	over   bool  // it was released under an earlier belayd, or never paused
 	timed  bool  // its clock is being seen to
+	// stopped is when its vCPUs stood, and stood for how long they did at least:
+	// Paused and Pause have what libvirt took to do as it was told.
+	stopped time.Time
+	stood   time.Duration
 	// running is since when one that an earlier belayd may have been about to
 	// pause is seen to run.
 	running time.Time
@@ -169,6 +173,7 @@ func (p *pause) stop(ctx context.Context, m Member) error {
 		}
 		return maint.Problemf(maint.CodeFailed, "guest "+m.Guest, "", "cannot be paused: %v", err)
 	}
+	g.stopped = time.Now()
 	p.line.Mark(Paused, m.UUID)
 	return nil
 }
@@ -274,9 +279,13 @@ func (p *pause) look(ctx context.Context, g *held) (done, paused bool) {
 func (p *pause) resume(ctx context.Context, g *held) (done bool) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
+	asked := time.Now()
 	err := p.h.Host.Resume(ctx, g.UUID)
 	switch {
 	case err == nil:
+		if !g.stopped.IsZero() {
+			g.stood = asked.Sub(g.stopped)
+		}
 		p.released(g, belayd)
 	case errors.Is(err, maint.ErrLocked):
 		g.still("find out who uses its disk, end that, then: virsh resume "+g.Guest, "is still paused: %v", err)
@@ -334,7 +343,7 @@ func (p *pause) restore(ctx context.Context, g *held) {
 		defer cancel()
 		var r maint.ClockReport
 		if c := p.h.clocks[g.UUID]; c != nil && by == belayd {
-			r = c.Correct(ctx, released)
+			r = c.Correct(ctx, released, g.stood)
 		} else {
 			r = p.h.Clocks.Restore(ctx, guest, lost)
 		}

@@ -94,8 +94,8 @@ type Clocks interface {
 // Clock is one guest's clock.
 type Clock interface {
 	// Correct is called right after the release, resumed being when the
-	// vCPUs began to run.
-	Correct(ctx context.Context, resumed time.Time) maint.ClockReport
+	// vCPUs began to run, and stood for how long they did not at least.
+	Correct(ctx context.Context, resumed time.Time, stood time.Duration) maint.ClockReport
 }
 
 // Scratch is where a phase writes down what people should read (Note) and what

@@ -358,6 +358,6 @@ func (c Clocks) Measure(_ context.Context, g maint.Guest) maint.ClockReport {
 
 type clock struct{ g maint.Guest }
 
-func (c clock) Correct(ctx context.Context, _ time.Time) maint.ClockReport {
+func (c clock) Correct(ctx context.Context, _ time.Time, _ time.Duration) maint.ClockReport {
 	return Clocks{}.Sync(ctx, c.g)
 }
