@@ -43,7 +43,7 @@ func New(host Host, atOnce int) *Clocks {
 	return &Clocks{
 		host:  host,
 		lanes: make(chan struct{}, atOnce),
-		again: make(chan struct{}, max(1, min(atOnce/2, 2*runtime.NumCPU()))),
+		again: make(chan struct{}, max(1, min(atOnce/2, runtime.NumCPU()))),
 		now: func() moment {
 			t := time.Now()
 			return moment{wall: t.Round(0), mono: t.Sub(epoch)}
