@@ -37,7 +37,6 @@ type nasty struct {
 // TestHoldNastySteps runs what nobody should run while guests are held.
 func TestHoldNastySteps(t *testing.T) {
 	t.Parallel()
-	longOnly(t)
 	w := newWard(t, 2)
 	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
 	defer cancel()
