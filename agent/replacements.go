@@ -118,7 +118,7 @@ func (a *Agent) replaceSteps(op maint.Op) []run.Step {
 	l := &pauseLeash{a: a, op: op, leash: a.preserve.Leash, hyp: a.hyp}
 	r := &vmm.Replacement{Op: op.ID, Guest: op.Guest, UUID: op.GuestUUID, Method: op.Replace.Method, MaxPause: op.Replace.MaxPause,
 		Host: vmmHost{a.hyp}, Places: a.preserve.Places, Log: a.log.With("op", op.ID),
-		BeforePause: l.arm, PointOfNoReturn: l.letGo}
+		BeforePause: l.arm, PointOfNoReturn: l.pass}
 	return []run.Step{
 		{Name: vmm.PhasePreflight,
 			Do: func(ctx context.Context, s *run.Scratch) error { return r.Preflight(ctx, s) }},
@@ -170,7 +170,7 @@ func (a *Agent) clockAfter(ctx context.Context, op maint.Op, lost time.Duration)
 }
 
 // pauseLeash has a guest resumed that is paused in order to leave its QEMU, if
-// belayd dies before it has left.
+// belayd dies before it has left, or cannot resume it.
 type pauseLeash struct {
 	a      *Agent
 	op     maint.Op
@@ -179,6 +179,7 @@ type pauseLeash struct {
 	suffix string        // of the operation's ID, where it has several leashes
 	line   preserve.Line // nil while none is armed
 	events []maint.LeashEvent
+	told   []maint.LeashEvent // by a leash that was left: it tells them again
 }
 
 func (l *pauseLeash) name() maint.OpID { return l.op.ID + maint.OpID(l.suffix) }
@@ -187,6 +188,9 @@ func (l *pauseLeash) name() maint.OpID { return l.op.ID + maint.OpID(l.suffix) }
 func (l *pauseLeash) arm(ctx context.Context) error {
 	g, err := l.hyp.Guest(ctx, l.op.GuestUUID)
 	if err != nil {
+		return err
+	}
+	if err := l.letGo(ctx); err != nil { // of an earlier pause, which is over
 		return err
 	}
 	l.line, err = l.leash.Arm(ctx, preserve.Order{Op: l.name(), MaxPause: l.a.cfg.Hold.MaxPause.Duration,
@@ -198,55 +202,118 @@ func (l *pauseLeash) arm(ctx context.Context) error {
 	return nil
 }
 
-// letGo is called when the guest is about to leave its QEMU: from now on nobody
-// must resume it there. An error says that somebody may.
+// pass is called when the guest is about to leave its QEMU: from now on nobody
+// must resume it there. An error says that somebody may, or has.
+func (l *pauseLeash) pass(ctx context.Context) error {
+	before := len(l.events)
+	if err := l.letGo(ctx); err != nil {
+		return err
+	}
+	for _, e := range l.events[before:] {
+		if e.Kind == maint.LeashReleased {
+			return errors.New("the leash has resumed the guest")
+		}
+	}
+	return nil
+}
+
+// letGo ends the leash. When it gives an error the leash has the guest as before.
 func (l *pauseLeash) letGo(ctx context.Context) error {
 	if l.line == nil {
 		return nil
 	}
-	l.line.Mark(preserve.Left, l.op.GuestUUID)
+	l.line.Mark(preserve.Left, l.op.GuestUUID) // or one that is at it goes on trying
 	events, err := l.line.Disarm(ctx)
 	if err != nil {
+		l.line.Mark(preserve.Paused, l.op.GuestUUID)
 		return fmt.Errorf("the leash does not let go: %w", err)
 	}
-	l.line, l.events = nil, append(l.events, events...)
+	l.line = nil
+	l.take(events)
 	return nil
 }
 
-// around does what pauses the guest, with no leash of an earlier belayd's in
-// the way, and leaves none.
-func (l *pauseLeash) around(ctx context.Context, s *run.Scratch, f func() error) error {
-	old, err := l.leash.Attach(ctx, l.name())
-	if err != nil {
-		return fmt.Errorf("cannot take up the leash of an earlier belayd: %w", err)
-	}
-	if old != nil {
-		l.line = old
-		if err := l.letGo(ctx); err != nil {
-			return err
+// take notes events that were not noted before.
+func (l *pauseLeash) take(events []maint.LeashEvent) {
+	for _, e := range events {
+		if !slices.ContainsFunc(l.told, func(o maint.LeashEvent) bool {
+			same := o.Time.Equal(e.Time)
+			o.Time = e.Time
+			return same && o == e
+		}) {
+			l.events = append(l.events, e)
 		}
+	}
+}
+
+// around does what pauses the guest. A leash of before keeps a guest that stands
+// still, until that is over; in the end one stays only with such a guest.
+func (l *pauseLeash) around(ctx context.Context, s *run.Scratch, f func() error) error {
+	if err := l.takeUp(ctx); err != nil {
+		return err
 	}
 	failure := f()
 	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), leashWait)
 	defer cancel()
-	recs, err := leashRecords(l.rest(end))
+	recs, err := leashRecords(l.rest(end, failure))
 	return errors.Join(failure, err, s.Append(recs...))
+}
+
+// takeUp takes up the leash of an earlier belayd, or one that was left behind. It
+// is kept as long as the guest may stand still in its QEMU: one that has left it,
+// or was about to, was marked so.
+func (l *pauseLeash) takeUp(ctx context.Context) (err error) {
+	l.line, err = l.leash.Attach(ctx, l.name())
+	switch {
+	case err != nil:
+		l.line = nil
+		return fmt.Errorf("cannot take up the leash of an earlier belayd: %w", err)
+	case l.line == nil:
+		return nil
+	}
+	mark := l.line.Marks()[l.op.GuestUUID]
+	if held := mark == preserve.Armed || mark == preserve.Paused; held && l.stands(ctx) {
+		return nil
+	}
+	return l.letGo(ctx)
+}
+
+// stands reports whether the guest may be paused in the QEMU that the leash is
+// of: it has one and is not seen to run.
+func (l *pauseLeash) stands(ctx context.Context) bool {
+	g, err := l.hyp.Guest(ctx, l.op.GuestUUID)
+	switch {
+	case errors.Is(err, maint.ErrNoGuest):
+		return false
+	case err != nil:
+		return true
+	}
+	return g.State.Active() && !maint.View{Guest: &g}.Running()
 }
 
 // leashWait bounds the disarming of a leash that has nothing more to do.
 const leashWait = 10 * time.Second
 
-// rest disarms what is still armed, where no guest is paused any more, and gives
-// all that was done.
-func (l *pauseLeash) rest(ctx context.Context) []maint.LeashEvent {
-	if l.line != nil {
-		if err := l.letGo(ctx); err != nil {
-			l.a.log.Error("a leash could not be disarmed", "op", l.op.ID, "err", err)
-			l.events = append(l.events, l.line.Leave()...)
-			l.line = nil
-		}
+// rest disarms what is still armed, and gives all that was done. After a failure
+// that leaves the guest paused the leash is left with it: it goes on trying when
+// belayd has ended, or has given up.
+func (l *pauseLeash) rest(ctx context.Context, failure error) []maint.LeashEvent {
+	if l.line != nil && failure != nil && l.stands(ctx) {
+		l.a.log.Warn("the leash is left with a guest that may be paused", "op", l.op.ID, "guest", l.op.Guest)
+		l.leave()
+	}
+	if err := l.letGo(ctx); err != nil {
+		l.a.log.Error("a leash could not be disarmed", "op", l.op.ID, "err", err)
+		l.line.Mark(preserve.Left, l.op.GuestUUID) // it runs, or has gone
+		l.leave()
 	}
 	events := l.events
 	l.events = nil
 	return events
+}
+
+func (l *pauseLeash) leave() {
+	events := l.line.Leave()
+	l.take(events)
+	l.line, l.told = nil, events
 }

@@ -71,7 +71,7 @@ func (a *Agent) visitSteps(op maint.Op) []run.Step {
 		}
 		return away.arm(ctx)
 	}
-	v.PointOfNoReturn = func(ctx context.Context) error { return errors.Join(home.letGo(ctx), away.letGo(ctx)) }
+	v.PointOfNoReturn = func(ctx context.Context) error { return errors.Join(home.pass(ctx), away.pass(ctx)) }
 	around := func(ctx context.Context, s *run.Scratch, f func() error) error {
 		return home.around(ctx, s, func() error { return away.around(ctx, s, f) })
 	}

@@ -52,7 +52,9 @@ func (x *exchange) files(ctx context.Context, side Side, memory uint64) ([]strin
 }
 
 // hand sends the guest from the first QEMU to the second, which waits for it, and
-// has it run there. Whatever goes wrong is seen at the next look.
+// has it run there. Whatever goes wrong is seen at the next look. Once the guest
+// stands still detach's end does not end it, nobody would resume the guest; it is
+// bounded.
 func (x *exchange) hand(ctx, detach context.Context) error {
 	ready, cancel := context.WithTimeout(ctx, x.paced().settle)
 	defer cancel()
@@ -66,6 +68,10 @@ func (x *exchange) hand(ctx, detach context.Context) error {
 			return nil
 		}
 	}
+	if detach.Err() != nil {
+		return nil
+	}
+	detach = context.WithoutCancel(detach)
 	send, cancelSend := context.WithTimeout(detach, x.paced().migrate)
 	defer cancelSend()
 	if _, err := x.from.QMP(send, x.UUID, "migrate", x.uri()); err != nil {

@@ -48,7 +48,8 @@ type fakePair struct {
 	book       *notebook
 	calls      int
 	onCall     func(n int)
-	ran        []string // where the guest ran, in order
+	dead       context.Context // of a belayd that was killed: its calls reach nobody once it has ended
+	ran        []string        // where the guest ran, in order
 	stood      time.Time
 	longest    time.Duration // longest standstill
 	spoilt     string        // what must not be
@@ -108,6 +109,9 @@ func (q *fakeQEMU) call(ctx context.Context, op string) error {
 	q.pair.calls++
 	if q.pair.onCall != nil {
 		q.pair.onCall(q.pair.calls)
+	}
+	if q.pair.dead != nil && q.pair.dead.Err() != nil {
+		return errors.New("belayd is dead")
 	}
 	if !wait(ctx, time.Millisecond) {
 		return ctx.Err()
@@ -391,6 +395,7 @@ func TestSwapKilledAtEveryCall(t *testing.T) {
 				p := newPair(t)
 				life, die := context.WithCancel(t.Context())
 				defer die()
+				p.dead = life
 				p.onCall = func(call int) {
 					if call == n {
 						die()
@@ -416,6 +421,7 @@ func TestSwapKilledAtEveryCall(t *testing.T) {
 				if !done[PhasePreflight] {
 					return
 				}
+				p.dead = nil
 				if c.leash {
 					time.Sleep(time.Second)
 					if leash != nil && leash.state != "running" && leash.state != "" {
@@ -434,6 +440,44 @@ func TestSwapKilledAtEveryCall(t *testing.T) {
 				}
 				break
 			}
+		}
+	}
+}
+
+// belayd is told to end at every call. It leaves no guest that stands still.
+func TestSwapStoppedAtEveryCall(t *testing.T) {
+	for n := 1; ; n++ {
+		survived := false
+		synctest.Test(t, func(t *testing.T) {
+			p := newPair(t)
+			life, stop := context.WithCancel(t.Context())
+			defer stop()
+			p.onCall = func(call int) {
+				if call == n {
+					stop()
+				}
+			}
+			done := map[string]bool{}
+			if err := p.phases(p.visit(), life, life, done, false); err == nil {
+				survived = true
+				return
+			}
+			if p.home.state != "running" && p.away.state != "running" {
+				t.Errorf("stopped at call %d, its QEMU at home is %q, in the twin %q", n, p.home.state, p.away.state)
+			}
+			if !done[PhasePreflight] {
+				return
+			}
+			if err := p.phases(p.visit(), t.Context(), t.Context(), done, false); err != nil {
+				t.Fatalf("stopped at call %d: %v", n, err)
+			}
+			p.isHome(fmt.Sprintf("stopped at call %d", n))
+		})
+		if survived {
+			if n < 50 {
+				t.Errorf("only %d calls were there to be stopped at", n)
+			}
+			return
 		}
 	}
 }
