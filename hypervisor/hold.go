@@ -34,12 +34,12 @@ func (h *Host) Warm(ctx context.Context, n int) error {
 // leases are given up. Suspending a guest that is paused, by whomever, succeeds
 // and changes nothing. It wraps maint.ErrNoGuest.
 //
-// When ctx ends first, libvirt has the call all the same, and a libvirt that was
-// hung stops the guest when it is itself again. State, Resume and the next
-// Suspend of this Host therefore wait for the answer to one that was given up, or
-// the end of its connection; another process's do not.
+// When ctx ends first, libvirt has the call all the same, and a libvirt or a QEMU
+// that was hung stops the guest when it is itself again. Nobody waits for that any
+// more: the guest is resumed at once then. State, Resume and the next Suspend of
+// this Host wait until that is over, or the connection is; another process's do not.
 //
-// Source: virDomainSuspend.
+// Source: virDomainSuspend, virDomainResume.
 func (h *Host) Suspend(ctx context.Context, uuid string) error {
 	const op = "DomainSuspend"
 	ctx, cancel := h.bounded(ctx)
@@ -57,13 +57,25 @@ func (h *Host) Suspend(ctx context.Context, uuid string) error {
 		return err
 	}
 	over := h.late.begin(uuid)
-	answer := make(chan error, 1)
+	answer, gone := make(chan error), make(chan struct{})
 	go func() {
+		defer over()
 		_, err := invoke(h.base, c, op, func(l *libvirt.Libvirt) (struct{}, error) {
 			return struct{}{}, l.DomainSuspend(d)
 		})
-		over()
-		answer <- err
+		select {
+		case answer <- err:
+		case <-gone:
+			defer c.close()
+			if err != nil {
+				return
+			}
+			if err := (&session{ctx: h.base, conn: c}).resume(d); err != nil {
+				h.log.Error("a guest may be paused by a call that was given up, and cannot be resumed", "guest", uuid, "err", err)
+				return
+			}
+			h.log.Warn("a guest was paused late, by a call that was given up, and is resumed", "guest", uuid)
+		}
 	}()
 	select {
 	case err := <-answer:
@@ -71,7 +83,7 @@ func (h *Host) Suspend(ctx context.Context, uuid string) error {
 		return err
 	case <-ctx.Done():
 		h.fan.forget()
-		go func() { <-answer; c.close() }()
+		close(gone)
 		return fmt.Errorf("%w; it may yet be carried out", c.abandoned(op, context.Cause(ctx)))
 	}
 }

@@ -170,24 +170,31 @@ func withDefault(ctx context.Context) (context.Context, context.CancelFunc) {
 }
 
 // outlive makes a call that is carried out also when its context has ended
-// meanwhile. late is closed when it is answered.
-func outlive(ctx context.Context, h *Host, op string, late chan struct{}, effect func() error) error {
+// meanwhile, and is taken back then. late is closed when that is over.
+func outlive(ctx context.Context, h *Host, op string, late chan struct{}, effect func() error, takeBack func()) error {
 	h.w.called(Call{Host: h.info.Name, Op: op})
 	defer h.w.called(Call{Host: h.info.Name, Op: op, Done: true})
 	if ctx.Err() != nil {
 		close(late)
 		return h.unanswered(op, ctx.Err())
 	}
-	answer := make(chan error, 1)
+	answer, gone := make(chan error), make(chan struct{})
 	h.w.running.Go(func() {
+		defer close(late)
 		_, err := attempt(h.w.life, h, op, func(context.Context) (struct{}, error) { return struct{}{}, effect() })
-		close(late)
-		answer <- err
+		select {
+		case answer <- err:
+		case <-gone:
+			if err == nil {
+				takeBack()
+			}
+		}
 	})
 	select {
 	case err := <-answer:
 		return err
 	case <-ctx.Done():
+		close(gone)
 		return fmt.Errorf("%w; it may yet be carried out", h.unanswered(op, ctx.Err()))
 	}
 }

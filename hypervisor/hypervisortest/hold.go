@@ -121,6 +121,8 @@ func (h *Host) Suspend(ctx context.Context, uuid string) error {
 			h.lifecycle(g, "suspended", "paused")
 			return nil
 		})
+	}, func() { // an error is what a real one logs
+		_ = h.with(uuid, func(g *guest) error { _, err := h.resume(g); return err })
 	})
 }
 
@@ -150,22 +152,24 @@ func (h *Host) Resume(ctx context.Context, uuid string) error {
 	if err := h.afterLate(ctx, uuid); err != nil {
 		return err
 	}
-	_, err := onGuest(ctx, h, "Resume", uuid, func(g *guest) (struct{}, error) {
-		switch {
-		case !g.State.Active():
-			return struct{}{}, h.notRunning("DomainResume")
-		case g.State == maint.GuestSuspended:
-			return struct{}{}, h.failed("DomainResume", codeOperationInvalid, "Requested operation is not valid: domain is pmsuspended")
-		case g.State == maint.GuestRunning:
-			return struct{}{}, nil
-		case g.rival:
-			return struct{}{}, h.leaseTaken("DomainResume", g)
-		}
-		g.become(maint.GuestRunning, "unpaused")
-		h.lifecycle(g, "resumed", "unpaused")
-		return struct{}{}, nil
-	})
+	_, err := onGuest(ctx, h, "Resume", uuid, h.resume)
 	return err
+}
+
+func (h *Host) resume(g *guest) (struct{}, error) {
+	switch {
+	case !g.State.Active():
+		return struct{}{}, h.notRunning("DomainResume")
+	case g.State == maint.GuestSuspended:
+		return struct{}{}, h.failed("DomainResume", codeOperationInvalid, "Requested operation is not valid: domain is pmsuspended")
+	case g.State == maint.GuestRunning:
+		return struct{}{}, nil
+	case g.rival:
+		return struct{}{}, h.leaseTaken("DomainResume", g)
+	}
+	g.become(maint.GuestRunning, "unpaused")
+	h.lifecycle(g, "resumed", "unpaused")
+	return struct{}{}, nil
 }
 
 func (h *Host) leaseTaken(op string, g *guest) error {

@@ -10,6 +10,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"belay/agent/maint"
 )
 
@@ -24,6 +26,15 @@ const (
 	releaseGrace = 20 * time.Second
 	// endingTakes is what the end of a step takes that has to be killed.
 	endingTakes = 400 * time.Millisecond
+	// atOnce is how many guests are stopped or started at once: as many calls
+	// as libvirtd serves (max_workers).
+	atOnce = 20
+	// fresh is for how long what was seen of a guest is still believed: who
+	// pauses it meanwhile would see it released by us.
+	fresh = 50 * time.Millisecond
+	// lookTimeout is how long those that can be looked at wait for one that
+	// cannot, before they are released.
+	lookTimeout = 200 * time.Millisecond
 	// settle is how long a guest is watched that a belayd which died may have
 	// asked to stop.
 	settle = 3 * time.Second
@@ -43,6 +54,7 @@ type pause struct {
 	left   map[string]string
 	freed  bool
 	events []maint.LeashEvent // the leash's, once freed
+	calm   chan struct{}      // closed when nobody is to be released any more
 	clocks sync.WaitGroup
 }
 
@@ -64,7 +76,7 @@ type held struct {
 }
 
 func newPause(h *Hold, line Line, order Order) *pause {
-	return &pause{h: h, line: line, order: order, guests: make(map[string]*held), left: make(map[string]string)}
+	return &pause{h: h, line: line, order: order, guests: make(map[string]*held), left: make(map[string]string), calm: make(chan struct{})}
 }
 
 // names are the guests that are held.
@@ -105,7 +117,12 @@ func (p *pause) begin(ctx context.Context) error {
 	if err := p.line.Check(); err != nil {
 		return maint.Problemf(maint.CodeLeash, "leash", "see 'belay doctor' for rung B", "does not hold, so nothing was paused: %v", err)
 	}
-	ctx, cancel := context.WithTimeout(ctx, suspendTimeout)
+	now := time.Now()
+	end := now.Add(suspendTimeout)
+	if by := p.releaseBy(); by.Before(end) {
+		end = by
+	}
+	ctx, cancel := context.WithDeadline(ctx, end)
 	defer cancel()
 	// Looked at right before: a guest that is paused now is somebody else's,
 	// and to suspend it would be a success as well. All are looked at before
@@ -120,21 +137,41 @@ func (p *pause) begin(ctx context.Context) error {
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
+	looked := time.Now()
 	each(n, func(i int) {
-		if running[i] {
-			errs[i] = p.stop(ctx, p.order.Guests[i])
+		if !running[i] {
+			return
 		}
+		if m := p.order.Guests[i]; looked.Sub(now) > fresh || time.Since(looked) > fresh {
+			if running[i], errs[i] = p.runs(ctx, m); !running[i] {
+				return
+			}
+		}
+		errs[i] = p.stop(ctx, p.order.Guests[i])
 	})
-	return errors.Join(errs...)
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	// The leash may have fired meanwhile: the step is not begun then.
+	return p.held()
 }
 
-// each does f for 0 to n-1, all at once.
-func each(n int, f func(i int)) {
-	var all sync.WaitGroup
-	for i := range n {
-		all.Go(func() { f(i) })
+// held is an error if the leash does not hold the guests.
+func (p *pause) held() error {
+	if err := p.line.Check(); err != nil {
+		return maint.Problemf(maint.CodeLeash, "leash", "see the system's log for what ended it", "was lost, so the guests were released at once: %v", err)
 	}
-	all.Wait()
+	return nil
+}
+
+// each does f for 0 to n-1, as many at once as libvirt serves.
+func each(n int, f func(i int)) {
+	var all errgroup.Group
+	all.SetLimit(atOnce)
+	for i := range n {
+		all.Go(func() error { f(i); return nil })
+	}
+	_ = all.Wait()
 }
 
 // runs reports whether a guest runs. One that does not is left as it is.
@@ -183,21 +220,27 @@ func (p *pause) stop(ctx context.Context, m Member) error {
 // released yet does not keep the others waiting.
 func (p *pause) release(ctx context.Context) {
 	groups := make(map[int][]*held)
-	var atOnce []*held
+	var freed []*held
 	for _, g := range p.guests {
 		if !g.over {
 			groups[g.group] = append(groups[g.group], g)
 		}
 	}
 	var late sync.WaitGroup
-	giveUp, cancel := context.WithDeadline(ctx, p.line.Deadline().Add(releaseGrace))
+	from := p.line.Deadline() // which has passed if there was no belayd for long
+	if now := time.Now(); now.After(from) {
+		from = now
+	}
+	giveUp, cancel := context.WithDeadline(ctx, from.Add(releaseGrace))
 	defer cancel()
 	for _, n := range slices.Sorted(maps.Keys(groups)) {
 		// All are looked at before the first is resumed: those that run again
 		// want the CPUs.
 		group := groups[n]
 		done, paused := make([]bool, len(group)), make([]bool, len(group))
-		each(len(group), func(i int) { done[i], paused[i] = p.look(giveUp, group[i]) })
+		looking, stop := context.WithTimeout(giveUp, lookTimeout)
+		each(len(group), func(i int) { done[i], paused[i] = p.look(looking, group[i]) })
+		stop()
 		each(len(group), func(i int) {
 			if paused[i] {
 				done[i] = p.resume(giveUp, group[i])
@@ -205,17 +248,17 @@ func (p *pause) release(ctx context.Context) {
 		})
 		for i, g := range group {
 			if done[i] {
-				atOnce = append(atOnce, g)
+				freed = append(freed, g)
 			} else {
 				late.Go(func() { p.insist(giveUp, g) })
 			}
 		}
 	}
-	// Clocks come after the first try of all: those calls are slower.
-	for _, g := range atOnce {
+	for _, g := range freed {
 		p.correct(ctx, g)
 	}
 	late.Wait()
+	close(p.calm)
 }
 
 // insist tries until the guest runs, is gone, or ctx ends.
@@ -339,6 +382,12 @@ func (p *pause) restore(ctx context.Context, g *held) {
 	lost := released.Round(0).Sub(cmp.Or(g.Paused, p.begun).Round(0))
 	guest := maint.Guest{Name: g.Guest, UUID: g.UUID, Agent: g.agent}
 	p.clocks.Go(func() {
+		// Those calls are slow, and libvirtd has only so many workers: whoever
+		// is still to be released comes first, if that does not take long.
+		select {
+		case <-p.calm:
+		case <-time.After(callTimeout):
+		}
 		ctx, cancel := context.WithTimeout(ctx, clockTimeout)
 		defer cancel()
 		var r maint.ClockReport

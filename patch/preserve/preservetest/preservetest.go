@@ -5,6 +5,7 @@ package preservetest
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -148,7 +149,14 @@ type line struct{ l *leash }
 
 func (n *line) Deadline() time.Time { return n.l.deadline }
 
-func (n *line) Check() error { return nil }
+func (n *line) Check() error {
+	select {
+	case <-n.l.lost:
+		return errors.New("it is lost")
+	default:
+		return nil
+	}
+}
 
 func (n *line) Mark(m preserve.Mark, uuid string) {
 	n.l.all.mu.Lock()
