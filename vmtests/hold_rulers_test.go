@@ -352,9 +352,10 @@ func (e *trial) wrong(ctx context.Context, limit func(observer.Gap) time.Duratio
 		if err != nil || r.Restarts > 0 {
 			say("heartbeats of %s: %+v %v", name, r, err)
 		}
-		e.gap = max(e.gap, r.LargestGap.Length)
-		if most := limit(r.LargestGap); r.LargestGap.Length > most+e.noise {
-			say("%s stood still for %s, longer than %s (and %s of noise)", name, r.LargestGap.Length, most, e.noise)
+		stood := stoodStill(r)
+		e.gap = max(e.gap, stood)
+		if most := limit(r.LargestGap); stood > most+e.noise {
+			say("%s stood still for %s, longer than %s (and %s of noise)", name, stood, most, e.noise)
 		}
 		var told maint.HeldGuest
 		if e.op.Held != nil {
@@ -368,14 +369,23 @@ func (e *trial) wrong(ctx context.Context, limit func(observer.Gap) time.Duratio
 		if told.Clock == nil && lost > stale+e.noise || told.Clock != nil && told.Clock.State == maint.ClockSynchronised && off.Abs() > stale+e.noise {
 			say("%s's clock is off by %s, was by %s, and is said to be %+v", name, off, e.clock[name], told.Clock)
 		}
-		if d := (told.Pause - r.LargestGap.Length).Abs(); told.Pause > 0 && d > 500*time.Millisecond+e.noise {
-			say("%s stood still for %s, and is said to have for %s", name, r.LargestGap.Length, told.Pause)
+		if d := (told.Pause - stood).Abs(); told.Pause > 0 && d > 500*time.Millisecond+e.noise {
+			say("%s stood still for %s, and is said to have for %s", name, stood, told.Pause)
 		}
-		if told.Left != "" && r.LargestGap.Length > time.Second+e.noise {
-			say("%s stood still for %s, and is said not to have been paused: %s", name, r.LargestGap.Length, told.Left)
+		if told.Left != "" && stood > time.Second+e.noise {
+			say("%s stood still for %s, and is said not to have been paused: %s", name, stood, told.Left)
 		}
 	}
 	return wrong
+}
+
+// stoodStill is how long a guest's vCPUs stood at a stretch, at most. One that only
+// wants for CPU sends no heartbeats either, but its clock goes on.
+func stoodStill(r observer.Report) time.Duration {
+	if r.LargestGap.Open || r.LargestGap.Reboot {
+		return r.LargestGap.Length
+	}
+	return max(0, min(r.LargestGap.Length, r.Standstill))
 }
 
 // clocks is what is said of the guests' clocks, and what heartbeats say: "web-1
