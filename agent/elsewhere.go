@@ -195,12 +195,16 @@ func (a *Agent) bringHome(ctx context.Context) {
 			a.log.Error("a guest needs somebody", "guest", e.Guest, "op", e.Op, "err", e.problem())
 			continue
 		}
-		a.log.Warn("a guest is in the twin and no operation accounts for it: it is brought home", "guest", e.Guest)
+		a.log.Warn("a guest is in the twin and no operation accounts for it: it is to be brought home", "guest", e.Guest)
 		if !a.awaitNone(ctx, maint.OpReplace) {
 			return
 		}
-		op, err := a.Replace(ctx, "belayd", maint.ReplaceRequest{Guest: e.Guest,
-			Reason: "it was in the twin when belayd started, and no operation accounted for it"})
+		op, err := a.replace(ctx, "belayd", maint.ReplaceRequest{Guest: e.Guest,
+			Reason: "it was in the twin when belayd started, and no operation accounted for it"}, true)
+		if errors.Is(err, errNotInTwin) {
+			a.log.Info("a guest that was in the twin has come home by other means", "guest", e.Guest)
+			continue
+		}
 		if err != nil {
 			a.log.Error("a guest in the twin cannot be brought home", "guest", e.Guest, "err", err)
 			continue

@@ -312,6 +312,42 @@ func strayKilledAt(t *testing.T, edit func(*maint.Guest), n int) (at string) {
 	return at
 }
 
+// A stray that comes home by other means while another is brought home is left
+// alone: nobody has asked for a new QEMU under it.
+func TestStrayComesHomeByItself(t *testing.T) {
+	t.Parallel()
+	said := make(sayings, 1000)
+	_, node, _ := strayed(t, slog.New(said), autostarted)
+	ctx := ctxFor(t, patience)
+	second := node.Host.PutGuest("web-2", autostarted)
+	if err := node.Twin.Stray(ctx, second); err != nil {
+		t.Fatal(err)
+	}
+	var once sync.Once
+	node.Start(func(what string) {
+		if strings.HasPrefix(what, "after append accepted") {
+			once.Do(func() {
+				if err := node.Twin.Away.Migrate(ctx, second, node.Twin.Route(second, false)); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	})
+	for message := ""; message != "a guest that was in the twin has come home by other means"; {
+		select {
+		case message = <-said:
+		case <-ctx.Done():
+			t.Fatal("it is not in the log")
+		}
+	}
+	if ops, err := node.Client.Ops(ctx); err != nil || len(ops) != 1 || ops[0].Guest != "web-1" {
+		t.Errorf("operations %+v, %v", ops, err)
+	}
+	if g, err := node.Host.Guest(ctx, second); err != nil || g.State != maint.GuestRunning {
+		t.Errorf("it is %+v, %v", g, err)
+	}
+}
+
 // A stray that has no room at home stays, and everybody is told; when there is
 // room it is brought home on request.
 func TestStrayStays(t *testing.T) {

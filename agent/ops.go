@@ -48,8 +48,17 @@ func (a *Agent) cannotAsk(what string, err error) error {
 
 // submit has an operation admitted, or says why not.
 func (a *Agent) submit(ctx context.Context, what string, op maint.Op) (maint.Op, error) {
+	return a.submitIf(ctx, what, op, func() error { return nil })
+}
+
+// submitIf is submit, unless refuse, which is called in the loop, has an error.
+func (a *Agent) submitIf(ctx context.Context, what string, op maint.Op, refuse func() error) (maint.Op, error) {
 	var refused error
-	if err := a.inLoop(ctx, func() { refused = a.admit(what, op) }); err != nil {
+	if err := a.inLoop(ctx, func() {
+		if refused = refuse(); refused == nil {
+			refused = a.admit(what, op)
+		}
+	}); err != nil {
 		return maint.Op{}, err
 	}
 	if refused != nil {

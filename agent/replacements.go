@@ -28,6 +28,16 @@ func (h vmmHost) Describe(ctx context.Context, uuid string) (vmm.Description, er
 
 // Replace admits the replacement of a guest's QEMU, writes it down and starts it.
 func (a *Agent) Replace(ctx context.Context, by string, r maint.ReplaceRequest) (maint.Op, error) {
+	return a.replace(ctx, by, r, false)
+}
+
+// errNotInTwin is why nothing is begun for a guest that is to be brought home only.
+var errNotInTwin = errors.New("it is not in the twin")
+
+// replace is Replace. homeOnly says that nothing is to be begun, with the error
+// errNotInTwin, for a guest that is not in the twin (any more): nobody has asked
+// for a new QEMU under it.
+func (a *Agent) replace(ctx context.Context, by string, r maint.ReplaceRequest, homeOnly bool) (maint.Op, error) {
 	what := "cannot put a new QEMU under guest " + r.Guest
 	switch {
 	case r.Guest == "":
@@ -38,6 +48,9 @@ func (a *Agent) Replace(ctx context.Context, by string, r maint.ReplaceRequest) 
 	g, where, err := a.toReplace(ctx, what, r.Guest)
 	if err != nil {
 		return maint.Op{}, err
+	}
+	if homeOnly && where != inTwin {
+		return maint.Op{}, errNotInTwin
 	}
 	f := vmm.Facts{Guest: g}
 	if where != inTwin {
@@ -64,7 +77,12 @@ func (a *Agent) Replace(ctx context.Context, by string, r maint.ReplaceRequest) 
 	now := time.Now()
 	op := maint.Op{ID: newOpID("vmm", now), Kind: maint.OpReplace, Guest: g.Name, GuestUUID: g.UUID, By: by,
 		Reason: r.Reason, Deadline: now.Add(replaceTimeout), Replace: &r}
-	return a.submit(ctx, what, op)
+	return a.submitIf(ctx, what, op, func() error { // no operation can begin to bring it home meanwhile
+		if e, there := a.findElsewhere(g); homeOnly && (!there || e.Where != inTwin) {
+			return errNotInTwin
+		}
+		return nil
+	})
 }
 
 // ReplaceChoices says what each method would cost a guest.
