@@ -12,12 +12,14 @@ import (
 // is not to be moved. Nobody knows any more what the visit was that left it
 // there, so it takes nothing for granted:
 //
-//	in the twin       at home
-//	runs              not there    brought home by live migration, if that has room
-//	job out           any          on its way home: so be it
-//	stopped, gone     runs         at home: what is left in the twin is ended
-//	runs              runs         an alarm, nothing is touched
-//	else                           refused, nothing is touched
+//	in the twin            at home
+//	runs                   not there          brought home by live migration, if that has room
+//	runs                   waits (inmigrate)  what waits is ended; then the same
+//	job out                any                on its way home: so be it
+//	sent away, gone        runs               at home: what is left in the twin is ended
+//	waits (inmigrate)      runs               at home: what waits is ended
+//	runs                   runs               an alarm, nothing is touched
+//	else                                      refused, nothing is touched
 //
 // A guest that is paused in the twin is among the last: whether it was paused by
 // its owner or in the middle of a crossing cannot be told.
@@ -27,13 +29,17 @@ func (v *Visit) adopt(ctx context.Context, s Scratch) error {
 		return err
 	}
 	l := v.leg(false)
-	now, err := v.settle(ctx, l)
+	now, err := v.found(ctx, l)
 	if err != nil {
 		return err
 	}
 	b := before{Adopted: true}
 	switch now {
-	case there, leftover, copying:
+	case there, copying:
+	case leftover:
+		if st, _ := v.station(ctx, l.from); st == loaded || st == runs || st == strange {
+			return v.lost("runs at home, and its QEMU in the twin is stopped (%s), which may have been the guest: look at both, and end the one in the twin by hand", st)
+		}
 	case here:
 		problems, err := v.stay(ctx, &b, l)
 		if err != nil {
@@ -52,6 +58,34 @@ func (v *Visit) adopt(ctx context.Context, s Scratch) error {
 		return err
 	}
 	return s.Save(b)
+}
+
+// found is where the guest is. A QEMU that waits for it is nothing of it.
+func (v *Visit) found(ctx context.Context, l leg) (situation, error) {
+	switch {
+	case v.waits(ctx, l.to, l.from):
+		return here, nil
+	case v.waits(ctx, l.from, l.to):
+		return leftover, nil
+	}
+	return v.settle(ctx, l)
+}
+
+// waits reports whether a QEMU waits for the guest on one side, which runs on the
+// other and is not being sent by anybody: a warm-up of which nobody knows.
+func (v *Visit) waits(ctx context.Context, side, other Side) bool {
+	for _, at := range []struct {
+		side Side
+		want station
+	}{{side, waiting}, {other, runs}} {
+		if st, err := v.station(ctx, at.side); err != nil || st != at.want {
+			return false
+		}
+		if at := v.view(ctx, at.side); at == nil || at.Guest == nil || at.Guest.Job != "" {
+			return false
+		}
+	}
+	return true
 }
 
 // stay lists why a guest that is in the twin, and nowhere else, is to stay there
@@ -111,7 +145,7 @@ func (v *Visit) Fetch(detach context.Context, s Scratch) error {
 	}
 	c := crossing{Begun: 1} // nobody else moves what is in the twin
 	l := v.leg(false)
-	if now, err := v.settle(detach, l); err == nil && now != copying {
+	if now, err := v.found(detach, l); err == nil && now != copying {
 		gone, cancel := context.WithCancel(detach)
 		cancel()
 		err := v.swap(gone, detach, l, s, &c) // which ends a QEMU that waits for it at home

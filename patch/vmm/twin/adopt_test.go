@@ -127,3 +127,43 @@ func TestAdoptRefuses(t *testing.T) {
 		})
 	}
 }
+
+// A QEMU that waits for the guest, of a warm-up of which nobody knows any more, is
+// ended; one that may have been the guest is not.
+func TestAdoptAmongTwoQEMUs(t *testing.T) {
+	for _, c := range []struct {
+		home, away string // QAPI's RunState
+		refused    bool
+	}{
+		{"running", "inmigrate", false},
+		{"running", "postmigrate", false},
+		{"running", "paused", true},
+		{"running", "running", true},
+		{"inmigrate", "running", false},
+		{"", "running", false},
+		{"paused", "running", true},
+		{"paused", "inmigrate", true},
+		{"", "inmigrate", true},
+		{"inmigrate", "inmigrate", true},
+		{"postmigrate", "inmigrate", true},
+	} {
+		t.Run(c.home+" "+c.away, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p := newPair(t)
+				p.home.state, p.away.state, p.second.names = c.home, c.away, []string{"web-1"}
+				done := map[string]bool{}
+				err := p.phases(p.visit(), t.Context(), t.Context(), done, false)
+				switch {
+				case c.refused:
+					if err == nil || done[PhasePreflight] || p.home.state != c.home || p.away.state != c.away {
+						t.Errorf("%v, done are %v; its QEMU at home is %q, in the twin %q", err, done, p.home.state, p.away.state)
+					}
+				case err != nil:
+					t.Error(err)
+				default:
+					p.isHome("adopted")
+				}
+			})
+		})
+	}
+}

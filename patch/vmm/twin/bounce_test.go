@@ -52,6 +52,7 @@ type fakeSecond struct {
 	lent       map[string][]string
 	sinks      int
 	startErr   error
+	names      []string // of guests in it, where away is nil
 }
 
 func (f *fakeSecond) Start(ctx context.Context) error {
@@ -96,7 +97,7 @@ func (f *fakeSecond) Room(string, uint64, bool) ([]maint.Problem, error) { retur
 
 func (f *fakeSecond) Guests() (names []string, err error) {
 	if f.away == nil {
-		return nil, nil
+		return f.names, nil
 	}
 	guests, err := f.away.Guests(context.Background())
 	for _, g := range guests {

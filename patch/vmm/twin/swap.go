@@ -106,6 +106,10 @@ func (x *exchange) step(ctx, detach context.Context, from, to station) (done boo
 			return true, x.crossed(detach)
 		case sent:
 			return false, x.quitFirst(detach)
+		case waiting: // for nobody, see adopt
+			if x.waits(detach, x.from, x.to) {
+				return false, x.quit(detach, x.from.QuitIncoming, x.fromAt)
+			}
 		case runs:
 			return soon(p.look, func() (bool, error) {
 				return true, x.lost("runs at home and in the twin: stop one of them at once, before both write to the same disk")
