@@ -423,6 +423,8 @@ func (r *Runner) force(ctx context.Context, p place, s spec, c claim) (text stri
 		left = endAll(find, nil, 0) // those that were begun meanwhile
 	}
 	if r.cfg.Systemd != nil {
+		ctx, cancel := context.WithTimeout(ctx, killLimit) // it may hang, and guests wait
+		defer cancel()
 		if err := r.cfg.Systemd.Kill(ctx, unitOf(p)); err != nil {
 			r.cfg.Log.Warn("cannot kill a host step's unit", "step", p.name(), "err", err)
 		}

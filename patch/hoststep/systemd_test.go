@@ -59,7 +59,10 @@ func (f *fakeSystemd) Job(ctx context.Context, unit, job string) (string, error)
 	return f.job(ctx, unit, job)
 }
 
-func (f *fakeSystemd) Kill(_ context.Context, unit string) error {
+func (f *fakeSystemd) Kill(ctx context.Context, unit string) error {
+	if _, bounded := ctx.Deadline(); !bounded {
+		f.t.Errorf("a systemd that hangs would be waited for to kill %s", unit)
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.killed = append(f.killed, unit)
