@@ -199,6 +199,9 @@ func TestBelaydIsKilledWhileItStarts(t *testing.T) {
 	if err == nil || !strings.Contains(string(out), "given up") {
 		t.Errorf("the late supervisor: %v, %s", err, out)
 	}
+	if _, err := os.Lstat(filepath.Join(dir, "sock")); !os.IsNotExist(err) { // the next one could not listen
+		t.Errorf("its socket: %v", err)
+	}
 	if _, err := os.Stat(file); err == nil {
 		t.Error("the step was run")
 	}

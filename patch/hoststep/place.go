@@ -178,23 +178,41 @@ func (p place) ask(ctx context.Context, q request) (r outcome, err error) {
 	return r, err
 }
 
-// listen makes the socket, which has its name only once somebody listens.
-func (p place) listen() (l *net.UnixListener, err error) {
+// boottime is CLOCK_BOOTTIME.
+func boottime() time.Duration {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
+		panic(err) // every Linux has it
+	}
+	return time.Duration(t.Nano())
+}
+
+// listen makes the socket, which has its name only once somebody listens. drop
+// takes the name away, unless it is another's.
+func (p place) listen() (l *net.UnixListener, drop func(), err error) {
 	fresh := fmt.Sprintf("sock-%d", os.Getpid())
 	err = p.viaShortPath(func(dir string) error {
 		l, err = net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, fresh), Net: "unix"})
 		return err
 	})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	l.SetUnlinkOnClose(false) // the short path is gone by then
 	defer os.Remove(p.file(fresh))
-	if err := os.Link(p.file(fresh), p.file("sock")); err != nil {
-		l.Close()
-		return nil, err
+	ours, err := os.Lstat(p.file(fresh))
+	if err == nil {
+		err = os.Link(p.file(fresh), p.file("sock"))
 	}
-	return l, nil
+	if err != nil {
+		l.Close()
+		return nil, nil, err
+	}
+	return l, func() {
+		if now, err := os.Lstat(p.file("sock")); err == nil && os.SameFile(ours, now) {
+			_ = os.Remove(p.file("sock"))
+		}
+	}, nil
 }
 
 // viaShortPath is for sockets, whose paths cannot be longer than 107 bytes.

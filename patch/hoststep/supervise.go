@@ -65,11 +65,12 @@ func supervise(args []string) error {
 	if s.spec, err = s.at.spec(); err != nil {
 		return err
 	}
-	l, err := s.at.listen()
+	l, drop, err := s.at.listen()
 	if err != nil {
 		return err
 	}
 	defer l.Close()
+	defer drop() // or nobody else can listen where it gives up
 	// Who gives it up from now on finds somebody to tell. Nobody does where the
 	// place is another one by now.
 	if _, claimed, err := s.at.claimed(); err != nil || claimed {
@@ -90,7 +91,7 @@ func supervise(args []string) error {
 		failed = s.at.writeResult(s.state)
 	}
 	close(s.done)
-	_ = os.Remove(s.at.file("sock")) // before nobody listens on it: see deserted
+	drop() // before nobody listens on it: see deserted
 	l.Close()
 	s.answering.Wait()
 	if s.pipe != nil { // a daemon that writes must neither block nor get SIGPIPE
