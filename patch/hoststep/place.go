@@ -95,10 +95,13 @@ func (p place) writeResult(r outcome) error {
 	return writeJSON(p.file("result.json"), r, os.Rename)
 }
 
+// goneMark begins the names of places that are being removed.
+const goneMark = ".gone-"
+
 // remove takes the place away at once: a supervisor that comes late finds none,
 // or what says that it is not to begin. It may just have made its socket there.
 func (p place) remove() error {
-	gone := filepath.Join(filepath.Dir(string(p)), ".gone-"+rand.Text())
+	gone := filepath.Join(filepath.Dir(string(p)), goneMark+rand.Text())
 	if err := os.Rename(string(p), gone); err != nil {
 		return err
 	}

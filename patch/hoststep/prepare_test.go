@@ -320,6 +320,20 @@ func TestBelaydIsKilledAsItTellsItToBegin(t *testing.T) {
 	h.wantNever("mig-2-step", file, "given up")
 }
 
+// TestWhatIsHalfRemoved by a belayd that died is removed by the next one.
+func TestWhatIsHalfRemoved(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, nil)
+	gone := filepath.Join(h.dir, ".gone-X")
+	if err := os.MkdirAll(filepath.Join(gone, "below"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	h.wantEnded(h.sh(t.Context(), "mig-1-step", "exit 3"), 3)
+	if _, err := os.Stat(gone); !os.IsNotExist(err) {
+		t.Errorf("it is there: %v", err)
+	}
+}
+
 // sock is a path of the step's socket that is short enough.
 func (h *host) sock(name string) string {
 	h.t.Helper()

@@ -220,6 +220,7 @@ func (r *Runner) enter(ctx context.Context, p place, step maint.HostStep) (spec,
 	if err := os.MkdirAll(r.cfg.Dir, 0o700); err != nil {
 		return spec{}, err
 	}
+	r.clear()
 	if err := os.Mkdir(string(p), 0o700); err != nil {
 		return spec{}, err
 	}
@@ -227,6 +228,15 @@ func (r *Runner) enter(ctx context.Context, p place, step maint.HostStep) (spec,
 		return spec{}, errors.Join(fmt.Errorf(notBegun+"%w", err), os.Remove(string(p)))
 	}
 	return spec{Step: step, Token: rand.Text(), Asked: time.Now(), Wait: r.cfg.Wait, Grace: r.cfg.Grace}, nil
+}
+
+// clear removes what a belayd has left that died while it removed a place. What
+// cannot be removed is in nobody's way.
+func (r *Runner) clear() {
+	left, _ := filepath.Glob(filepath.Join(r.cfg.Dir, goneMark+"*"))
+	for _, dir := range left {
+		_ = os.RemoveAll(dir)
+	}
 }
 
 // launch starts the step's supervisor and returns when that waits to be told
