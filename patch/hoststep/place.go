@@ -153,10 +153,11 @@ const (
 
 type request struct {
 	Ask string `json:"ask"`
-	// Env and Timeout are what a step begins with: its supervisor ends it by
-	// itself so long after its begin; 0 is never.
-	Env     []string      `json:"env,omitempty"`
-	Timeout time.Duration `json:"timeout_ns,omitempty"`
+	// Env and Until are what a step begins with: at that time of CLOCK_BOOTTIME
+	// its supervisor ends it by itself, and does not begin it if it hears of it
+	// no earlier; 0 is never.
+	Env   []string      `json:"env,omitempty"`
+	Until time.Duration `json:"until_boottime_ns,omitempty"`
 	// TimedOut, or Why, says why it is to end.
 	TimedOut bool   `json:"timed_out,omitempty"`
 	Why      string `json:"why,omitempty"`

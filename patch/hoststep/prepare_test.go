@@ -280,7 +280,7 @@ func TestBelaydIsKilledBeforeItBegins(t *testing.T) {
 func TestBelaydIsKilledAsItTellsItToBegin(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, nil)
-	begin := func(name, file string) (supervisor int) {
+	begin := func(name, file string, until time.Duration) (supervisor int) {
 		h.prepare(name, `echo x >>$1; exit 3`, file)
 		supervisor = h.supervisor(name)
 		if err := unix.Kill(supervisor, unix.SIGSTOP); err != nil {
@@ -290,7 +290,7 @@ func TestBelaydIsKilledAsItTellsItToBegin(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := fmt.Fprintf(c, `{"ask":"begin","env":[%q]}`, h.mark); err != nil {
+		if _, err := fmt.Fprintf(c, `{"ask":"begin","env":[%q],"until_boottime_ns":%d}`, h.mark, until); err != nil {
 			t.Fatal(err)
 		}
 		if err := c.Close(); err != nil {
@@ -304,20 +304,29 @@ func TestBelaydIsKilledAsItTellsItToBegin(t *testing.T) {
 		}
 	}
 	file := filepath.Join(t.TempDir(), "ran")
-	wake(begin("mig-1-step", file))
+	wake(begin("mig-1-step", file, 0))
 	h.wantEnded(h.sh(t.Context(), "mig-1-step", "exit 4"), 3)
 	if ran, err := os.ReadFile(file); err != nil || string(ran) != "x\n" {
 		t.Errorf("it ran %q, %v", ran, err)
 	}
 
 	file = filepath.Join(t.TempDir(), "ran")
-	supervisor := begin("mig-2-step", file)
+	supervisor := begin("mig-2-step", file, 0)
 	if err := h.End(t.Context(), "mig-2-step"); err != nil { // the claim is ours
 		t.Error(err)
 	}
 	wake(supervisor)
 	h.gone(supervisor)
 	h.wantNever("mig-2-step", file, "given up")
+
+	// When the time is over the guests run again.
+	supervisor = begin("mig-3-step", file, time.Nanosecond)
+	wake(supervisor)
+	h.gone(supervisor)
+	if run, err := h.Look(t.Context(), "mig-3-step"); err != nil || !run.TimedOut {
+		t.Errorf("Look: %+v, %v", run, err)
+	}
+	h.wantNever("mig-3-step", file, "its time was over")
 }
 
 // TestWhatIsHalfRemoved by a belayd that died is removed by the next one.

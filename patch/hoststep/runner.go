@@ -345,7 +345,7 @@ func (r *Runner) await(ctx context.Context, p place, s spec, env []string) maint
 	for range 3 { // its supervisor may just be starting, or be started again
 		begin := request{Ask: askBegin, Env: env}
 		if end, ok := ctx.Deadline(); ok {
-			begin.Timeout = max(time.Until(end), time.Nanosecond)
+			begin.Until = max(boottime()+time.Until(end), time.Nanosecond)
 		}
 		o, asked := p.ask(ctx, begin)
 		switch {

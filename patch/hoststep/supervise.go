@@ -216,8 +216,12 @@ func (s *supervisor) answer(c net.Conn) {
 func (s *supervisor) decide() (begun bool, err error) {
 	self, _ := look(os.Getpid())
 	c, why := claim{PID: self.pid, Start: self.start}, ""
+	late := false
 	select {
 	case s.with = <-s.begin:
+		if late = s.with.Until > 0 && boottime() >= s.with.Until; late {
+			c, why = claim{}, "its time was over when its supervisor was told to"
+		}
 	case q := <-s.end:
 		c, why = claim{}, q.Why
 	case <-time.After(s.spec.Wait):
@@ -234,6 +238,7 @@ func (s *supervisor) decide() (begun bool, err error) {
 		return false, nil
 	case c.PID == 0:
 		s.state = never(notBegun + why)
+		s.state.TimedOut = late
 		return false, s.at.writeResult(s.state)
 	}
 	s.started = c.Time
@@ -256,8 +261,8 @@ func (s *supervisor) run() {
 	go reap(pid, exited, gone)
 
 	var timeUp <-chan time.Time
-	if s.with.Timeout > 0 {
-		timeUp = time.After(s.with.Timeout - time.Since(s.started))
+	if s.with.Until > 0 {
+		timeUp = time.After(s.with.Until - boottime())
 	}
 	q, status, ended := s.await(exited, timeUp)
 	if ended {
