@@ -246,7 +246,8 @@ func Leftovers(dir string) ([]Leftover, error) {
 
 // Discard removes what a dead leash has left behind, when its events have been
 // journaled. It refuses while the leash lives, and while a guest may still be
-// paused: then Client.Attach has it released.
+// paused, or runs without the leases of its disks: then Client.Attach has it
+// released, and the leases taken, if systemd does not start the leash again first.
 func Discard(dir string, op maint.OpID) error {
 	if err := checkOp(op); err != nil {
 		return err
@@ -268,8 +269,16 @@ func Discard(dir string, op maint.OpID) error {
 		return err
 	}
 	for _, g := range s.Guests {
-		if s.Boot == boot && g.Fate.held() {
-			return maint.Problemf(maint.CodeBusy, "guest "+g.Name, "take the leash of "+string(op)+" up again", "may still be paused")
+		reason := ""
+		switch {
+		case s.Boot != boot:
+		case g.Fate.held():
+			reason = "may still be paused"
+		case g.Unleased:
+			reason = "may run without the leases of its disks"
+		}
+		if reason != "" {
+			return maint.Problemf(maint.CodeBusy, "guest "+g.Name, "take the leash of "+string(op)+" up again", "%s", reason)
 		}
 	}
 	return remove(dir, op)

@@ -84,6 +84,42 @@ func TestSweep(t *testing.T) {
 	}
 }
 
+// The notes of a dead leash stay as long as it had something left to do.
+func TestDiscardRefuses(t *testing.T) {
+	t.Parallel()
+	boot, err := BootID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		boot string
+		g    GuestStatus
+		want string
+	}{
+		"paused":                 {boot, GuestStatus{Fate: Paused}, "may still be paused"},
+		"armed":                  {boot, GuestStatus{Fate: Armed}, "may still be paused"},
+		"without its leases":     {boot, GuestStatus{Fate: Released, Unleased: true}, "without the leases"},
+		"released":               {boot, GuestStatus{Fate: Released}, ""},
+		"left":                   {boot, GuestStatus{Fate: Left}, ""},
+		"before the host booted": {"another", GuestStatus{Fate: Released, Unleased: true}, ""},
+	} {
+		dir := filepath.Join(t.TempDir(), "leash")
+		if err := makeDir(dir); err != nil {
+			t.Fatal(err)
+		}
+		c.g.Guest = Guest{UUID: "u1", Name: "web-1"}
+		s := &Status{Op: testOp, Boot: c.boot, Guests: []GuestStatus{c.g}}
+		if err := s.write(dir); err != nil {
+			t.Fatal(err)
+		}
+		err := Discard(dir, testOp)
+		_, gone := os.Stat(path(dir, testOp, notesExt))
+		if c.want == "" && (err != nil || gone == nil) || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want) || gone != nil) {
+			t.Errorf("%s: %v, the notes: %v", name, err, gone)
+		}
+	}
+}
+
 // unarmed starts a leash that gets no order, as its belayd has died.
 func (s *site) unarmed() {
 	s.t.Helper()
