@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"log/slog"
@@ -10,7 +11,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"belay/agent/journal"
 	"belay/agent/maint"
+	"belay/patch/leash"
 	"belay/patch/preserve"
 	"belay/patch/preserve/preservetest"
 )
@@ -125,6 +128,59 @@ func TestLeashIsDisarmed(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// remnants is a host where leashes have left notes.
+type remnants struct {
+	preserve.Leash
+	left []leash.Leftover
+}
+
+func (r remnants) Leftovers() ([]leash.Leftover, error) { return r.left, nil }
+
+// A leash that died before it had seen to its guests, and that nobody takes up, is
+// a condition of the host for as long as it shows.
+func TestAbandonedGuests(t *testing.T) {
+	j, err := journal.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer j.Close()
+	open, err := json.Marshal(maint.Op{ID: "hold-open", Kind: maint.OpHold})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := j.Append(maint.Record{Op: "hold-open", Kind: maint.RecAccepted, Data: open}); err != nil {
+		t.Fatal(err)
+	}
+	paused, runs := maint.Guest{UUID: "u1", State: maint.GuestPaused}, maint.Guest{UUID: "u1", State: maint.GuestRunning}
+	held, free := leash.GuestStatus{Fate: leash.Paused}, leash.GuestStatus{Fate: leash.Released, Unleased: true}
+	for name, c := range map[string]struct {
+		op          maint.OpID
+		alive, void bool
+		notes       leash.GuestStatus
+		now         maint.Guest
+		want        maint.Code
+	}{
+		"paused":                  {"hold-1", false, false, held, paused, maint.CodePaused},
+		"without its leases":      {"hold-1", false, false, free, runs, maint.CodeLeash},
+		"on the way home":         {"vmm-1-home", false, false, held, paused, maint.CodePaused},
+		"resumed since":           {"hold-1", false, false, held, runs, ""},
+		"stopped since":           {"hold-1", false, false, free, paused, ""},
+		"gone since":              {"hold-1", false, false, held, maint.Guest{UUID: "u2", State: maint.GuestPaused}, ""},
+		"its leash lives":         {"hold-1", true, false, held, paused, ""},
+		"the host has booted":     {"hold-1", false, true, held, paused, ""},
+		"its operation goes on":   {"hold-open", false, false, held, paused, ""},
+		"its operation goes home": {"hold-open-home", false, false, held, paused, ""},
+	} {
+		c.notes.Guest = leash.Guest{UUID: "u1", Name: "web-1"}
+		l := leash.Leftover{Status: leash.Status{Op: c.op, Guests: []leash.GuestStatus{c.notes}}, Alive: c.alive, Void: c.void}
+		a := &Agent{journal: j, preserve: Preserve{Leash: remnants{left: []leash.Leftover{l}}}}
+		cs := a.abandoned([]maint.Guest{c.now})
+		if c.want == "" && len(cs) > 0 || c.want != "" && (len(cs) != 1 || cs[0].Code != c.want || cs[0].Remedy == "") {
+			t.Errorf("%s: %+v", name, cs)
+		}
 	}
 }
 

@@ -58,6 +58,7 @@ func (a *Agent) conditions(snap *snapshot) []maint.Condition {
 		}
 	}
 	cs = append(cs, a.astray(snap.guests)...)
+	cs = append(cs, a.abandoned(snap.guests)...)
 	return append(cs, unresolved(a.journal.Ops())...)
 }
 

@@ -1,6 +1,8 @@
 package agent
 
 import (
+	"fmt"
+	"slices"
 	"strings"
 
 	"belay/agent/maint"
@@ -16,6 +18,46 @@ type Sweeper interface {
 // Sweep implements Sweeper.
 func (l leashes) Sweep(keep func(name maint.OpID) bool) ([]leash.Status, error) {
 	return leash.Sweep(l.client.Dir, keep)
+}
+
+// Remnants is a preserve.Leash that tells which leashes have notes.
+type Remnants interface {
+	Leftovers() ([]leash.Leftover, error)
+}
+
+// Leftovers implements Remnants.
+func (l leashes) Leftovers() ([]leash.Leftover, error) { return leash.Leftovers(l.client.Dir) }
+
+// abandoned are the conditions of guests whose leash died before it had seen to
+// them, and whose operation has ended, so that nobody takes it up again. Nor does
+// belayd by itself: a guest that was resumed and paused again by somebody else
+// since looks the same.
+func (a *Agent) abandoned(guests []maint.Guest) (cs []maint.Condition) {
+	r, ok := a.preserve.Leash.(Remnants)
+	if !ok {
+		return nil
+	}
+	all, _ := r.Leftovers() // notes that cannot be read were logged by the sweep
+	for _, l := range all {
+		if op, known := a.journal.Op(leashedOp(l.Op)); l.Alive || l.Void || known && op.State != maint.OpEnded {
+			continue
+		}
+		for _, g := range l.Guests {
+			i := slices.IndexFunc(guests, func(now maint.Guest) bool { return now.UUID == g.UUID })
+			switch held := g.Fate == leash.Armed || g.Fate == leash.Paused; {
+			case i < 0:
+			case held && guests[i].State == maint.GuestPaused:
+				cs = append(cs, maint.Condition{Code: maint.CodePaused,
+					Text:   fmt.Sprintf("guest %s is still paused, and the leash of operation %s has died, which would resume it", g.Name, l.Op),
+					Remedy: fmt.Sprintf("virsh resume %s, unless somebody has paused it since", g.Name)})
+			case g.Unleased && maint.View{Guest: &guests[i]}.Running():
+				cs = append(cs, maint.Condition{Code: maint.CodeLeash,
+					Text:   fmt.Sprintf("guest %s may run without the leases of its disks: the leash of operation %s has died, which would have them taken again", g.Name, l.Op),
+					Remedy: fmt.Sprintf("virsh suspend %s && virsh resume %s", g.Name, g.Name)})
+			}
+		}
+	}
+	return cs
 }
 
 // sweepLeashes discards what the leashes of operations that have ended, or that
