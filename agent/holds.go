@@ -1,9 +1,9 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -118,12 +118,13 @@ func (a *Agent) holdSteps(op maint.Op) []run.Step {
 				return h.Perform(ctx, s, func(o preserve.Outcome) error { return a.recordHold(s, o) })
 			},
 			Undo: func(ctx context.Context, s *run.Scratch) error {
-				if now, _ := a.journal.Op(op.ID); now.Held != nil {
-					return stillHeld(*now.Held)
+				if now, _ := a.journal.Op(op.ID); now.Held == nil {
+					if err := h.Recover(ctx, s, func(o preserve.Outcome) error { return a.recordHold(s, o) }); err != nil {
+						return err
+					}
 				}
-				return h.Recover(ctx, s, func(o preserve.Outcome) error {
-					return errors.Join(a.recordHold(s, o), stillHeld(o.Result))
-				})
+				now, _ := a.journal.Op(op.ID)
+				return afterFailure(now)
 			}},
 		{Name: preserve.PhaseVerify,
 			Do: func(context.Context, *run.Scratch) error {
@@ -132,6 +133,22 @@ func (a *Agent) holdSteps(op maint.Op) []run.Step {
 					preserve.Verify(*now.Held, now.Leash, op.Hold.MaxPause))
 			}},
 	}
+}
+
+// afterFailure is what there is to tell of a hold that failed beside why it did.
+// It is an error that a person has to see to if a guest is still held, or the host
+// may be half changed.
+func afterFailure(op maint.Op) error {
+	if op.Held == nil {
+		return nil // it was not begun
+	}
+	if err := cmp.Or(stillHeld(*op.Held), preserve.Undone(*op.Hold, *op.Held)); err != nil {
+		return err
+	}
+	if beside := preserve.Verify(*op.Held, op.Leash, op.Hold.MaxPause); len(beside) > 0 {
+		return &run.Beside{Problems: beside}
+	}
+	return nil
 }
 
 // stillHeld is an error for a guest that nobody could release yet: a person is

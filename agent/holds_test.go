@@ -157,6 +157,33 @@ func TestHoldAgentStaysDead(t *testing.T) {
 	if g := op.Held.Guests[0]; g.ReleasedBy != "leash" || g.Pause < time.Second || g.Clock == nil {
 		t.Errorf("%+v", g)
 	}
+	if !slices.ContainsFunc(op.Problems[1:], func(p maint.Problem) bool { return p.Code == maint.CodeLeash }) {
+		t.Errorf("that the leash fired is not told: %+v", op.Problems)
+	}
+	status, err := node.Client.Status(ctx)
+	if err != nil || !slices.ContainsFunc(status.Conditions, func(c maint.Condition) bool { return c.Code == maint.CodeLeash }) {
+		t.Errorf("nobody who looks at the host learns of it: %+v, %v", status.Conditions, err)
+	}
+}
+
+// A step that cannot be taken back needs a person.
+func TestHoldCannotBeUndone(t *testing.T) {
+	t.Parallel()
+	w := agenttest.New(t, quiet(t), nil, "a")
+	node := w.Nodes[0]
+	node.Host.PutGuest("web-1")
+	ctx := ctxFor(t, patience)
+	r := holdAll
+	r.Step.Command = []string{"false"}
+	r.Undo = &maint.HostStep{Command: []string{"false"}}
+	op, err := node.Client.Hold(ctx, r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	op = await(t, ctx, node, op.ID)
+	if op.Outcome != maint.OutcomeStuck || len(op.Problems) != 2 || op.Problems[1].Code != maint.CodeStep || op.Held.Guests[0].ReleasedBy != "belayd" {
+		t.Errorf("ended %s, %+v, %+v", op.Outcome, op.Problems, op.Held)
+	}
 }
 
 // What is held is nobody else's meanwhile, and the other way round.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"belay/agent/maint"
@@ -59,7 +60,21 @@ func (a *Agent) conditions(snap *snapshot) []maint.Condition {
 	}
 	cs = append(cs, a.astray(snap.guests)...)
 	cs = append(cs, a.abandoned(snap.guests)...)
+	cs = append(cs, a.overdue()...)
 	return append(cs, unresolved(a.journal.Ops())...)
+}
+
+// whom names the guests of an operation.
+func whom(op maint.Op) string {
+	switch {
+	case op.Guest != "":
+		return "guest " + op.Guest
+	case op.Hold != nil && op.Hold.All:
+		return "all guests"
+	case op.Hold != nil:
+		return "guests " + strings.Join(op.Hold.Guests, ", ")
+	}
+	return "this host"
 }
 
 // unresolved is the operations that left something for a person to do, but for
@@ -68,13 +83,18 @@ func unresolved(ops []maint.Op) []maint.Condition {
 	var cs []maint.Condition
 	seen := make(map[string]bool)
 	for _, op := range slices.Backward(ops) {
-		left := op.Outcome == maint.OutcomeStuck || op.Outcome == maint.OutcomePartly
+		left := op.Outcome == maint.OutcomeStuck || op.Outcome == maint.OutcomePartly ||
+			op.Outcome == maint.OutcomeFailed && len(op.Problems) > 1 // beside why it failed
 		if op.State == maint.OpEnded && !seen[op.GuestUUID] && left && time.Since(op.Ended) < stuckFor {
 			c := maint.Condition{Code: maint.CodeUnverified, Since: op.Ended, Remedy: "belay ops show " + string(op.ID),
-				Text: fmt.Sprintf("operation %s on guest %s is %s", op.ID, op.Guest, op.Outcome)}
-			if len(op.Problems) > 0 {
-				p := op.Problems[0]
-				c.Code, c.Remedy, c.Text = p.Code, p.Remedy, c.Text+": "+p.Reason
+				Text: fmt.Sprintf("operation %s on %s is %s", op.ID, whom(op), op.Outcome)}
+			told := op.Problems
+			if op.Outcome == maint.OutcomeFailed {
+				told = told[1:] // the first says why it failed
+			}
+			if len(told) > 0 {
+				p := told[0]
+				c.Code, c.Remedy, c.Text = p.Code, p.Remedy, c.Text+": "+p.Subject+": "+p.Reason
 			}
 			cs = append(cs, c)
 		}

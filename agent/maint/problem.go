@@ -60,6 +60,8 @@ const (
 	CodeLeash            Code = "leash"
 	CodePaused           Code = "still-paused"
 	CodePauseTooLong     Code = "paused-too-long"
+	CodeReleased         Code = "released-by-somebody"
+	CodeClock            Code = "clock-behind"
 	CodeFrozen           Code = "file-systems-frozen"
 	CodeEnded            Code = "operation-ended"
 	CodeMethodNotAllowed Code = "method-not-allowed"

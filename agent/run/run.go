@@ -43,6 +43,14 @@ type Step struct {
 // is unknown or needs a person. The operation ends without any undo.
 type Stuck struct{ Problem *maint.Problem }
 
+// Beside is what an undo has to tell that was done: what is not as it should be
+// beside.
+type Beside struct{ Problems []maint.Problem }
+
+func (b *Beside) Error() string {
+	return (&maint.Refusal{What: "not all is well", Problems: b.Problems}).Error()
+}
+
 func (s *Stuck) Error() string { return s.Problem.Error() }
 func (s *Stuck) Unwrap() error { return s.Problem }
 
@@ -189,6 +197,9 @@ func (r *runner) back(life context.Context, end maint.Ending, status map[string]
 		cancel()
 		if life.Err() != nil && err != nil {
 			return maint.Ending{}, ErrLeftOpen
+		}
+		if beside := new(Beside); errors.As(err, &beside) {
+			end.Problems, err = append(end.Problems, beside.Problems...), nil
 		}
 		if err != nil {
 			r.slog.Error("undo failed", "step", step.Name, "err", err)

@@ -8,6 +8,8 @@ import (
 
 	"belay/agent/maint"
 	"belay/hypervisor/hypervisortest"
+	"belay/patch/preserve"
+	"belay/patch/preserve/preservetest"
 )
 
 // slow is a host one of whose guests is hard to reach.
@@ -147,4 +149,101 @@ func TestLeashLostWhilePausing(t *testing.T) {
 		}
 		b.allRun("web-1", "slow")
 	}, "web-1", "slow")
+}
+
+// A guest that somebody resumes in the middle of a hold is told of: the host was
+// serviced under it.
+func TestSomebodyResumesOne(t *testing.T) {
+	hold(t, all, func(b *bed) {
+		b.steps.Did = func(string) {
+			time.AfterFunc(100*time.Millisecond, func() {
+				if err := b.host.Resume(b.Context(), b.uuids["web-1"]); err != nil {
+					b.Error(err)
+				}
+			})
+		}
+		if err := b.perform(); err != nil {
+			b.Fatal(err)
+		}
+		problems := preserve.Verify(b.out.Result, b.out.Leash, b.hold.MaxPause)
+		if len(problems) != 1 || problems[0].Code != maint.CodeReleased || problems[0].Subject != "guest web-1" {
+			b.Errorf("%+v", problems)
+		}
+		if g := b.result("web-2"); g.ReleasedBy != "belayd" || g.Problem != nil {
+			b.Errorf("%+v", g)
+		}
+	}, "web-1", "web-2")
+}
+
+// A release whose answer is lost is belayd's all the same.
+func TestReleaseIsBelaydsOwn(t *testing.T) {
+	hold(t, all, func(b *bed) {
+		b.host.Fault("Resume", hypervisortest.Fault{Err: maint.ErrHypervisorDown, After: true, Times: 2})
+		if err := b.perform(); err != nil {
+			b.Fatal(err)
+		}
+		for _, name := range []string{"web-1", "web-2"} {
+			if g := b.result(name); g.ReleasedBy != "belayd" {
+				b.Errorf("%+v", g)
+			}
+		}
+	}, "web-1", "web-2")
+}
+
+// behind are clocks that cannot be put right.
+type behind struct {
+	preservetest.Clocks
+	report maint.ClockReport
+}
+
+func (c behind) Prepare(context.Context, maint.Guest) (preserve.Clock, *maint.Problem) { return c, nil }
+
+func (c behind) Correct(context.Context, time.Time, time.Duration) maint.ClockReport { return c.report }
+
+// A clock that a pause has left behind is a problem; one that was so before, or
+// that a time service sees to, is not.
+func TestClockLeftBehind(t *testing.T) {
+	off := func(d time.Duration) *maint.ClockOffset { return &maint.ClockOffset{Offset: d} }
+	for _, c := range []struct {
+		report  maint.ClockReport
+		problem bool
+	}{
+		{maint.ClockReport{State: maint.ClockSynchronised, After: off(0)}, false},
+		{maint.ClockReport{State: maint.ClockUnsynchronised, Reason: "no answer"}, true},
+		{maint.ClockReport{State: maint.ClockOff, Before: off(0), After: off(-time.Second)}, true},
+		{maint.ClockReport{State: maint.ClockOff, Before: off(0), After: off(-20 * time.Millisecond)}, false},
+		{maint.ClockReport{State: maint.ClockOff, Before: off(-time.Hour), After: off(-time.Hour)}, false},
+	} {
+		hold(t, all, func(b *bed) {
+			b.host.SetAgent(b.T, b.uuids["web-1"], maint.AgentConnected)
+			b.hold.Clocks = behind{report: c.report}
+			if err := b.perform(); err != nil {
+				b.Fatal(err)
+			}
+			problems := preserve.Verify(b.out.Result, b.out.Leash, b.hold.MaxPause)
+			if got := len(problems) == 1 && problems[0].Code == maint.CodeClock; got != c.problem || len(problems) > 1 {
+				b.Errorf("%+v: %+v", c.report, problems)
+			}
+		}, "web-1")
+	}
+}
+
+// An undo that fails leaves the host half changed.
+func TestUndone(t *testing.T) {
+	step, undo := command("false"), command("exit 3")
+	r := maint.HoldRequest{Step: step, Undo: &undo}
+	failed, well := &maint.StepRun{ExitCode: 1}, &maint.StepRun{}
+	for _, c := range []struct {
+		held maint.HoldResult
+		ok   bool
+	}{
+		{maint.HoldResult{}, true},
+		{maint.HoldResult{Step: failed, Undo: well}, true},
+		{maint.HoldResult{Step: failed, Undo: failed}, false},
+		{maint.HoldResult{Step: failed}, false},
+	} {
+		if err := preserve.Undone(r, c.held); (err == nil) != c.ok {
+			t.Errorf("%+v: %v", c.held, err)
+		}
+	}
 }

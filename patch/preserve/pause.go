@@ -35,6 +35,9 @@ const (
 	// lookTimeout is how long those that can be looked at wait for one that
 	// cannot, before they are released.
 	lookTimeout = 200 * time.Millisecond
+	// farOff is what a guest's own time service is not trusted to put right
+	// unnoticed.
+	farOff = 500 * time.Millisecond
 	// settle is how long a guest is watched that a belayd which died may have
 	// asked to stop.
 	settle = 3 * time.Second
@@ -70,6 +73,8 @@ type held struct {
 	// Paused and Pause have what libvirt took to do as it was told.
 	stopped time.Time
 	stood   time.Duration
+	// resuming: it was asked to run again, and may do so although no answer came.
+	resuming bool
 	// running is since when one that an earlier belayd may have been about to
 	// pause is seen to run.
 	running time.Time
@@ -310,6 +315,10 @@ func (p *pause) look(ctx context.Context, g *held) (done, paused bool) {
 				return false, false
 			}
 		}
+		if g.resuming {
+			p.released(g, belayd)
+			return true, false
+		}
 		// The leash, if it fired; its events tell, see credit.
 		p.released(g, somebodyElse)
 		return true, false
@@ -323,6 +332,7 @@ func (p *pause) resume(ctx context.Context, g *held) (done bool) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	asked := time.Now()
+	g.resuming = true
 	err := p.h.Host.Resume(ctx, g.UUID)
 	switch {
 	case err == nil:
@@ -397,7 +407,26 @@ func (p *pause) restore(ctx context.Context, g *held) {
 			r = p.h.Clocks.Restore(ctx, guest, lost)
 		}
 		g.Clock = &r
+		if g.Problem == nil && g.agent != maint.AgentNone {
+			g.Problem = clockProblem(g.Guest, r, lost)
+		}
 	})
+}
+
+// clockProblem is one of a clock that the pause has left behind.
+func clockProblem(guest string, r maint.ClockReport, lost time.Duration) *maint.Problem {
+	reason := ""
+	switch {
+	case r.State == maint.ClockSynchronised || lost < farOff:
+	case r.State == maint.ClockUnsynchronised:
+		reason = "its clock may be " + lost.Round(time.Millisecond).String() + " behind: " + r.Reason
+	case r.After != nil && r.After.Offset < -farOff && (r.Before == nil || r.Before.Offset-r.After.Offset > farOff):
+		reason = "its clock is " + (-r.After.Offset).Round(time.Millisecond).String() + " behind"
+	}
+	if reason == "" {
+		return nil
+	}
+	return maint.Problemf(maint.CodeClock, "guest "+guest, "when its agent answers: belay clock "+guest+" --sync", "%s", reason)
 }
 
 // meanwhile does f, and frees the guests when that takes longer than there is

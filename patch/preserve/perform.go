@@ -161,6 +161,9 @@ func stepFailure(what string, step maint.HostStep, run maint.StepRun) error {
 	case run.TimedOut:
 		reason = fmt.Sprintf("%s was ended after %s, so that the guests are released in time", what, run.Ended.Sub(run.Started).Round(time.Millisecond))
 		remedy = "allow a longer pause (--max-pause)"
+		if step.Timeout > 0 && run.Ended.Sub(run.Started) >= step.Timeout {
+			reason, remedy = fmt.Sprintf("%s was ended after %s, which is all that it was given", what, step.Timeout), "allow it more time (--timeout)"
+		}
 	}
 	return &maint.Problem{Code: maint.CodeStep, Subject: subject(step), Reason: reason, Remedy: remedy}
 }
@@ -193,7 +196,22 @@ func Judge(r maint.HoldRequest, held maint.HoldResult) error {
 	return stepFailure("the check after the step", *r.Verify, *held.Verify)
 }
 
-// Verify says what is not as it should be after a hold whose step worked.
+// Undone says whether a step that failed was taken back, where it was to be.
+func Undone(r maint.HoldRequest, held maint.HoldResult) error {
+	if r.Undo == nil || held.Step == nil || held.Undo != nil && held.Undo.OK() {
+		return nil
+	}
+	const remedy = "see what the step has left on the host; belay ops show tells what the undo said"
+	if held.Undo == nil {
+		return maint.Problemf(maint.CodeStep, "the undo", remedy, "was not made")
+	}
+	p := *maint.AsProblem(stepFailure("the undo", *r.Undo, *held.Undo), maint.CodeStep, "the undo")
+	p.Remedy = remedy
+	return &p
+}
+
+// Verify says what is not as it should be after a hold, whatever became of its
+// step.
 func Verify(r maint.HoldResult, leash []maint.LeashEvent, maxPause time.Duration) []maint.Problem {
 	var problems []maint.Problem
 	for _, e := range leash {
@@ -205,6 +223,9 @@ func Verify(r maint.HoldResult, leash []maint.LeashEvent, maxPause time.Duration
 	for _, g := range r.Guests {
 		if g.Problem != nil {
 			problems = append(problems, *g.Problem)
+		} else if g.ReleasedBy == somebodyElse && !g.Paused.IsZero() {
+			problems = append(problems, *maint.Problemf(maint.CodeReleased, "guest "+g.Guest, "see who resumed it (virsh resume), and whether the host was serviced under it",
+				"was resumed by somebody else before the hold was over"))
 		} else if g.Pause > maxPause {
 			problems = append(problems, *maint.Problemf(maint.CodePauseTooLong, "guest "+g.Guest, "",
 				"was paused for %s, longer than the %s allowed", g.Pause.Round(time.Millisecond), maxPause))
