@@ -37,6 +37,9 @@ func (a *Agent) eachClock(ctx context.Context, guest string, f func(ctx context.
 		if err != nil {
 			return nil, err
 		}
+		if err := a.unlessHeld(what, g); err != nil {
+			return nil, err
+		}
 		if g.State != maint.GuestRunning && g.State != maint.GuestBlocked {
 			return nil, refuse(what, maint.Problemf(maint.CodeGuestState, "guest "+g.Name, "start or resume it first", "is %s: its clock cannot be asked for", g.State))
 		}

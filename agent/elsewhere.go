@@ -111,11 +111,16 @@ func (e elsewhere) problem() *maint.Problem {
 		"is between two QEMUs: operation %s has ended its old one and kept its memory and state", e.Op)
 }
 
-// complete puts guests right that are elsewhere: they are listed as what they
-// are.
+// complete puts guests right that are elsewhere, or held: they are listed as what
+// they are.
 func (a *Agent) complete(guests []maint.Guest) []maint.Guest {
 	all, _ := a.elsewhere()
 	guests = slices.Clone(guests)
+	for i := range guests {
+		if op, held := a.holder(guests[i]); held {
+			guests[i].Reason = "held, operation " + string(op.ID)
+		}
+	}
 	for _, e := range all {
 		i := slices.IndexFunc(guests, e.of)
 		switch {

@@ -27,6 +27,9 @@ func (a *Agent) Migrate(ctx context.Context, by string, r maint.MigrateRequest) 
 	if err != nil {
 		return maint.Op{}, err
 	}
+	if err := a.unlessHeld(what, g); err != nil {
+		return maint.Op{}, err
+	}
 
 	if r.Timeout == 0 {
 		r.Timeout = a.cfg.Migration.Timeout.Duration

@@ -52,6 +52,9 @@ func (a *Agent) replace(ctx context.Context, by string, r maint.ReplaceRequest, 
 	if homeOnly && where != inTwin {
 		return maint.Op{}, errNotInTwin
 	}
+	if err := a.unlessHeld(what, g); err != nil {
+		return maint.Op{}, err
+	}
 	f := vmm.Facts{Guest: g}
 	if where != inTwin {
 		if f, err = vmm.Survey(ctx, vmmHost{a.hyp}, a.preserve.Places, g.UUID); err != nil {
@@ -92,6 +95,8 @@ func (a *Agent) ReplaceChoices(ctx context.Context, guest string) ([]maint.VMMCh
 	switch {
 	case err != nil:
 		return nil, err
+	case a.unlessHeld(what, g) != nil:
+		return nil, a.unlessHeld(what, g)
 	case where == inTwin: // there is one way, home
 		return []maint.VMMChoice{{Method: maint.VMMBounce, MemoryBytes: g.MemoryBytes}}, nil
 	}
