@@ -4,8 +4,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"strings"
+	"time"
 
 	"belay/agent/maint"
+	"belay/patch/leash"
 	"belay/patch/preserve"
 )
 
@@ -47,3 +50,36 @@ func (a *Agent) unlessHeld(what string, g maint.Guest) error {
 	return refuse(what, maint.Problemf(maint.CodeBusy, "guest "+g.Name, fmt.Sprintf("wait for it (belay ops watch %s)", op.ID),
 		"is held by operation %s", op.ID))
 }
+
+// overdue are the conditions of holds that are open although their time has
+// passed, and whose leash does not know all guests to run.
+func (a *Agent) overdue() (cs []maint.Condition) {
+	r, ok := a.preserve.Leash.(Remnants)
+	if !ok {
+		return nil
+	}
+	all, _ := r.Leftovers() // notes that cannot be read were logged by the sweep
+	for _, l := range all {
+		op, known := a.journal.Op(leashedOp(l.Op))
+		late := leash.Boottime() - l.Deadline
+		if l.Void || !known || op.State == maint.OpEnded || late < overdueAfter {
+			continue
+		}
+		var held []string
+		for _, g := range l.Guests {
+			if g.Fate == leash.Armed || g.Fate == leash.Paused {
+				held = append(held, g.Name)
+			}
+		}
+		if len(held) > 0 {
+			cs = append(cs, maint.Condition{Code: maint.CodePaused,
+				Text: fmt.Sprintf("operation %s has not released its guests %s after its limit: %s", op.ID, late.Round(time.Second), strings.Join(held, ", ")),
+				Remedy: "if libvirt hangs (virsh list does not answer), end its daemon with kill -9 and its pid: " +
+					"guests go on without it; they are tried again until they run"})
+		}
+	}
+	return cs
+}
+
+// overdueAfter is how long a release may take before it is a condition.
+const overdueAfter = 2 * time.Second

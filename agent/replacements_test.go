@@ -184,6 +184,47 @@ func TestAbandonedGuests(t *testing.T) {
 	}
 }
 
+// A hold whose time has passed, and whose guests are not known to run, is a
+// condition of the host.
+func TestOverdueHold(t *testing.T) {
+	j, err := journal.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer j.Close()
+	open, err := json.Marshal(maint.Op{ID: "hold-open", Kind: maint.OpHold})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := j.Append(maint.Record{Op: "hold-open", Kind: maint.RecAccepted, Data: open}); err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		op   maint.OpID
+		late time.Duration
+		fate leash.Fate
+		void bool
+		want bool
+	}{
+		"paused":              {"hold-open", time.Minute, leash.Paused, false, true},
+		"on the way home":     {"hold-open-home", time.Minute, leash.Armed, false, true},
+		"in time":             {"hold-open", -time.Minute, leash.Paused, false, false},
+		"just now":            {"hold-open", time.Second / 2, leash.Paused, false, false},
+		"released":            {"hold-open", time.Minute, leash.Released, false, false},
+		"ended":               {"hold-1", time.Minute, leash.Paused, false, false},
+		"the host has booted": {"hold-open", time.Minute, leash.Paused, true, false},
+	} {
+		l := leash.Leftover{Status: leash.Status{Op: c.op, Deadline: leash.Boottime() - c.late,
+			Guests: []leash.GuestStatus{{Guest: leash.Guest{UUID: "u1", Name: "web-1"}, Fate: c.fate}}}, Alive: true, Void: c.void}
+		a := &Agent{journal: j, view: newInventory(nil, slog.New(slog.DiscardHandler)), preserve: Preserve{Leash: remnants{left: []leash.Leftover{l}}}}
+		cs := a.conditions(&snapshot{})
+		if !c.want && len(cs) > 0 || c.want && (len(cs) != 1 || cs[0].Remedy == "" ||
+			cs[0].Text != "operation hold-open has not released its guests 1m0s after its limit: web-1") {
+			t.Errorf("%s: %+v", name, cs)
+		}
+	}
+}
+
 // deaf is a line to a leash that does not let go.
 type deaf struct{ preserve.Line }
 
