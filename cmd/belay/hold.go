@@ -25,15 +25,28 @@ func (a *app) holdCmd() *cobra.Command {
 the guests and put their clocks right. The guests' memory stays where it is.
 
 The command runs as root, started by belayd, in the current folder. Its output
-goes to standard output and its exit code is belay's; what Belay has to say goes
-to standard error. When the command was not run, belay's own exit codes apply;
-with 4 the command worked, but something about the guests did not.
+goes to standard output; what Belay has to say goes to standard error.
 
 Guests are released at the latest when --max-pause has passed, whatever the
-command does, and whatever has died meanwhile: a leash, a process of its own,
-sees to it. A command that is still running shortly before is ended.
+command does, and also when belayd or libvirtd has died: a leash, a process of
+its own, sees to it. Two things keep a guest paused for longer: a libvirtd that
+hangs, alive, until it is killed (the leash does that only where belayd's
+hold.kill_libvirt is set), and somebody else's lock on the guest's disk.
 
-Guests that are paused already, by somebody else, stay as they are.`,
+The command and --verify have together a bit less than --max-pause, which runs
+from before the first guest is paused: a tenth of it (0.1 to 1 s) is kept for the
+release, and 0.4 s (a fifth of a short pause) for ending the command; with --undo
+a third as well. A command that still runs then is ended; a --unit's job is left
+to systemd. Of 10 s a command has 8.6 s, and with --undo 5.2 s.
+
+Guests that are paused already, by somebody else, stay as they are.
+
+Exit codes: the command's own, where it ran and ended with another than 0 (128+N
+when signal N ended it). Otherwise 0 done; 1 failed or aborted, such as by
+--verify; 2 wrong usage; 3 blocked, nothing was paused; 4 the command worked, but
+something about the guests did not; 5 not waited for the end, the operation goes
+on; 70 no guest runs. A command that itself ends with one of these cannot be told
+from Belay by the code: with -o json, see "outcome" and "held.step.exit_code".`,
 		Example: `  belay hold --all -- systemctl restart openvswitch-switch
   belay hold --guest web-1 --guest db-1 --group db-1 --group web-1 -- ./swap-bridge
   belay hold --all --max-pause 30s --verify 'ip link show br0 up' --undo ./back -- ./new-bridge

@@ -148,9 +148,22 @@ func (a *app) manCmd() *cobra.Command {
 		RunE: func(c *cobra.Command, args []string) error {
 			root := c.Root()
 			root.DisableAutoGenTag = true
+			for _, k := range root.Commands() {
+				if k.Name() == "completion" { // cobra's own; its help says how to install completions
+					root.RemoveCommand(k)
+				}
+				exitStatus(k)
+			}
+			exitStatus(root)
 			// A fixed date keeps what is generated reproducible.
 			date := time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC)
 			return doc.GenManTree(root, &doc.GenManHeader{Section: "8", Manual: "Belay", Source: "belay " + version, Date: &date}, args[0])
 		},
 	}
+}
+
+// exitStatus gives the man page of a command a section for what its help has of
+// exit codes.
+func exitStatus(c *cobra.Command) {
+	c.Long = strings.Replace(c.Long, "\n\nExit codes: ", "\n\n# EXIT STATUS\n", 1)
 }

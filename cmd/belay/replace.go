@@ -23,8 +23,16 @@ guest keeps its memory and goes on; it feels a pause. Without --method the one
 with the shortest pause is taken that is possible for the guest; --dry-run says
 what each would cost and what stands in its way.
 
-With --all the guests are done one after the other. It exits with 4 when some
-could be done and others not, with 3 when none could.`,
+--max-pause is compared with what a method is expected to take, before anything
+is begun. It is no limit: a pause that turns out longer is not cut short.
+
+With --all the guests are done one after the other, past those that cannot be.
+
+Exit codes: 0 done; 1 failed, aborted or stuck; 2 wrong usage; 3 blocked, nothing
+was paused; 4 partly done, with --all: some guests were done and others not; 5 not
+waited for the end, the operation goes on; 70 no guest runs. With --all and no
+guest done it is the highest of the guests' codes. With --dry-run 0 says only
+that belayd has answered.`,
 		Example: `  belay replace-vmm web-1 --dry-run
   belay replace-vmm web-1
   belay replace-vmm --all --max-pause 2s`,
@@ -75,7 +83,7 @@ could be done and others not, with 3 when none could.`,
 	}
 	f := c.Flags()
 	f.StringVar(&method, "method", "", "how: "+list(methods())+" (default: the one with the shortest pause)")
-	f.DurationVar(&r.MaxPause, "max-pause", 0, "refuse a method that is expected to pause the guest for longer (default: any)")
+	f.DurationVar(&r.MaxPause, "max-pause", 0, "refuse a method whose estimated pause is longer; no limit to the pause itself (default: any)")
 	f.StringVar(&r.Reason, "reason", "", "why, for the record")
 	f.BoolVar(&all, "all", false, "all guests that run, one after the other")
 	f.BoolVar(&dryRun, "dry-run", false, "only say what each method would cost, and what stands in its way")
