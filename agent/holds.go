@@ -113,15 +113,16 @@ func (a *Agent) holdSteps(op maint.Op) []run.Step {
 		{Name: preserve.PhaseHold, Commit: true,
 			Do: func(ctx context.Context, s *run.Scratch) error {
 				if now, _ := a.journal.Op(op.ID); now.Held != nil { // it was over when belayd died
+					h.Clear(ctx)
 					return preserve.Judge(*op.Hold, *now.Held)
 				}
 				return h.Perform(ctx, s, func(o preserve.Outcome) error { return a.recordHold(s, o) })
 			},
 			Undo: func(ctx context.Context, s *run.Scratch) error {
-				if now, _ := a.journal.Op(op.ID); now.Held == nil {
-					if err := h.Recover(ctx, s, func(o preserve.Outcome) error { return a.recordHold(s, o) }); err != nil {
-						return err
-					}
+				if now, _ := a.journal.Op(op.ID); now.Held != nil {
+					h.Clear(ctx)
+				} else if err := h.Recover(ctx, s, func(o preserve.Outcome) error { return a.recordHold(s, o) }); err != nil {
+					return err
 				}
 				now, _ := a.journal.Op(op.ID)
 				return afterFailure(now)

@@ -103,6 +103,9 @@ func holdKilledAt(t *testing.T, step string, n int) (at string) {
 	if armed := node.Leashes.Armed(); len(armed) > 0 {
 		t.Fatalf("%s; still armed: %v", story, armed)
 	}
+	if kept := node.Steps.Kept(); len(kept) > 0 {
+		t.Fatalf("%s; left of its steps: %v", story, kept)
+	}
 	ran := node.Steps.Ran()
 	stepRan := slices.Contains(ran, string(op.ID)+"-step")
 	switch {

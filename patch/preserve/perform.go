@@ -52,7 +52,7 @@ func (h *Hold) forgetting(record func(Outcome) error) func(Outcome) error {
 		if err := record(o); err != nil {
 			return err
 		}
-		for _, role := range []string{"step", "verify", "undo"} {
+		for _, role := range roles {
 			h.Steps.Forget(stepName(h.Op, role))
 		}
 		return nil
@@ -138,6 +138,9 @@ func (h *Hold) start(ctx context.Context, role string, step maint.HostStep, p *p
 	h.Log.Info("host step has ended", "step", role, "exit_code", run.ExitCode, "timed_out", run.TimedOut, "err", run.Error)
 	return run
 }
+
+// roles are those of a hold's steps.
+var roles = []string{"step", "verify", "undo"}
 
 func stepName(op maint.OpID, role string) string { return string(op) + "-" + role }
 

@@ -55,6 +55,15 @@ func (h *Hold) Recover(ctx context.Context, s Scratch, record func(Outcome) erro
 	return record(out)
 }
 
+// Clear removes what is kept of the steps of a hold that is over: its belayd may
+// have died right after it had written that down.
+func (h *Hold) Clear(ctx context.Context) {
+	for _, role := range roles {
+		h.ended(ctx, role)
+		h.Steps.Forget(stepName(h.Op, role))
+	}
+}
+
 // ended ends what an earlier belayd has left of a step, and says how it went;
 // nil: it was not begun.
 func (h *Hold) ended(ctx context.Context, role string) *maint.StepRun {

@@ -330,6 +330,20 @@ func (s *Steps) Forget(name string) {
 	delete(s.runs, name)
 }
 
+// Kept are the names of the steps of which something is left, sorted.
+func (s *Steps) Kept() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	kept := slices.Collect(maps.Keys(s.prepared))
+	for name := range s.runs {
+		if !s.prepared[name] {
+			kept = append(kept, name)
+		}
+	}
+	slices.Sort(kept)
+	return kept
+}
+
 // Ran are the names of the steps that were begun, sorted.
 func (s *Steps) Ran() []string {
 	s.mu.Lock()
