@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -35,15 +36,37 @@ func path(dir string, op maint.OpID, ext string) string { return filepath.Join(d
 // readNotes reads an operation's notes; fs.ErrNotExist when there are none.
 func readNotes(dir string, op maint.OpID) (*Status, error) {
 	name := path(dir, op, notesExt)
-	b, err := os.ReadFile(name)
+	b, err := readFile(name)
 	if err != nil {
 		return nil, fmt.Errorf("cannot read the leash's notes: %w", err)
 	}
 	var s Status
 	if err := json.Unmarshal(b, &s); err != nil || s.Op != op {
-		return nil, fmt.Errorf("cannot read the leash's notes: %s is damaged: %w", name, errors.Join(err))
+		return nil, fmt.Errorf("cannot read the leash's notes: %s %w", name, errors.Join(errDamaged, err))
 	}
 	return &s, nil
+}
+
+// errDamaged: the notes were read, and nothing can be made of them.
+var errDamaged = errors.New("is damaged")
+
+// readFile reads a file of at most maxReply bytes. What is not a file, a pipe
+// say, must not hold a leash or belayd up.
+func readFile(name string) ([]byte, error) {
+	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	switch info, err := f.Stat(); {
+	case err != nil:
+		return nil, err
+	case !info.Mode().IsRegular():
+		return nil, fmt.Errorf("%s is not a file", name)
+	case info.Size() > maxReply:
+		return nil, fmt.Errorf("%s has %d bytes, more than %d", name, info.Size(), maxReply)
+	}
+	return io.ReadAll(io.LimitReader(f, maxReply))
 }
 
 // write replaces the notes in one step. It does not sync: see the package
@@ -248,6 +271,8 @@ func Leftovers(dir string) ([]Leftover, error) {
 // journaled. It refuses while the leash lives, and while a guest may still be
 // paused, or runs without the leases of its disks: then Client.Attach has it
 // released, and the leases taken, if systemd does not start the leash again first.
+// Damaged notes tell nobody anything, and go. Those that cannot be read may still
+// tell something, to somebody who can, and stay.
 func Discard(dir string, op maint.OpID) error {
 	if err := checkOp(op); err != nil {
 		return err
@@ -261,8 +286,11 @@ func Discard(dir string, op maint.OpID) error {
 	}
 	defer lock.Close()
 	s, err := readNotes(dir, op)
-	if err != nil { // there are none, or nothing can be made of them
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errDamaged):
 		return remove(dir, op)
+	case err != nil:
+		return fmt.Errorf("cannot discard what the leash of %s has left: %w", op, err)
 	}
 	boot, err := BootID()
 	if err != nil {

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"belay/agent/maint"
 )
 
@@ -436,6 +438,48 @@ func TestDamagedLeftovers(t *testing.T) {
 }
 
 // There is one leash for an operation, also when two are started at once.
+// Notes that are not a file, or have no end, hold nobody up; and who cannot read
+// them does not remove them.
+func TestNotesThatAreNone(t *testing.T) {
+	t.Parallel()
+	for name, put := range map[string]func(file string) error{
+		"pipe":   func(file string) error { return unix.Mkfifo(file, 0o600) },
+		"device": func(file string) error { return os.Symlink("/dev/zero", file) },
+		"folder": func(file string) error { return os.Mkdir(file, 0o700) },
+		"large": func(file string) error {
+			return errors.Join(os.WriteFile(file, nil, 0o600), os.Truncate(file, maxReply+1))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t)
+			notes := filepath.Join(s.Dir, string(testOp)+notesExt)
+			if err := errors.Join(os.Mkdir(s.Dir, 0o700), put(notes)); err != nil {
+				t.Fatal(err)
+			}
+			read := make(chan error, 1)
+			go func() { _, err := readNotes(s.Dir, testOp); read <- err }()
+			select {
+			case err := <-read:
+				if err == nil || errors.Is(err, errDamaged) {
+					t.Fatalf("they were read: %v", err)
+				}
+			case <-time.After(20 * time.Second):
+				t.Fatal("who reads them hangs")
+			}
+			if all, err := Leftovers(s.Dir); err == nil || len(all) > 0 {
+				t.Errorf("left over: %+v, %v", all, err)
+			}
+			if swept, err := Sweep(s.Dir, nobody); err == nil || len(swept) > 0 {
+				t.Errorf("swept: %+v, %v", swept, err)
+			}
+			if _, err := os.Lstat(notes); err != nil {
+				t.Errorf("they have gone: %v", err)
+			}
+		})
+	}
+}
+
 func TestOneLeash(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
