@@ -260,6 +260,15 @@ func (c *Config) check() error {
 			bad(key, "%q is not host:port", addr)
 		}
 	}
+	switch longest := c.RunDir + leashSocket; {
+	case !filepath.IsAbs(c.RunDir): // said above
+	case strings.ContainsFunc(c.RunDir, unicode.IsControl):
+		bad("run_dir", "%q has control characters", c.RunDir)
+	case filepath.Clean(c.RunDir) == "/":
+		bad("run_dir", "%q is no folder for belayd alone", c.RunDir)
+	case len(longest) > maxSocketPath:
+		bad("run_dir", "it has %d bytes, and can have %d: there are unix sockets in it", len(c.RunDir), maxSocketPath-len(leashSocket))
+	}
 	if len(c.API.Socket) > maxSocketPath {
 		bad("api.socket", "%q has %d bytes, a unix socket's path can have %d", c.API.Socket, len(c.API.Socket), maxSocketPath)
 	}
@@ -282,8 +291,10 @@ func (c *Config) check() error {
 	if c.Migration.BandwidthMiBs > maxBandwidth {
 		bad("migration.bandwidth_mib_s", "%d is out of range; it is in MiB/s, 0 means no limit", c.Migration.BandwidthMiBs)
 	}
-	if h := c.Hold; h.MaxPause.Duration <= 0 || h.MaxPause.Duration > h.MaxPauseLimit.Duration {
-		bad("hold.max_pause", "%s is not between 0 and hold.max_pause_limit, %s", h.MaxPause, h.MaxPauseLimit)
+	if limit := c.Hold.MaxPauseLimit.Duration; limit < MinPause || limit > maxPause {
+		bad("hold.max_pause_limit", "%s is not between %s and %s", limit, MinPause, maxPause)
+	} else if p := c.Hold.MaxPause.Duration; p < MinPause || p > limit {
+		bad("hold.max_pause", "%s is not between %s and hold.max_pause_limit, %s", p, MinPause, limit)
 	}
 	if d := c.Hold.LeashSilence.Duration; d < time.Second || d > time.Minute {
 		bad("hold.leash_silence", "%s is not between 1s and 1m", d)
@@ -333,6 +344,14 @@ const (
 	// maxSocketPath is the longest path of a unix socket, bytes: sun_path of
 	// unix(7) less its final NUL.
 	maxSocketPath = 107
+	// leashSocket is where in the run_dir a leash listens, with the longest
+	// name that one has.
+	leashSocket = "/leash/vmm-20060102-150405-xxxxx-away.sock"
+	// MinPause is the shortest pause that can be asked for: the release
+	// itself takes a part of it.
+	MinPause = 500 * time.Millisecond
+	// maxPause is the longest that a leash can be armed for.
+	maxPause = 24 * time.Hour
 	// maxBandwidth is what a request for a migration may ask for, MiB/s.
 	maxBandwidth = 1 << 20
 )
