@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -131,7 +132,7 @@ func writeJSON(path string, v any, publish func(from, to string) error) error {
 }
 
 func readJSON(path string, v any) (bool, error) {
-	b, err := os.ReadFile(path)
+	b, err := readFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
@@ -142,6 +143,28 @@ func readJSON(path string, v any) (bool, error) {
 		return false, fmt.Errorf("cannot read %s: %w", path, err)
 	}
 	return true, nil
+}
+
+// maxFile is more than any of a step's files has, bytes.
+const maxFile = 4 << 20
+
+// readFile reads a file of at most maxFile bytes. What is not a file, a pipe
+// say, must not hold belayd up.
+func readFile(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	switch info, err := f.Stat(); {
+	case err != nil:
+		return nil, err
+	case !info.Mode().IsRegular():
+		return nil, errors.New("it is not a file")
+	case info.Size() > maxFile:
+		return nil, fmt.Errorf("it has %d bytes, more than %d", info.Size(), maxFile)
+	}
+	return io.ReadAll(io.LimitReader(f, maxFile))
 }
 
 // What a supervisor is asked.

@@ -1,0 +1,65 @@
+package hoststep_test
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"belay/patch/hoststep"
+)
+
+// superviseAlone runs a supervisor in a folder, until it ends by itself.
+func superviseAlone(t *testing.T, dir string) (said string, err error) {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	var out bytes.Buffer
+	c := exec.CommandContext(ctx, self, hoststep.SuperviseArg, dir)
+	c.Stdout, c.Stderr = &out, &out
+	if err = c.Run(); ctx.Err() != nil {
+		t.Fatalf("it hangs; it said %q", &out)
+	}
+	return out.String(), err
+}
+
+// TestASpecificationThatIsNone: nothing is listened for, and nothing hangs.
+func TestASpecificationThatIsNone(t *testing.T) {
+	t.Parallel()
+	write := func(content string) func(file string) error {
+		return func(file string) error { return os.WriteFile(file, []byte(content), 0o600) }
+	}
+	for name, c := range map[string]struct {
+		put  func(file string) error
+		want string
+	}{
+		"pipe":   {func(file string) error { return unix.Mkfifo(file, 0o600) }, "not a file"},
+		"device": {func(file string) error { return os.Symlink("/dev/zero", file) }, "not a file"},
+		"large":  {write(`{"token":"` + strings.Repeat("x", 5<<20) + `"}`), "more than"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			if err := c.put(filepath.Join(dir, "spec.json")); err != nil {
+				t.Fatal(err)
+			}
+			said, err := superviseAlone(t, dir)
+			if err == nil || !strings.Contains(said, c.want) || strings.Contains(said, "goroutine") {
+				t.Errorf("it said %.500q, %v", said, err)
+			}
+			if _, err := os.Lstat(filepath.Join(dir, "sock")); !os.IsNotExist(err) {
+				t.Errorf("its socket: %v", err)
+			}
+		})
+	}
+}
