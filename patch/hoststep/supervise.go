@@ -65,6 +65,9 @@ func supervise(args []string) error {
 	if s.spec, err = s.at.spec(); err != nil {
 		return err
 	}
+	if len(s.spec.Step.Command) == 0 {
+		return errors.New("the step's specification has no command")
+	}
 	l, drop, err := s.at.listen()
 	if err != nil {
 		return err

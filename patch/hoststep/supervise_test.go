@@ -43,9 +43,12 @@ func TestASpecificationThatIsNone(t *testing.T) {
 		put  func(file string) error
 		want string
 	}{
-		"pipe":   {func(file string) error { return unix.Mkfifo(file, 0o600) }, "not a file"},
-		"device": {func(file string) error { return os.Symlink("/dev/zero", file) }, "not a file"},
-		"large":  {write(`{"token":"` + strings.Repeat("x", 5<<20) + `"}`), "more than"},
+		"no command":    {write(`{"step":{},"token":"x","wait_ns":60000000000}`), "has no command"},
+		"empty command": {write(`{"step":{"command":[]},"token":"x","wait_ns":60000000000}`), "has no command"},
+		"unit":          {write(`{"step":{"unit":"a.service"},"token":"x","wait_ns":60000000000}`), "has no command"},
+		"pipe":          {func(file string) error { return unix.Mkfifo(file, 0o600) }, "not a file"},
+		"device":        {func(file string) error { return os.Symlink("/dev/zero", file) }, "not a file"},
+		"large":         {write(`{"token":"` + strings.Repeat("x", 5<<20) + `"}`), "more than"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
