@@ -209,6 +209,8 @@ func (s *supervisor) answer(c net.Conn) {
 		first(s.end, q)
 		<-s.done
 		now = s.state
+	default: // whatever was meant, a look is not its answer
+		return
 	}
 	_ = c.SetWriteDeadline(time.Now().Add(time.Second))
 	_ = json.NewEncoder(c).Encode(now) // who has gone can read the result's file

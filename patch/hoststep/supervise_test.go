@@ -3,6 +3,9 @@ package hoststep_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -65,4 +68,30 @@ func TestASpecificationThatIsNone(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestUnknownRequests are not answered, and do not keep it from what is asked.
+func TestUnknownRequests(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, nil)
+	h.prepare("mig-1-step", "exit 3")
+	for _, q := range []string{`{}`, `{"ask":"Look"}`, `{"ask":"stop"}`, `{"ask":""}`} {
+		c, err := net.Dial("unix", h.sock("mig-1-step"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Write([]byte(q + "\n")); err != nil {
+			t.Error(err)
+		}
+		_ = c.SetReadDeadline(time.Now().Add(20 * time.Second))
+		if answer, err := io.ReadAll(c); err != nil || len(answer) > 0 {
+			t.Errorf("%s is answered %q, %v", q, answer, err)
+		}
+		c.Close()
+	}
+	if now, err := h.Look(t.Context(), "mig-1-step"); err != nil || !now.Started.IsZero() {
+		b, _ := json.Marshal(now)
+		t.Errorf("Look: %s, %v", b, err)
+	}
+	h.wantEnded(h.sh(t.Context(), "mig-1-step", "exit 4"), 3)
 }
