@@ -24,8 +24,9 @@ func (a *app) holdCmd() *cobra.Command {
 		Long: `Pause guests together, run a command on the host, see that it worked, release
 the guests and put their clocks right. The guests' memory stays where it is.
 
-The command runs as root, started by belayd, in the current folder. Its output
-goes to standard output; what Belay has to say goes to standard error.
+The command runs as root, started by belayd, in the current folder. It is named by
+its full path, or is in one of the usual folders; --verify and --undo run in /. Its
+output goes to standard output; what Belay has to say goes to standard error.
 
 Guests are released at the latest when --max-pause has passed, whatever the
 command does, and also when belayd or libvirtd has died: a leash, a process of
@@ -48,8 +49,8 @@ something about the guests did not; 5 not waited for the end, the operation goes
 on; 70 no guest runs. A command that itself ends with one of these cannot be told
 from Belay by the code: with -o json, see "outcome" and "held.step.exit_code".`,
 		Example: `  belay hold --all -- systemctl restart openvswitch-switch
-  belay hold --guest web-1 --guest db-1 --group db-1 --group web-1 -- ./swap-bridge
-  belay hold --all --max-pause 30s --verify 'ip link show br0 up' --undo ./back -- ./new-bridge
+  belay hold --guest web-1 --guest db-1 --group db-1 --group web-1 -- /usr/local/sbin/swap-bridge
+  belay hold --all --max-pause 30s --verify 'ip link show br0 up' --undo old-bridge -- new-bridge
   belay hold --all --unit openvswitch-switch.service`,
 		RunE: func(c *cobra.Command, args []string) error {
 			switch {
