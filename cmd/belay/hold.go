@@ -140,35 +140,6 @@ func (a *app) followHold(c *cobra.Command, id maint.OpID) error {
 	return nil
 }
 
-// printHeld tells what a hold did to each guest.
-func printHeld(w io.Writer, op maint.Op) {
-	if op.Held == nil {
-		return
-	}
-	if len(op.Held.Guests) > 0 {
-		row(w, "GUEST", "PAUSED FOR", "RELEASED BY", "CLOCK WAS OFF", "CLOCK IS OFF", "RAN WITH A STALE CLOCK")
-	}
-	for _, g := range op.Held.Guests {
-		if g.Left != "" {
-			row(w, g.Guest, "not paused: "+g.Left)
-			continue
-		}
-		before, after, stale := "-", "unsynchronised", "-"
-		if k := g.Clock; k != nil {
-			before, after, stale = offset(k.Before), clockAfter(*k), staleness(*k)
-		}
-		row(w, g.Guest, span(g.Pause), dash(g.ReleasedBy), before, after, stale)
-	}
-	for _, run := range []struct {
-		name string
-		run  *maint.StepRun
-	}{{"command", op.Held.Step}, {"verify", op.Held.Verify}, {"undo", op.Held.Undo}} {
-		if run.run != nil {
-			row(w, run.name, fmt.Sprintf("exit code %d, %s%s", run.run.ExitCode, span(run.run.Ended.Sub(run.run.Started)), suffix(": ", run.run.Error)))
-		}
-	}
-}
-
 func offset(o *maint.ClockOffset) string {
 	if o == nil {
 		return "-"
@@ -176,15 +147,23 @@ func offset(o *maint.ClockOffset) string {
 	return fmt.Sprintf("%s ± %s", fine(o.Offset), fine(o.Error))
 }
 
-// clockAfter is how a clock was left.
-func clockAfter(r maint.ClockReport) string {
-	switch {
-	case r.State == maint.ClockUnsynchronised:
-		return string(r.State) + suffix(": ", r.Reason)
-	case r.State == maint.ClockOff:
-		return offset(cmp.Or(r.After, r.Before)) + suffix(": ", r.Reason)
+// clockAfter is how a clock was left, and why.
+func clockAfter(r maint.ClockReport) string { return clockState(r) + suffix(": ", clockReason(r)) }
+
+// clockState is how a clock was left.
+func clockState(r maint.ClockReport) string {
+	if r.State == maint.ClockUnsynchronised {
+		return string(r.State)
 	}
 	return offset(cmp.Or(r.After, r.Before))
+}
+
+// clockReason says why a clock was left so, "" where it is right.
+func clockReason(r maint.ClockReport) string {
+	if r.State == maint.ClockUnsynchronised || r.State == maint.ClockOff {
+		return r.Reason
+	}
+	return ""
 }
 
 func staleness(r maint.ClockReport) string {

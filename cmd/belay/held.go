@@ -1,0 +1,55 @@
+package main
+
+import (
+	"fmt"
+	"io"
+
+	"belay/agent/maint"
+)
+
+// stepRun is one of the steps of a hold that was begun.
+type stepRun struct {
+	name string
+	*maint.StepRun
+}
+
+func stepRuns(op maint.Op) (runs []stepRun) {
+	if op.Held == nil {
+		return nil
+	}
+	for _, r := range []stepRun{{"command", op.Held.Step}, {"verify", op.Held.Verify}, {"undo", op.Held.Undo}} {
+		if r.StepRun != nil {
+			runs = append(runs, r)
+		}
+	}
+	return runs
+}
+
+// printHeld tells what a hold did to each guest.
+func printHeld(w io.Writer, op maint.Op) {
+	if op.Held == nil {
+		return
+	}
+	if len(op.Held.Guests) > 0 {
+		row(w, "GUEST", "PAUSED FOR", "RELEASED BY", "CLOCK WAS OFF", "CLOCK IS OFF", "RAN WITH A STALE CLOCK")
+	}
+	for _, g := range op.Held.Guests {
+		if g.Left != "" {
+			row(w, g.Guest, "not paused: "+g.Left)
+			continue
+		}
+		before, after, stale := "-", "unsynchronised", "-"
+		if k := g.Clock; k != nil {
+			before, after, stale = offset(k.Before), clockState(*k), staleness(*k)
+		}
+		row(w, g.Guest, span(g.Pause), dash(g.ReleasedBy), before, after, stale)
+	}
+	for _, g := range op.Held.Guests { // below: they can be long
+		if k := g.Clock; g.Left == "" && k != nil && clockReason(*k) != "" {
+			row(w, g.Guest, fmt.Sprintf("clock %s: %s", k.State, k.Reason))
+		}
+	}
+	for _, r := range stepRuns(op) {
+		row(w, r.name, fmt.Sprintf("exit code %d, %s%s", r.ExitCode, span(r.Ended.Sub(r.Started)), suffix(": ", r.Error)))
+	}
+}

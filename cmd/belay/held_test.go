@@ -1,0 +1,34 @@
+package main
+
+import (
+	"io"
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf8"
+
+	"belay/agent/maint"
+)
+
+// A reason as long as libvirt's are does not widen the table.
+func TestHeldTableIsNarrow(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("error: internal error: ", 12)
+	op := maint.Op{Held: &maint.HoldResult{Guests: []maint.HeldGuest{
+		{Guest: "web-1", ReleasedBy: "leash", Pause: time.Second, Clock: &maint.ClockReport{State: maint.ClockUnsynchronised, Reason: long}},
+		{Guest: "web-2", ReleasedBy: "belayd", Pause: time.Second, Clock: &maint.ClockReport{State: maint.ClockSynchronised, Before: &maint.ClockOffset{}}},
+	}}}
+	var b strings.Builder
+	if err := (&app{}).table(&b, func(w io.Writer) { printHeld(w, op) }); err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Split(strings.TrimSpace(b.String()), "\n")
+	if len(lines) != 4 || !strings.HasPrefix(lines[3], "web-1") || !strings.Contains(lines[3], "clock unsynchronised: error") {
+		t.Fatalf("the reason is not below:\n%s", &b)
+	}
+	for _, line := range lines[:3] {
+		if utf8.RuneCountInString(line) > 110 {
+			t.Errorf("wide: %q", line)
+		}
+	}
+}
