@@ -50,6 +50,15 @@ func printHeld(w io.Writer, op maint.Op) {
 		}
 	}
 	for _, r := range stepRuns(op) {
-		row(w, r.name, fmt.Sprintf("exit code %d, %s%s", r.ExitCode, span(r.Ended.Sub(r.Started)), suffix(": ", r.Error)))
+		row(w, r.name, fmt.Sprintf("%s, %s%s", exitText(r.ExitCode), span(r.Ended.Sub(r.Started)), suffix(": ", r.Error)))
 	}
+}
+
+// exitText is how a step's command ended.
+func exitText(code int) string {
+	const signals = 64
+	if n := code - 128; n > 0 && n <= signals {
+		return fmt.Sprintf("killed by signal %d (%d)", n, code)
+	}
+	return fmt.Sprintf("exit code %d", code)
 }

@@ -32,3 +32,13 @@ func TestHeldTableIsNarrow(t *testing.T) {
 		}
 	}
 }
+
+func TestExitText(t *testing.T) {
+	t.Parallel()
+	for code, want := range map[int]string{0: "exit code 0", 7: "exit code 7", 128: "exit code 128", 137: "killed by signal 9 (137)",
+		192: "killed by signal 64 (192)", 193: "exit code 193", 255: "exit code 255", -1: "exit code -1"} {
+		if got := exitText(code); got != want {
+			t.Errorf("%d is %q, want %q", code, got, want)
+		}
+	}
+}
