@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"strings"
 
 	"belay/agent/maint"
 )
@@ -61,4 +62,33 @@ func exitText(code int) string {
 		return fmt.Sprintf("killed by signal %d (%d)", n, code)
 	}
 	return fmt.Sprintf("exit code %d", code)
+}
+
+// fewLines is how much is shown of a step's output where it is not asked for.
+const fewLines = 30
+
+// printOutput shows the end of what a step wrote.
+func printOutput(w io.Writer, r stepRun) {
+	if r.Output == "" {
+		return
+	}
+	lines := strings.Split(strings.TrimRight(r.Output, "\n"), "\n")
+	left := max(0, len(lines)-fewLines)
+	more := ""
+	if left > 0 || r.OutputDropped > 0 {
+		more = " (its end; -o json has more)"
+	}
+	fmt.Fprintf(w, "%s wrote%s:\n", r.name, more)
+	for _, line := range lines[left:] {
+		fmt.Fprintln(w, "  "+oneLine(shorten(strings.ReplaceAll(line, "\t", "    "))))
+	}
+}
+
+// shorten bounds a line of output.
+func shorten(line string) string {
+	const most = 400
+	if r := []rune(line); len(r) > most {
+		return string(r[:most]) + " …"
+	}
+	return line
 }

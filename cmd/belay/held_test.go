@@ -42,3 +42,13 @@ func TestExitText(t *testing.T) {
 		}
 	}
 }
+
+func TestOutputIsBounded(t *testing.T) {
+	t.Parallel()
+	var b strings.Builder
+	printOutput(&b, stepRun{"verify", &maint.StepRun{Output: strings.Repeat("a\n", 1000) + "\x1b[31m\tred" + strings.Repeat("x", 5000) + "\n"}})
+	if got := strings.Count(b.String(), "\n"); got != fewLines+1 || len(b.String()) > 1000 || strings.Contains(b.String(), "\x1b") ||
+		!strings.Contains(b.String(), "verify wrote (its end; -o json has more):\n  a\n") || !strings.Contains(b.String(), `\u001b[31m    red`) {
+		t.Errorf("%d lines:\n%s", got, &b)
+	}
+}

@@ -122,6 +122,11 @@ func (a *app) followHold(c *cobra.Command, id maint.OpID) error {
 			fmt.Fprint(a.out, op.Held.Step.Output)
 		}
 		err = a.table(a.err, func(w io.Writer) { printHeld(w, op) })
+		for _, r := range stepRuns(op) {
+			if r.StepRun != op.Held.Step && !r.OK() {
+				printOutput(a.err, r)
+			}
+		}
 	} else {
 		err = a.print(op, nil)
 	}

@@ -123,6 +123,9 @@ func (a *app) opsShowCmd() *cobra.Command {
 					row(w, "because", p.Error())
 				}
 				row(w)
+				for _, r := range stepRuns(op) {
+					printOutput(w, r)
+				}
 				for _, r := range recs {
 					row(w, r.Time.Local().Format("15:04:05.000"), dash(r.Step), r.Kind, r.Text)
 				}
