@@ -1,9 +1,12 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
+	"time"
 
 	"belay/agent/maint"
 )
@@ -91,4 +94,21 @@ func shorten(line string) string {
 		return string(r[:most]) + " …"
 	}
 	return line
+}
+
+// recorded is the time of what a record tells: belayd fetches what the leash has
+// noted when it is over.
+func recorded(r maint.Record) time.Time {
+	var e maint.LeashEvent
+	if r.Kind == maint.RecLeash && json.Unmarshal(r.Data, &e) == nil && !e.Time.IsZero() {
+		return e.Time
+	}
+	return r.Time
+}
+
+// inTime has records in the order in which it happened.
+func inTime(recs []maint.Record) []maint.Record {
+	recs = slices.Clone(recs)
+	slices.SortStableFunc(recs, func(x, y maint.Record) int { return recorded(x).Compare(recorded(y)) })
+	return recs
 }

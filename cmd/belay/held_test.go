@@ -1,7 +1,9 @@
 package main
 
 import (
+	"encoding/json"
 	"io"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -50,5 +52,24 @@ func TestOutputIsBounded(t *testing.T) {
 	if got := strings.Count(b.String(), "\n"); got != fewLines+1 || len(b.String()) > 1000 || strings.Contains(b.String(), "\x1b") ||
 		!strings.Contains(b.String(), "verify wrote (its end; -o json has more):\n  a\n") || !strings.Contains(b.String(), `\u001b[31m    red`) {
 		t.Errorf("%d lines:\n%s", got, &b)
+	}
+}
+
+// What the leash did stands at the time at which it did it.
+func TestLeashRecordsInTime(t *testing.T) {
+	t.Parallel()
+	at := time.Now()
+	event, err := json.Marshal(maint.LeashEvent{Time: at.Add(time.Second), Kind: maint.LeashArmed})
+	if err != nil {
+		t.Fatal(err)
+	}
+	recs := []maint.Record{{Seq: 1, Time: at}, {Seq: 2, Time: at.Add(2 * time.Second), Kind: maint.RecHeld},
+		{Seq: 3, Time: at.Add(3 * time.Second), Kind: maint.RecLeash, Data: event}, {Seq: 4, Time: at.Add(3 * time.Second)}}
+	var order []uint64
+	for _, r := range inTime(recs) {
+		order = append(order, r.Seq)
+	}
+	if !slices.Equal(order, []uint64{1, 3, 2, 4}) || !recorded(recs[2]).Equal(at.Add(time.Second)) || recs[1].Seq != 2 {
+		t.Errorf("in the order %d", order)
 	}
 }

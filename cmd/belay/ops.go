@@ -126,8 +126,8 @@ func (a *app) opsShowCmd() *cobra.Command {
 				for _, r := range stepRuns(op) {
 					printOutput(w, r)
 				}
-				for _, r := range recs {
-					row(w, r.Time.Local().Format("15:04:05.000"), dash(r.Step), r.Kind, r.Text)
+				for _, r := range inTime(recs) {
+					row(w, recorded(r).Local().Format("15:04:05.000"), dash(r.Step), r.Kind, r.Text)
 				}
 			})
 		},
