@@ -54,7 +54,7 @@ func printHeld(w io.Writer, op maint.Op) {
 		}
 	}
 	for _, r := range stepRuns(op) {
-		row(w, r.name, fmt.Sprintf("%s, %s%s", exitText(r.ExitCode), span(r.Ended.Sub(r.Started)), suffix(": ", r.Error)))
+		row(w, r.name, fmt.Sprintf("%s, %s%s", exitText(r.ExitCode), span(r.Ended.Sub(r.Started)), suffix(": ", inWords(op, r.Error))))
 	}
 }
 
@@ -65,6 +65,26 @@ func exitText(code int) string {
 		return fmt.Sprintf("killed by signal %d (%d)", n, code)
 	}
 	return fmt.Sprintf("exit code %d", code)
+}
+
+// inWords is why a step of a hold was ended, where all that is written down is
+// that the operation's context was: an abort says so, and so does a deadline.
+func inWords(op maint.Op, reason string) string {
+	lost := func(p maint.Problem) bool { return p.Code == maint.CodeLeash }
+	before, ended := strings.CutSuffix(reason, "context canceled")
+	if op.Kind != maint.OpHold || !ended || slices.ContainsFunc(op.Problems, lost) {
+		return reason
+	}
+	return before + "belayd was stopped"
+}
+
+// problems are an operation's, for people.
+func problems(op maint.Op) []maint.Problem {
+	ps := slices.Clone(op.Problems)
+	for i := range ps {
+		ps[i].Reason = inWords(op, ps[i].Reason)
+	}
+	return ps
 }
 
 // fewLines is how much is shown of a step's output where it is not asked for.

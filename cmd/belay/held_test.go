@@ -45,6 +45,28 @@ func TestExitText(t *testing.T) {
 	}
 }
 
+// What belayd writes down when it is stopped is told apart from a leash that was
+// lost, and from an abort, which says so.
+func TestStoppedInWords(t *testing.T) {
+	t.Parallel()
+	const canceled = "the step: ended before it was done: context canceled"
+	hold := maint.Op{Kind: maint.OpHold, Problems: []maint.Problem{{Code: maint.CodeStep, Reason: canceled}}}
+	if ps := problems(hold); ps[0].Reason != "the step: ended before it was done: belayd was stopped" {
+		t.Errorf("%q", ps[0].Reason)
+	}
+	if hold.Problems[0].Reason != canceled {
+		t.Error("the operation was changed")
+	}
+	lost := maint.Op{Kind: maint.OpHold, Problems: []maint.Problem{{Code: maint.CodeLeash, Reason: "was lost"}}}
+	if got := inWords(lost, canceled); got != canceled {
+		t.Errorf("without a leash: %q", got)
+	}
+	const aborted = "ended before it was done: aborted by root"
+	if got := inWords(hold, aborted); got != aborted {
+		t.Errorf("an abort: %q", got)
+	}
+}
+
 func TestOutputIsBounded(t *testing.T) {
 	t.Parallel()
 	var b strings.Builder

@@ -134,7 +134,7 @@ func (a *app) followHold(c *cobra.Command, id maint.OpID) error {
 		return err
 	}
 	if op.Outcome != maint.OutcomeDone {
-		printProblems(a.err, fmt.Sprintf("operation %s: %s", op.ID, op.Outcome), op.Problems)
+		printProblems(a.err, fmt.Sprintf("operation %s: %s", op.ID, op.Outcome), problems(op))
 	}
 	if op.Held != nil && op.Held.Step != nil && op.Held.Step.ExitCode > 0 {
 		return &ended{op.Held.Step.ExitCode}

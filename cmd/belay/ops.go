@@ -119,7 +119,7 @@ func (a *app) opsShowCmd() *cobra.Command {
 			}{op, recs}
 			return a.print(v, func(w io.Writer) {
 				printOp(w, op)
-				for _, p := range op.Problems {
+				for _, p := range problems(op) {
 					row(w, "because", p.Error())
 				}
 				row(w)
@@ -185,7 +185,7 @@ func (a *app) follow(ctx context.Context, id maint.OpID, wait time.Duration, wis
 		return err
 	}
 	if op.Outcome != wish {
-		printProblems(a.err, fmt.Sprintf("operation %s: %s", op.ID, op.Outcome), op.Problems)
+		printProblems(a.err, fmt.Sprintf("operation %s: %s", op.ID, op.Outcome), problems(op))
 		return &ended{outcomeCode(op.Outcome)}
 	}
 	return nil
