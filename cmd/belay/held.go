@@ -132,3 +132,13 @@ func inTime(recs []maint.Record) []maint.Record {
 	slices.SortStableFunc(recs, func(x, y maint.Record) int { return recorded(x).Compare(recorded(y)) })
 	return recs
 }
+
+// lost tells of an operation whose belayd has not come back.
+func lost(w io.Writer, id maint.OpID, hold bool, err error) {
+	fmt.Fprintf(w, "belay: belayd has not answered for %s: %s\n", reconnectFor, oneLine(err.Error()))
+	fmt.Fprintf(w, "  operation %s is not known to have ended; belayd takes it up when it is back.\n", id)
+	if hold {
+		fmt.Fprintf(w, "  the guests do not wait for that: the leash releases them without belayd.\n")
+	}
+	fmt.Fprintf(w, "  start belayd:  systemctl start belayd\n  follow it:     belay ops watch %s\n", id)
+}

@@ -1,16 +1,48 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"io"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unicode/utf8"
 
 	"belay/agent/maint"
 )
+
+// A belayd that does not come back leaves the end unknown: it is no failure, and
+// what to do is said.
+func TestLostBelayd(t *testing.T) {
+	t.Parallel()
+	socket := filepath.Join(t.TempDir(), "no-belayd.sock")
+	synctest.Test(t, func(t *testing.T) {
+		var said strings.Builder
+		a := &app{err: &said, socket: socket}
+		_, err := a.await(t.Context(), "hold-1", 0)
+		var end *ended
+		if !errors.As(err, &end) || end.code != exitTimeout {
+			t.Errorf("it ends with %v", err)
+		}
+		for _, want := range []string{"has not answered for 1m0s", "operation hold-1 is not known to have ended", "belay ops watch hold-1"} {
+			if !strings.Contains(said.String(), want) {
+				t.Errorf("%q is not in:\n%s", want, &said)
+			}
+		}
+	})
+	for hold, want := range map[bool]int{true: 1, false: 0} {
+		var said strings.Builder
+		lost(&said, "op-1", hold, context.DeadlineExceeded)
+		if strings.Count(said.String(), "the leash releases them") != want {
+			t.Errorf("of a hold: %t:\n%s", hold, &said)
+		}
+	}
+}
 
 // A reason as long as libvirt's are does not widen the table.
 func TestHeldTableIsNarrow(t *testing.T) {

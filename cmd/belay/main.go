@@ -31,7 +31,7 @@ const (
 	exitUsage   = 2
 	exitBlocked = 3
 	exitPartly  = 4
-	exitTimeout = 5 // the operation is still running
+	exitTimeout = 5 // the operation is still running, as far as is known
 	exitNothing = 70
 )
 

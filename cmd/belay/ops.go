@@ -208,16 +208,19 @@ func (a *app) await(ctx context.Context, id maint.OpID, wait time.Duration) (mai
 	case watchCtx.Err() != nil:
 		fmt.Fprintf(a.err, "belay: operation %s is still running after %s.\n  follow it: belay ops watch %s\n  abort it:  belay ops abort %s\n", id, wait, id, id)
 		return op, &ended{exitTimeout}
+	case errors.Is(err, maint.ErrPeerDown):
+		lost(a.err, id, op.Kind == maint.OpHold, err)
+		return op, &ended{exitTimeout}
 	}
 	return op, err
 }
 
 // watch follows the operation through restarts of belayd.
 func (a *app) watch(ctx context.Context, id maint.OpID, show progress) (maint.Op, error) {
-	lost := time.Time{}
+	lost, last := time.Time{}, maint.Op{}
 	for {
 		op, err := a.client().Watch(ctx, id, func(op maint.Op) {
-			lost = time.Time{}
+			lost, last = time.Time{}, op
 			show.update(op)
 		})
 		if err == nil || ctx.Err() != nil || !errors.Is(err, maint.ErrPeerDown) {
@@ -228,7 +231,7 @@ func (a *app) watch(ctx context.Context, id maint.OpID, show progress) (maint.Op
 			fmt.Fprintln(a.err, "belay: belayd does not answer; the operation will be taken up when it is back, waiting")
 		}
 		if time.Since(lost) > reconnectFor {
-			return op, err
+			return last, err
 		}
 		select {
 		case <-time.After(200 * time.Millisecond):
