@@ -99,6 +99,20 @@ func TestStoppedInWords(t *testing.T) {
 	}
 }
 
+// A hold without an undo undoes nothing.
+func TestUndoIsTold(t *testing.T) {
+	t.Parallel()
+	undoing := maint.Op{State: maint.OpUndoing, Step: "hold", Hold: &maint.HoldRequest{}}
+	for want, undo := range map[string]*maint.HostStep{"": nil, "op-1: undo hold\n": {Command: []string{"true"}}} {
+		undoing.Hold.Undo = undo
+		var said strings.Builder
+		(&lines{w: &said, id: "op-1"}).update(undoing)
+		if said.String() != want || strings.Contains(describe(undoing), "back") != (undo != nil) {
+			t.Errorf("said %q and %q", &said, describe(undoing))
+		}
+	}
+}
+
 func TestOutputIsBounded(t *testing.T) {
 	t.Parallel()
 	var b strings.Builder

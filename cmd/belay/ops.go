@@ -281,7 +281,7 @@ func describe(op maint.Op) string {
 		return fmt.Sprintf("done, %s, paused for %s", op.Replaced.Method, span(op.Replaced.Pause))
 	case op.State == maint.OpEnded:
 		return string(op.Outcome)
-	case op.State == maint.OpUndoing:
+	case op.State == maint.OpUndoing && !nothingToUndo(op):
 		return "going back: " + op.Step
 	case op.Progress != nil && op.Step == "perform":
 		p := op.Progress

@@ -42,6 +42,9 @@ func (l *lines) update(op maint.Op) {
 	}
 	now := op.Step
 	if op.State == maint.OpUndoing {
+		if nothingToUndo(op) {
+			return
+		}
 		now = "undo " + now
 	}
 	if now != "" && now != l.last {
@@ -51,6 +54,10 @@ func (l *lines) update(op maint.Op) {
 }
 
 func (l *lines) close() {}
+
+// nothingToUndo: a hold that goes back without an --undo only sees that its guests
+// are released.
+func nothingToUndo(op maint.Op) bool { return op.Hold != nil && op.Hold.Undo == nil }
 
 // bar shows memory that has been copied, less what was dirtied again.
 type bar struct {
