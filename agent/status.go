@@ -61,7 +61,6 @@ func (a *Agent) conditions(snap *snapshot) []maint.Condition {
 	cs = append(cs, a.astray(snap.guests)...)
 	cs = append(cs, a.abandoned(snap.guests)...)
 	cs = append(cs, a.overdue()...)
-	cs = append(cs, a.overdue()...)
 	return append(cs, unresolved(a.journal.Ops())...)
 }
 
