@@ -56,23 +56,20 @@ func (a *Agent) Hold(ctx context.Context, by string, r maint.HoldRequest) (maint
 	if err := a.checkHold(r); err != nil {
 		return maint.Op{}, err
 	}
+	if problems := checkShapes(r); len(problems) > 0 {
+		return maint.Op{}, maint.Refuse(what, problems)
+	}
 	guests, err := a.hyp.Guests(ctx)
 	if err != nil {
 		return maint.Op{}, a.cannotAsk(what, err)
 	}
+	uuids, err := a.named(what, guests, &r)
+	if err != nil {
+		return maint.Op{}, err
+	}
 	now := time.Now()
 	op := maint.Op{ID: newOpID("hold", now), Kind: maint.OpHold, By: by, Reason: r.Reason,
-		Deadline: now.Add(holdGrace + r.MaxPause), Hold: &r}
-	for _, name := range r.Guests {
-		i := slices.IndexFunc(guests, func(g maint.Guest) bool { return name == g.Name || name == g.UUID })
-		if i < 0 {
-			return maint.Op{}, a.unknownGuest(what, name)
-		}
-		if err := a.unlessElsewhere(what, guests[i]); err != nil {
-			return maint.Op{}, err
-		}
-		op.Guests = append(op.Guests, guests[i].UUID)
-	}
+		Deadline: now.Add(holdGrace + r.MaxPause), Guests: uuids, Hold: &r}
 	if r.All && !slices.ContainsFunc(a.complete(guests), func(g maint.Guest) bool { return g.State.Active() }) {
 		return maint.Op{}, refuse(what, maint.Problemf(maint.CodeNothing, "host "+a.cfg.Host, "run the command itself: no guest would feel it", "runs no guest"))
 	}
@@ -83,24 +80,16 @@ func (a *Agent) Hold(ctx context.Context, by string, r maint.HoldRequest) (maint
 }
 
 func (a *Agent) checkHold(r maint.HoldRequest) error {
-	bad := func(field, remedy, format string, args ...any) error {
-		return maint.Problemf(maint.CodeBadRequest, field, remedy, format, args...)
-	}
 	most := a.cfg.Hold.MaxPauseLimit.Duration
 	switch {
 	case r.All && len(r.Guests) > 0:
-		return bad("guests", "name guests or ask for all, not both", "are named together with all")
+		return badRequest("guests", "name guests or ask for all, not both", "are named together with all")
 	case !r.All && len(r.Guests) == 0:
-		return bad("guests", "name guests or ask for all", "are not named")
+		return badRequest("guests", "name guests or ask for all", "are not named")
 	case r.MaxPause < minPause || r.MaxPause > most:
-		return bad("max_pause", fmt.Sprintf("choose one from %s to %s (hold.max_pause_limit)", minPause, most), "%s is out of range", r.MaxPause)
+		return badRequest("max_pause", fmt.Sprintf("choose one from %s to %s (hold.max_pause_limit)", minPause, most), "%s is out of range", r.MaxPause)
 	}
-	for _, s := range []*maint.HostStep{&r.Step, r.Verify, r.Undo} {
-		if s != nil && (s.Timeout < 0 || s.Timeout > maxTimeout) {
-			return bad("timeout", fmt.Sprintf("choose one up to %s", maxTimeout), "%s is out of range", s.Timeout)
-		}
-	}
-	return nil
+	return checkNames(r)
 }
 
 // holdSteps wires the phases of a hold to the runner.

@@ -18,6 +18,7 @@ const (
 	// than what Linux refuses.
 	maxArguments = 1024
 	maxBytes     = 100 << 10
+	maxShown     = 250 // bytes of what is wrong, which the longest unit's name has
 	// minTimeout and maxTimeout: what is outside is a mistake with the unit.
 	minTimeout = 10 * time.Millisecond
 	maxTimeout = 24 * time.Hour
@@ -32,7 +33,7 @@ var (
 // nothing. What it sees is what belayd sees: a sandbox around belayd can hide
 // files from it.
 func (r *Runner) Check(ctx context.Context, step maint.HostStep) []maint.Problem {
-	problems := shape(step)
+	problems := Shape(step)
 	if len(problems) > 0 {
 		return problems
 	}
@@ -51,17 +52,25 @@ func (r *Runner) Check(ctx context.Context, step maint.HostStep) []maint.Problem
 // subject names a step in a problem.
 func subject(step maint.HostStep) string {
 	if step.Unit != "" {
-		return "host step " + jobOf(step) + " " + step.Unit
+		return "host step " + short(jobOf(step)) + " " + short(step.Unit)
 	}
 	if len(step.Command) == 0 {
 		return "host step"
 	}
-	name := []rune(valid(step.Command[0]))
-	return "host step " + string(name[:min(len(name), 80)])
+	return "host step " + short(step.Command[0])
 }
 
-// shape gives what is wrong with a step on any host.
-func shape(step maint.HostStep) (problems []maint.Problem) {
+// short is the beginning of a text, for a problem.
+func short(s string) string {
+	if len(s) <= maxShown {
+		return valid(s)
+	}
+	return valid(s[:maxShown]) + "…"
+}
+
+// Shape gives what is wrong with a step on any host, which it does not ask. What
+// it says is short, however long what it is given.
+func Shape(step maint.HostStep) (problems []maint.Problem) {
 	bad := func(remedy, reason string, args ...any) {
 		problems = append(problems, *maint.Problemf(maint.CodeBadRequest, subject(step), remedy, reason, args...))
 	}
@@ -70,10 +79,10 @@ func shape(step maint.HostStep) (problems []maint.Problem) {
 		bad("make two operations of it, or a script", "it has both a command and a unit")
 	case step.Unit != "":
 		if !validUnit.MatchString(step.Unit) {
-			bad("give its full name, like openvswitch-switch.service", "%q is not the name of a unit", step.Unit)
+			bad("give its full name, like openvswitch-switch.service", "%q is not the name of a unit", short(step.Unit))
 		}
 		if !slices.Contains(jobs, jobOf(step)) {
-			bad("say one of "+strings.Join(jobs, ", "), "%q is no job of a unit", step.Job)
+			bad("say one of "+strings.Join(jobs, ", "), "%q is no job of a unit", short(step.Job))
 		}
 		if step.Dir != "" {
 			bad("leave the folder out", "a unit's job runs in no folder")
@@ -135,7 +144,7 @@ func checkDir(dir string) *maint.Problem {
 		return nil
 	}
 	problem := func(reason string, args ...any) *maint.Problem {
-		return maint.Problemf(maint.CodeBadRequest, "folder "+valid(dir), "make it, or name another", reason, args...)
+		return maint.Problemf(maint.CodeBadRequest, "folder "+short(dir), "make it, or name another", reason, args...)
 	}
 	if !filepath.IsAbs(dir) {
 		return problem("it is not a full path")

@@ -2,6 +2,7 @@ package hoststep_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"os"
 	"path/filepath"
@@ -12,6 +13,31 @@ import (
 	"belay/agent/maint"
 	"belay/patch/hoststep"
 )
+
+// TestShapeIsShort: what is said of a step is, however long the step is.
+func TestShapeIsShort(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("x", 900_000)
+	for name, step := range map[string]maint.HostStep{
+		"unit":           {Unit: long},
+		"unit and job":   {Unit: long + ".service", Job: long, Dir: long},
+		"program":        {Command: []string{long}},
+		"relative":       {Command: []string{"./" + long}, Dir: long},
+		"arguments":      {Command: make([]string, 300_000)},
+		"command's job":  {Command: []string{"true"}, Job: long},
+		"both":           {Command: []string{long}, Unit: long, Job: long},
+		"long, NUL, job": {Command: []string{"true", long + "\x00"}, Dir: long + "\x00"},
+	} {
+		problems := hoststep.Shape(step)
+		b, err := json.Marshal(problems)
+		if len(problems) == 0 || err != nil || len(b) > 10_000 {
+			t.Errorf("%s: %d problems of %d bytes: %.500s", name, len(problems), len(b), b)
+		}
+	}
+	if problems := hoststep.Shape(maint.HostStep{Unit: strings.Repeat("x", 240) + ".automount", Job: "stop"}); len(problems) > 0 {
+		t.Errorf("of the longest unit: %+v", problems)
+	}
+}
 
 func TestCheck(t *testing.T) {
 	t.Parallel()

@@ -206,7 +206,7 @@ func (r *Runner) check(name string, step maint.HostStep) (place, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := maint.Refuse("cannot run the step", shape(step)); err != nil {
+	if err := maint.Refuse("cannot run the step", Shape(step)); err != nil {
 		return "", err
 	}
 	if step.Unit != "" && r.cfg.Systemd == nil {
