@@ -2,6 +2,8 @@ package agent
 
 import (
 	"slices"
+	"strings"
+	"unicode"
 
 	"belay/agent/maint"
 	"belay/patch/hoststep"
@@ -10,11 +12,23 @@ import (
 // What a request may say at most. All of it is journaled, some of it again with
 // each problem that is told of it.
 const (
-	maxNamed = 4096 // guests, and members of groups: what a leash can have
+	maxNamed  = 4096 // guests, and members of groups: what a leash can have
+	maxReason = 1000 // bytes
 )
 
 func badRequest(field, remedy, format string, args ...any) error {
 	return maint.Problemf(maint.CodeBadRequest, field, remedy, format, args...)
+}
+
+// checkReason refuses a reason that is not a line of text.
+func checkReason(reason string) error {
+	switch {
+	case len(reason) > maxReason:
+		return badRequest("reason", "make it shorter", "has %d bytes, more than %d", len(reason), maxReason)
+	case strings.ContainsFunc(reason, unicode.IsControl):
+		return badRequest("reason", "write it in one line", "has control characters")
+	}
+	return nil
 }
 
 // checkNames refuses what can be refused of a hold's guests without knowing them.

@@ -42,6 +42,9 @@ func TestHoldBounded(t *testing.T) {
 		"in a group, not held": {func(r *maint.HoldRequest) {
 			r.All, r.Guests, r.Groups = false, []string{"web-1"}, [][]string{{"web-2"}}
 		}, "not among the guests"},
+		"long reason":              {func(r *maint.HoldRequest) { r.Reason = strings.Repeat("x", 1001) }, "1001 bytes"},
+		"reason of several lines":  {func(r *maint.HoldRequest) { r.Reason = "a\nb" }, "control characters"},
+		"reason for the terminal":  {func(r *maint.HoldRequest) { r.Reason = "\x1b[2J" }, "control characters"},
 		"long unit":                {func(r *maint.HoldRequest) { r.Step = maint.HostStep{Unit: long} }, "not the name of a unit"},
 		"no step":                  {func(r *maint.HoldRequest) { r.Step = maint.HostStep{} }, "nothing to do"},
 		"verify without a command": {func(r *maint.HoldRequest) { r.Verify = &maint.HostStep{} }, "nothing to do"},
@@ -75,6 +78,26 @@ func told(err error) string {
 	return string(b)
 }
 
+func TestReasonBounded(t *testing.T) {
+	t.Parallel()
+	w := agenttest.New(t, quiet(t), nil, "a", "b")
+	node := w.Nodes[0]
+	node.Host.PutGuest("web-1")
+	ctx := ctxFor(t, patience)
+	for _, reason := range []string{strings.Repeat("x", 1001), "a\nb", "\x00", "\u0085"} {
+		_, migrate := node.Client.Migrate(ctx, maint.MigrateRequest{Guest: "web-1", To: "b", Reason: reason})
+		_, replace := node.Client.Replace(ctx, maint.ReplaceRequest{Guest: "web-1", Reason: reason})
+		for what, err := range map[string]error{"migrate": migrate, "replace": replace} {
+			if answer := told(err); !strings.Contains(answer, string(maint.CodeBadRequest)) || !strings.Contains(answer, "reason") || len(answer) > 500 {
+				t.Errorf("%s for %.20q: %s", what, reason, answer)
+			}
+		}
+	}
+	if ops, err := node.Client.Ops(ctx); err != nil || len(ops) > 0 {
+		t.Errorf("journaled are %d operations, %v", len(ops), err)
+	}
+}
+
 // TestHoldNamesOnce: who names a guest again, also by its UUID, holds it once.
 func TestHoldNamesOnce(t *testing.T) {
 	t.Parallel()
@@ -85,6 +108,7 @@ func TestHoldNamesOnce(t *testing.T) {
 	r := holdAll
 	r.All, r.Guests = false, []string{"web-1", "web-2", one, "web-1", two}
 	r.Groups = [][]string{{two, "web-2", two}, {"web-1", one}}
+	r.Reason = strings.Repeat("é", 500)
 	op, err := node.Client.Hold(ctx, r)
 	if err != nil {
 		t.Fatal(err)

@@ -89,7 +89,7 @@ func (a *Agent) checkHold(r maint.HoldRequest) error {
 	case r.MaxPause < minPause || r.MaxPause > most:
 		return badRequest("max_pause", fmt.Sprintf("choose one from %s to %s (hold.max_pause_limit)", minPause, most), "%s is out of range", r.MaxPause)
 	}
-	return checkNames(r)
+	return cmp.Or(checkReason(r.Reason), checkNames(r))
 }
 
 // holdSteps wires the phases of a hold to the runner.

@@ -60,7 +60,7 @@ func (a *Agent) checkRequest(r maint.MigrateRequest) error {
 		return refuse(fmt.Sprintf("cannot migrate guest %s to %s", r.Guest, r.To),
 			maint.Problemf(maint.CodeSameHost, "host "+r.To, "name a peer", "is this host"))
 	}
-	return nil
+	return checkReason(r.Reason)
 }
 
 // migrateSteps wires the phases of a migration to the runner.

@@ -45,6 +45,9 @@ func (a *Agent) replace(ctx context.Context, by string, r maint.ReplaceRequest, 
 	case r.MaxPause < 0 || r.MaxPause > maxTimeout:
 		return maint.Op{}, maint.Problemf(maint.CodeBadRequest, "max_pause", fmt.Sprintf("choose one up to %s", maxTimeout), "%s is out of range", r.MaxPause)
 	}
+	if err := checkReason(r.Reason); err != nil {
+		return maint.Op{}, err
+	}
 	g, where, err := a.toReplace(ctx, what, r.Guest)
 	if err != nil {
 		return maint.Op{}, err
