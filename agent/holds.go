@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"belay/agent/config"
 	"belay/agent/maint"
 	"belay/agent/run"
 	"belay/patch/preserve"
@@ -34,14 +35,8 @@ type Clocks interface {
 	Measure(ctx context.Context, g maint.Guest) maint.ClockReport
 }
 
-const (
-	// minPause is the shortest pause that can be asked for: the release
-	// itself takes a part of it.
-	minPause = 500 * time.Millisecond
-	// holdGrace is what a hold has beside the pause, for all that comes
-	// before it.
-	holdGrace = time.Minute
-)
+// holdGrace is what a hold has beside the pause, for all that comes before it.
+const holdGrace = time.Minute
 
 // Hold admits a hold of guests around a host step, writes it down and starts it.
 func (a *Agent) Hold(ctx context.Context, by string, r maint.HoldRequest) (maint.Op, error) {
@@ -86,8 +81,8 @@ func (a *Agent) checkHold(r maint.HoldRequest) error {
 		return badRequest("guests", "name guests or ask for all, not both", "are named together with all")
 	case !r.All && len(r.Guests) == 0:
 		return badRequest("guests", "name guests or ask for all", "are not named")
-	case r.MaxPause < minPause || r.MaxPause > most:
-		return badRequest("max_pause", fmt.Sprintf("choose one from %s to %s (hold.max_pause_limit)", minPause, most), "%s is out of range", r.MaxPause)
+	case r.MaxPause < config.MinPause || r.MaxPause > most:
+		return badRequest("max_pause", fmt.Sprintf("choose one from %s to %s (hold.max_pause_limit)", config.MinPause, most), "%s is out of range", r.MaxPause)
 	}
 	return cmp.Or(checkReason(r.Reason), checkNames(r))
 }
