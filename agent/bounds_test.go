@@ -93,6 +93,10 @@ func TestReasonBounded(t *testing.T) {
 			}
 		}
 	}
+	_, err := node.Client.Replace(ctx, maint.ReplaceRequest{Guest: "web-1", Method: maint.VMMMethod(strings.Repeat("x", 1<<19))})
+	if answer := told(err); !strings.Contains(answer, string(maint.CodeBadRequest)) || !strings.Contains(answer, "in-place") || len(answer) > 500 {
+		t.Errorf("a method that there is not: %s", answer)
+	}
 	if ops, err := node.Client.Ops(ctx); err != nil || len(ops) > 0 {
 		t.Errorf("journaled are %d operations, %v", len(ops), err)
 	}

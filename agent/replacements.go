@@ -42,6 +42,8 @@ func (a *Agent) replace(ctx context.Context, by string, r maint.ReplaceRequest, 
 	switch {
 	case r.Guest == "":
 		return maint.Op{}, maint.Problemf(maint.CodeBadRequest, "guest", "name one", "is empty")
+	case r.Method != "" && !slices.Contains(maint.VMMMethods, r.Method):
+		return maint.Op{}, maint.Problemf(maint.CodeBadRequest, "method", fmt.Sprintf("choose one of %q, or leave the choice to Belay", maint.VMMMethods), "%.20q is none", r.Method)
 	case r.MaxPause < 0 || r.MaxPause > maxTimeout:
 		return maint.Op{}, maint.Problemf(maint.CodeBadRequest, "max_pause", fmt.Sprintf("choose one up to %s", maxTimeout), "%s is out of range", r.MaxPause)
 	}

@@ -23,6 +23,9 @@ const (
 	VMMCopy VMMMethod = "copy"
 )
 
+// VMMMethods are all of them.
+var VMMMethods = []VMMMethod{VMMPrewarmed, VMMInPlace, VMMCopy, VMMBounce}
+
 // ReplaceRequest asks for a new QEMU under a guest.
 type ReplaceRequest struct {
 	Guest  string    `json:"guest"`            // name or UUID

@@ -68,8 +68,8 @@ func newRoot(a *app) *cobra.Command {
 		Long: `belay speaks to the belayd of this host.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 blocked (refused before any
-effect), 4 partly done, 5 timed out while the operation goes on, 70 nothing
-to do.`,
+effect), 4 partly done, 5 not known to have ended, and
+may go on, 70 nothing to do.`,
 		SilenceErrors: true, SilenceUsage: true,
 		PersistentPreRunE: func(c *cobra.Command, _ []string) error {
 			switch a.format {

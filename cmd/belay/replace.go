@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -93,16 +94,15 @@ that belayd has answered.`,
 }
 
 func methods() []string {
-	return []string{string(maint.VMMPrewarmed), string(maint.VMMInPlace), string(maint.VMMCopy), string(maint.VMMBounce)}
+	var names []string
+	for _, m := range maint.VMMMethods {
+		names = append(names, string(m))
+	}
+	return names
 }
 
 func known(m maint.VMMMethod) bool {
-	for _, name := range methods() {
-		if string(m) == name {
-			return true
-		}
-	}
-	return m == ""
+	return m == "" || slices.Contains(maint.VMMMethods, m)
 }
 
 func list(words []string) string {
