@@ -73,6 +73,7 @@ type held struct {
 	// Paused and Pause have what libvirt took to do as it was told.
 	stopped time.Time
 	stood   time.Duration
+	lost    time.Duration // what its clock may have lost at most
 	// resuming: it was asked to run again, and may do so although no answer came.
 	resuming bool
 	// running is since when one that an earlier belayd may have been about to
@@ -389,7 +390,7 @@ func (p *pause) restore(ctx context.Context, g *held) {
 	}
 	g.timed = true
 	by, released := g.ReleasedBy, cmp.Or(g.Released, time.Now())
-	lost := released.Round(0).Sub(cmp.Or(g.Paused, p.begun).Round(0))
+	g.lost = released.Round(0).Sub(cmp.Or(g.Paused, p.begun).Round(0))
 	guest := maint.Guest{Name: g.Guest, UUID: g.UUID, Agent: g.agent}
 	p.clocks.Go(func() {
 		// Those calls are slow, and libvirtd has only so many workers: whoever
@@ -404,12 +405,9 @@ func (p *pause) restore(ctx context.Context, g *held) {
 		if c := p.h.clocks[g.UUID]; c != nil && by == belayd {
 			r = c.Correct(ctx, released, g.stood)
 		} else {
-			r = p.h.Clocks.Restore(ctx, guest, lost)
+			r = p.h.Clocks.Restore(ctx, guest, g.lost)
 		}
 		g.Clock = &r
-		if g.Problem == nil && g.agent != maint.AgentNone {
-			g.Problem = clockProblem(g.Guest, r, lost)
-		}
 	})
 }
 
@@ -467,6 +465,11 @@ func (p *pause) end(ctx context.Context) ([]maint.HeldGuest, []maint.LeashEvent)
 	p.free(ctx)
 	p.credit(ctx)
 	p.clocks.Wait()
+	for _, g := range p.guests {
+		if g.Problem == nil && g.Clock != nil && g.agent != maint.AgentNone {
+			g.Problem = clockProblem(g.Guest, *g.Clock, g.lost)
+		}
+	}
 	var result []maint.HeldGuest
 	for _, m := range p.order.Guests {
 		g := maint.HeldGuest{Guest: m.Guest, UUID: m.UUID, Left: cmp.Or(m.Left, p.left[m.UUID])}
