@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -16,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"belay/agent/maint"
+	"belay/patch/internal/linux"
 )
 
 // spec is what belayd tells the supervisor, and itself after a restart.
@@ -132,7 +132,7 @@ func writeJSON(path string, v any, publish func(from, to string) error) error {
 }
 
 func readJSON(path string, v any) (bool, error) {
-	b, err := readFile(path)
+	b, err := linux.ReadFile(path, maxFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
@@ -147,25 +147,6 @@ func readJSON(path string, v any) (bool, error) {
 
 // maxFile is more than any of a step's files has, bytes.
 const maxFile = 4 << 20
-
-// readFile reads a file of at most maxFile bytes. What is not a file, a pipe
-// say, must not hold belayd up.
-func readFile(path string) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	switch info, err := f.Stat(); {
-	case err != nil:
-		return nil, err
-	case !info.Mode().IsRegular():
-		return nil, errors.New("it is not a file")
-	case info.Size() > maxFile:
-		return nil, fmt.Errorf("it has %d bytes, more than %d", info.Size(), maxFile)
-	}
-	return io.ReadAll(io.LimitReader(f, maxFile))
-}
 
 // What a supervisor is asked.
 const (
@@ -203,15 +184,6 @@ func (p place) ask(ctx context.Context, q request) (r outcome, err error) {
 		return json.NewDecoder(c).Decode(&r)
 	})
 	return r, err
-}
-
-// boottime is CLOCK_BOOTTIME.
-func boottime() time.Duration {
-	var t unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
-		panic(err) // every Linux has it
-	}
-	return time.Duration(t.Nano())
 }
 
 // listen makes the socket, which has its name only once somebody listens. drop

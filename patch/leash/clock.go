@@ -6,18 +6,12 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"belay/patch/internal/linux"
 )
 
 // Boottime is the time since boot, that of a suspended host included
 // (CLOCK_BOOTTIME). Nobody can set it.
-func Boottime() time.Duration {
-	var t unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
-		panic(fmt.Sprintf("clock_gettime: %v", err)) // Linux has had it since 2.6.39
-	}
-	return time.Duration(t.Nano())
-}
+func Boottime() time.Duration { return linux.Boottime() }
 
 // BootID tells one boot from the next.
 func BootID() (string, error) {

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -16,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"belay/agent/maint"
+	"belay/patch/internal/linux"
 )
 
 // A leash of operation OP has three files: OP.json, its notes; OP.sock, where it
@@ -36,7 +36,7 @@ func path(dir string, op maint.OpID, ext string) string { return filepath.Join(d
 // readNotes reads an operation's notes; fs.ErrNotExist when there are none.
 func readNotes(dir string, op maint.OpID) (*Status, error) {
 	name := path(dir, op, notesExt)
-	b, err := readFile(name)
+	b, err := linux.ReadFile(name, maxReply)
 	if err != nil {
 		return nil, fmt.Errorf("cannot read the leash's notes: %w", err)
 	}
@@ -49,25 +49,6 @@ func readNotes(dir string, op maint.OpID) (*Status, error) {
 
 // errDamaged: the notes were read, and nothing can be made of them.
 var errDamaged = errors.New("is damaged")
-
-// readFile reads a file of at most maxReply bytes. What is not a file, a pipe
-// say, must not hold a leash or belayd up.
-func readFile(name string) ([]byte, error) {
-	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	switch info, err := f.Stat(); {
-	case err != nil:
-		return nil, err
-	case !info.Mode().IsRegular():
-		return nil, fmt.Errorf("%s is not a file", name)
-	case info.Size() > maxReply:
-		return nil, fmt.Errorf("%s has %d bytes, more than %d", name, info.Size(), maxReply)
-	}
-	return io.ReadAll(io.LimitReader(f, maxReply))
-}
 
 // write replaces the notes in one step. It does not sync: see the package
 // comment. The folder is made anew if somebody has removed it.

@@ -1,0 +1,41 @@
+// Package linux is what the parts of rung B that keep notes in memory need of the
+// kernel.
+package linux
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Boottime is the time since the boot, suspensions included (CLOCK_BOOTTIME). All
+// processes of a boot agree on it, and nobody can set it.
+func Boottime() time.Duration {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
+		panic(fmt.Sprintf("clock_gettime: %v", err)) // Linux has had it since 2.6.39
+	}
+	return time.Duration(t.Nano())
+}
+
+// ReadFile reads a file of at most that many bytes. What is not a file, a pipe
+// say, does not hold the reader up: it is an error.
+func ReadFile(name string, most int64) ([]byte, error) {
+	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	switch info, err := f.Stat(); {
+	case err != nil:
+		return nil, err
+	case !info.Mode().IsRegular():
+		return nil, fmt.Errorf("%s is not a file", name)
+	case info.Size() > most:
+		return nil, fmt.Errorf("%s has %d bytes, more than %d", name, info.Size(), most)
+	}
+	return io.ReadAll(io.LimitReader(f, most))
+}
