@@ -53,12 +53,7 @@ func (a *Agent) unlessHeld(what string, g maint.Guest) error {
 
 // overdue are the conditions of holds that are open although their time has
 // passed, and whose leash does not know all guests to run.
-func (a *Agent) overdue() (cs []maint.Condition) {
-	r, ok := a.preserve.Leash.(Remnants)
-	if !ok {
-		return nil
-	}
-	all, _ := r.Leftovers() // notes that cannot be read were logged by the sweep
+func (a *Agent) overdue(all []leash.Leftover) (cs []maint.Condition) {
 	for _, l := range all {
 		op, known := a.journal.Op(leashedOp(l.Op))
 		late := leash.Boottime() - l.Deadline
@@ -67,7 +62,7 @@ func (a *Agent) overdue() (cs []maint.Condition) {
 		}
 		var held []string
 		for _, g := range l.Guests {
-			if g.Fate == leash.Armed || g.Fate == leash.Paused {
+			if g.Fate.Held() {
 				held = append(held, g.Name)
 			}
 		}

@@ -177,7 +177,7 @@ func TestAbandonedGuests(t *testing.T) {
 		c.notes.Guest = leash.Guest{UUID: "u1", Name: "web-1"}
 		l := leash.Leftover{Status: leash.Status{Op: c.op, Guests: []leash.GuestStatus{c.notes}}, Alive: c.alive, Void: c.void}
 		a := &Agent{journal: j, preserve: Preserve{Leash: remnants{left: []leash.Leftover{l}}}}
-		cs := a.abandoned([]maint.Guest{c.now})
+		cs := a.abandoned(a.leftovers(), []maint.Guest{c.now})
 		if c.want == "" && len(cs) > 0 || c.want != "" && (len(cs) != 1 || cs[0].Code != c.want || cs[0].Remedy == "") {
 			t.Errorf("%s: %+v", name, cs)
 		}

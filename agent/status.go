@@ -59,8 +59,9 @@ func (a *Agent) conditions(snap *snapshot) []maint.Condition {
 		}
 	}
 	cs = append(cs, a.astray(snap.guests)...)
-	cs = append(cs, a.abandoned(snap.guests)...)
-	cs = append(cs, a.overdue()...)
+	leashes := a.leftovers()
+	cs = append(cs, a.abandoned(leashes, snap.guests)...)
+	cs = append(cs, a.overdue(leashes)...)
 	return append(cs, unresolved(a.journal.Ops())...)
 }
 

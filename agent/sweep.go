@@ -32,19 +32,14 @@ func (l leashes) Leftovers() ([]leash.Leftover, error) { return leash.Leftovers(
 // them, and whose operation has ended, so that nobody takes it up again. Nor does
 // belayd by itself: a guest that was resumed and paused again by somebody else
 // since looks the same.
-func (a *Agent) abandoned(guests []maint.Guest) (cs []maint.Condition) {
-	r, ok := a.preserve.Leash.(Remnants)
-	if !ok {
-		return nil
-	}
-	all, _ := r.Leftovers() // notes that cannot be read were logged by the sweep
+func (a *Agent) abandoned(all []leash.Leftover, guests []maint.Guest) (cs []maint.Condition) {
 	for _, l := range all {
 		if op, known := a.journal.Op(leashedOp(l.Op)); l.Alive || l.Void || known && op.State != maint.OpEnded {
 			continue
 		}
 		for _, g := range l.Guests {
 			i := slices.IndexFunc(guests, func(now maint.Guest) bool { return now.UUID == g.UUID })
-			switch held := g.Fate == leash.Armed || g.Fate == leash.Paused; {
+			switch held := g.Fate.Held(); {
 			case i < 0:
 			case held && guests[i].State == maint.GuestPaused:
 				cs = append(cs, maint.Condition{Code: maint.CodePaused,
@@ -58,6 +53,16 @@ func (a *Agent) abandoned(guests []maint.Guest) (cs []maint.Condition) {
 		}
 	}
 	return cs
+}
+
+// leftovers are the leashes that there are, and what others have left.
+func (a *Agent) leftovers() []leash.Leftover {
+	r, ok := a.preserve.Leash.(Remnants)
+	if !ok {
+		return nil
+	}
+	all, _ := r.Leftovers() // notes that cannot be read were logged by the sweep
+	return all
 }
 
 // sweepLeashes discards what the leashes of operations that have ended, or that

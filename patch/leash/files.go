@@ -281,7 +281,7 @@ func Discard(dir string, op maint.OpID) error {
 		reason := ""
 		switch {
 		case s.Boot != boot:
-		case g.Fate.held():
+		case g.Fate.Held():
 			reason = "may still be paused"
 		case g.Unleased:
 			reason = "may run without the leases of its disks"

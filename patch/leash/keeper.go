@@ -176,7 +176,7 @@ func (k *Keeper) fire(why string) {
 	k.s.Fired = why
 	held := 0
 	for i := range k.s.Guests {
-		if k.s.Guests[i].Fate.held() {
+		if k.s.Guests[i].Fate.Held() {
 			held++
 		}
 	}
@@ -194,7 +194,7 @@ func (k *Keeper) fire(why string) {
 func (k *Keeper) sendOut() {
 	for i := range k.s.Guests {
 		g := &k.s.Guests[i]
-		if g.busy || !g.Fate.held() && !g.Unleased {
+		if g.busy || !g.Fate.Held() && !g.Unleased {
 			continue
 		}
 		g.busy = true
@@ -205,7 +205,7 @@ func (k *Keeper) sendOut() {
 			defer k.mu.Unlock()
 			g.busy = false
 			k.working--
-			if g.Fate.held() && k.life.Err() == nil { // paused again in the meantime
+			if g.Fate.Held() && k.life.Err() == nil { // paused again in the meantime
 				k.sendOut()
 			}
 		})
@@ -300,7 +300,7 @@ func (k *Keeper) lookFirst(ctx context.Context, s *Status) error {
 	var all sync.WaitGroup
 	for i := range s.Guests {
 		g := &s.Guests[i]
-		if !g.Fate.held() {
+		if !g.Fate.Held() {
 			continue
 		}
 		all.Go(func() {
@@ -341,7 +341,7 @@ func (k *Keeper) merge(order *Status, again bool) error {
 	}
 	for _, o := range order.Guests {
 		g := k.s.guest(o.UUID)
-		if g.Fate == Armed || g.Fate == Paused && !o.Fate.held() {
+		if g.Fate == Armed || g.Fate == Paused && !o.Fate.Held() {
 			k.mark(g, o.Fate)
 		}
 	}

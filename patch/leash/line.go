@@ -147,7 +147,7 @@ func (l *Line) learn(r reply) {
 		s := r.Status.clone()
 		for i := range s.Guests { // the holder may know what the leash has not read yet
 			old, now := l.s.guest(s.Guests[i].UUID), &s.Guests[i]
-			if old != nil && (!old.Fate.held() || now.Fate == Armed) {
+			if old != nil && (!old.Fate.Held() || now.Fate == Armed) {
 				now.Fate = old.Fate
 			}
 		}
@@ -354,7 +354,7 @@ func (l *Line) Ours() (uuids []string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, g := range l.s.Guests {
-		if g.Fate.held() {
+		if g.Fate.Held() {
 			uuids = append(uuids, g.UUID)
 		}
 	}

@@ -47,8 +47,8 @@ const (
 	Released Fate = "released" // it ran again
 )
 
-// held reports whether the guest is the leash's to release.
-func (f Fate) held() bool { return f == Armed || f == Paused }
+// Held reports whether the guest is the leash's to release.
+func (f Fate) Held() bool { return f == Armed || f == Paused }
 
 // Status is an order and what became of it. The file has it, and its holder can
 // ask for it.
@@ -142,7 +142,7 @@ func (s *Status) check(now time.Duration) error {
 		switch {
 		case g.UUID == "" || seen[g.UUID]:
 			return bad("guest %q has no UUID of its own", g.Name)
-		case !g.Fate.held() && g.Fate != Left && g.Fate != Released:
+		case !g.Fate.Held() && g.Fate != Left && g.Fate != Released:
 			return bad("guest %s has no fate %q", g.Name, g.Fate)
 		}
 		seen[g.UUID] = true

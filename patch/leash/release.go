@@ -85,7 +85,7 @@ func (e *effort) release(ctx context.Context) {
 func (e *effort) held() bool {
 	e.k.mu.Lock()
 	defer e.k.mu.Unlock()
-	return e.g.Fate.held()
+	return e.g.Fate.Held()
 }
 
 // try does what can be done now, and reports whether that was all.
