@@ -1,0 +1,67 @@
+package maint
+
+import "time"
+
+// CampaignID names a maintenance campaign.
+type CampaignID string
+
+// Campaign is work on hosts that guests feel, in two phases: in the first the
+// owner of each guest picks the moment; in the second it is done at the deadline.
+type Campaign struct {
+	ID          CampaignID `json:"id"`
+	Description string     `json:"description"`
+	Impact      Impact     `json:"impact"` // the most that a guest feels
+	// Duration is how long the impact is expected to last.
+	Duration time.Duration `json:"duration_ns"`
+	Created  time.Time     `json:"created"`
+	By       string        `json:"by"`
+	// Opens is when owners may begin to pick, Deadline when the second phase begins.
+	Opens    time.Time `json:"opens"`
+	Deadline time.Time `json:"deadline"`
+	// MaxDefers is how often a guest's owner may put a booked moment off.
+	MaxDefers int `json:"max_defers"`
+	// Guests are the state of each, by UUID: it stays with guest and campaign
+	// over restarts and moves.
+	Guests map[string]GuestCampaign `json:"guests"`
+	// Closed is when it was called off, or all guests were done.
+	Closed time.Time `json:"closed,omitzero"`
+}
+
+// CampaignState is where a guest is in a campaign.
+type CampaignState string
+
+// The states of a guest in a campaign.
+const (
+	CampaignPending CampaignState = "pending" // its owner has not picked; it is done at the deadline
+	CampaignBooked  CampaignState = "booked"  // done at the moment that its owner has picked
+	CampaignDue     CampaignState = "due"     // its moment has come, or its owner said now
+	CampaignRunning CampaignState = "running"
+	CampaignDone    CampaignState = "done"
+	CampaignClosed  CampaignState = "closed" // called off
+)
+
+// GuestCampaign is a guest in a campaign.
+type GuestCampaign struct {
+	Guest string        `json:"guest"` // name
+	State CampaignState `json:"state"`
+	// At is when it will be done: the booked moment, or the deadline.
+	At     time.Time `json:"at"`
+	Defers int       `json:"defers,omitempty"`
+	By     string    `json:"by,omitempty"` // who picked
+	Op     OpID      `json:"op,omitempty"`
+}
+
+// Window is when a guest may be disturbed: every occurrence of a rule, for a
+// length of time on the wall clock of a zone.
+type Window struct {
+	// Rule is an RFC 5545 recurrence rule without DTSTART, such as
+	// "FREQ=WEEKLY;BYDAY=SA,SU;BYHOUR=2;BYMINUTE=0".
+	Rule string `json:"rule"`
+	// Zone is an IANA time zone: "Europe/Berlin".
+	Zone string `json:"zone"`
+	// Length is how long each occurrence lasts, at least two hours.
+	Length time.Duration `json:"length_ns"`
+	// Except are dates, "2026-12-24", on which no occurrence begins, by the
+	// zone's calendar.
+	Except []string `json:"except,omitempty"`
+}

@@ -1,0 +1,139 @@
+package maint
+
+import "time"
+
+// EventID names a scheduled event: a UUID.
+type EventID string
+
+// Impact is what a scheduled event does to a guest, in the words of Azure's
+// Scheduled Events (Microsoft Learn, "Azure Metadata Service: Scheduled Events
+// for Linux VMs").
+type Impact string
+
+// The impacts.
+const (
+	ImpactFreeze    Impact = "Freeze"    // it stands still for a while, and keeps its memory and connections
+	ImpactReboot    Impact = "Reboot"    // it boots anew, its disks stay
+	ImpactRedeploy  Impact = "Redeploy"  // it boots anew on another host
+	ImpactPreempt   Impact = "Preempt"   // it is taken away
+	ImpactTerminate Impact = "Terminate" // it is deleted
+)
+
+// Impacts are all of them.
+var Impacts = []Impact{ImpactFreeze, ImpactReboot, ImpactRedeploy, ImpactPreempt, ImpactTerminate}
+
+// MinimumNotice is how long before its start an event of an impact is announced
+// at least; a host may be configured to give longer notice, never shorter.
+func MinimumNotice(i Impact) time.Duration {
+	switch i {
+	case ImpactRedeploy:
+		return 10 * time.Minute
+	case ImpactPreempt:
+		return 30 * time.Second
+	case ImpactTerminate:
+		return 5 * time.Minute
+	}
+	return 15 * time.Minute
+}
+
+// EventState is where a scheduled event is in its life.
+//
+//	scheduled ──► started ──► completed
+//	    └──────► cancelled
+//
+// Guests are shown the first two; the others are history.
+type EventState string
+
+// The states of a scheduled event.
+const (
+	EventScheduled EventState = "scheduled"
+	EventStarted   EventState = "started"
+	EventCompleted EventState = "completed"
+	EventCancelled EventState = "cancelled"
+)
+
+// Over reports whether the event's life has ended.
+func (s EventState) Over() bool { return s == EventCompleted || s == EventCancelled }
+
+// EventSource is who caused an event.
+type EventSource string
+
+// The sources of events.
+const (
+	SourcePlatform EventSource = "Platform" // who runs the host
+	SourceUser     EventSource = "User"     // the guest's owner
+)
+
+// DurationUnknown is the Duration of an event of which it is not known how long
+// it lasts.
+const DurationUnknown time.Duration = -1
+
+// ScheduledEvent is something that will happen to guests, is happening, or has
+// happened.
+type ScheduledEvent struct {
+	ID     EventID     `json:"id"`
+	Impact Impact      `json:"impact"`
+	State  EventState  `json:"state"`
+	Source EventSource `json:"source"`
+	// Guests are those it is about. They share an owner: each is shown the
+	// names of all, and one approval is for all.
+	Guests      []EventGuest `json:"guests"`
+	Description string       `json:"description,omitempty"`
+	// Duration is how long the impact is expected to last; 0: it is not felt.
+	Duration time.Duration `json:"duration_ns"`
+
+	Announced time.Time `json:"announced"`
+	// NotBefore is when it starts at the earliest, unless approved.
+	NotBefore time.Time      `json:"not_before"`
+	Approval  *EventApproval `json:"approval,omitempty"`
+	// Emergency says who waived the notice, and why.
+	Emergency *EventApproval `json:"emergency,omitempty"`
+	// Listeners are the programs that are waited for before it starts.
+	Listeners []EventWait `json:"listeners,omitempty"`
+
+	Started time.Time `json:"started,omitzero"`
+	Ended   time.Time `json:"ended,omitzero"`
+	// Pauses are what was measured, by the guest's UUID: for how long it stood still.
+	Pauses map[string]time.Duration `json:"pauses_ns,omitempty"`
+	// Note says why it was cancelled, or what it ended with.
+	Note string `json:"note,omitempty"`
+
+	Op       OpID       `json:"op,omitempty"`       // the operation that it announces
+	Campaign CampaignID `json:"campaign,omitempty"` // the campaign that it is part of
+}
+
+// EventGuest is a guest that an event is about.
+type EventGuest struct {
+	UUID string `json:"uuid"`
+	Name string `json:"name"`
+}
+
+// EventApproval is somebody's consent to start at once.
+type EventApproval struct {
+	By     string    `json:"by"` // "guest web-1", "root", "cert:ops-laptop"
+	At     time.Time `json:"at"`
+	Reason string    `json:"reason,omitempty"`
+}
+
+// Listener is a program in a guest that wants to be waited for.
+type Listener struct {
+	Name string `json:"name"`
+	// Timeout is how long it is waited for, from the announcement of an event.
+	Timeout time.Duration `json:"timeout_ns"`
+}
+
+// EventWait is a listener that an event waits for.
+type EventWait struct {
+	Guest string    `json:"guest"` // UUID
+	Name  string    `json:"name"`
+	Until time.Time `json:"until"`          // it is waited for no longer
+	Ready time.Time `json:"ready,omitzero"` // when it said that it is
+}
+
+// ErrUnknownEvent: there is, and was recently, no such event for the guest.
+var ErrUnknownEvent = errorString("no such event")
+
+// errorString is an error that is a constant text.
+type errorString string
+
+func (e errorString) Error() string { return string(e) }
