@@ -79,14 +79,18 @@ func whom(op maint.Op) string {
 }
 
 // unresolved is the operations that left something for a person to do, but for
-// those whose guest has been moved in order since. ops are the oldest first.
+// those of which a later one has put in order, or shows anew, all that they were
+// about. ops are the oldest first.
 func unresolved(ops []maint.Op) []maint.Condition {
 	var cs []maint.Condition
 	seen := make(map[string]bool)
 	for _, op := range slices.Backward(ops) {
 		left := op.Outcome == maint.OutcomeStuck || op.Outcome == maint.OutcomePartly ||
 			op.Outcome == maint.OutcomeFailed && len(op.Problems) > 1 // beside why it failed
-		if op.State == maint.OpEnded && !seen[op.GuestUUID] && left && time.Since(op.Ended) < stuckFor {
+		if op.State != maint.OpEnded || !left && op.Outcome != maint.OutcomeDone {
+			continue
+		}
+		if left && time.Since(op.Ended) < stuckFor && slices.ContainsFunc(troubled(op), func(s string) bool { return !seen[s] }) {
 			c := maint.Condition{Code: maint.CodeUnverified, Since: op.Ended, Remedy: "belay ops show " + string(op.ID),
 				Text: fmt.Sprintf("operation %s on %s is %s", op.ID, whom(op), op.Outcome)}
 			told := op.Problems
@@ -99,9 +103,54 @@ func unresolved(ops []maint.Op) []maint.Condition {
 			}
 			cs = append(cs, c)
 		}
-		if op.Outcome == maint.OutcomeDone || left {
-			seen[op.GuestUUID] = true
+		for _, s := range subjects(op) {
+			seen[s] = true
 		}
 	}
 	return cs
+}
+
+// subjects are what an operation was about: guests, by UUID, and what was done
+// to the host around them.
+func subjects(op maint.Op) []string {
+	if op.Kind != maint.OpHold {
+		return []string{op.GuestUUID}
+	}
+	all := []string{hostStep(op)}
+	if op.Held != nil {
+		for _, g := range op.Held.Guests {
+			if g.Left == "" {
+				all = append(all, g.UUID)
+			}
+		}
+	}
+	return all
+}
+
+// troubled are those of its subjects that an operation left in trouble: of a
+// hold the guests that have a problem, and if there is none the host.
+func troubled(op maint.Op) []string {
+	if op.Kind != maint.OpHold {
+		return subjects(op)
+	}
+	var all []string
+	if op.Held != nil {
+		for _, g := range op.Held.Guests {
+			if g.Problem != nil {
+				all = append(all, g.UUID)
+			}
+		}
+	}
+	if len(all) == 0 || op.Held.Undo != nil && !op.Held.Undo.OK() {
+		all = append(all, hostStep(op))
+	}
+	return all
+}
+
+// hostStep is the same for holds that do the same to the host.
+func hostStep(op maint.Op) string {
+	if s := op.Hold.Step; s.Unit != "" {
+		return "unit " + s.Unit
+	}
+	return "command " + strings.Join(op.Hold.Step.Command, "\x00")
 }
