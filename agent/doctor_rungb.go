@@ -16,7 +16,7 @@ import (
 
 // doctorB says what is missing for rung B.
 func (a *Agent) doctorB(context.Context) []maint.Check {
-	return []maint.Check{a.checkLeash(), a.checkSteps(), a.checkRunDir(), a.checkAgents(), a.checkElsewhere()}
+	return []maint.Check{a.checkLeash(), a.checkSteps(), a.checkRunDir(), a.checkAgents(), a.checkHook(), a.checkMemory(), a.checkElsewhere()}
 }
 
 // checkLeash looks for the leash's program and says how it is started.
@@ -37,6 +37,11 @@ func (a *Agent) checkLeash() maint.Check {
 		return c
 	}
 	c.Text = program + ", started by systemd in a unit of its own"
+	defer func() {
+		if c.Result == maint.CheckOK && a.cfg.Hold.KillLibvirt.Duration == 0 {
+			c.Text += "; a libvirtd that hangs, alive, keeps guests from it (hold.kill_libvirt is not set)"
+		}
+	}()
 	if !util.IsRunningSystemd() {
 		c.Result, c.Text = maint.CheckWarn, program+", started as belayd's child: without systemd nobody starts it again when it dies together with belayd"
 		c.Remedy = "run belayd under systemd"
@@ -76,21 +81,50 @@ func (a *Agent) checkRunDir() maint.Check {
 	return c
 }
 
-// checkAgents counts the guests whose clocks nobody can put right.
+// checkAgents names the guests whose clocks nobody can put right.
 func (a *Agent) checkAgents() maint.Check {
 	c := maint.Check{Rung: "B", Name: "guests' clocks", Result: maint.CheckOK, Text: "every guest that runs has an agent that answers libvirt"}
-	var without []string
-	for _, g := range a.view.last.Load().guests {
-		if g.State == maint.GuestRunning && g.Agent != maint.AgentConnected {
-			without = append(without, g.Name)
-		}
-	}
-	if n := len(without); n > 0 {
-		if n > 5 {
-			without = append(without[:5], "…")
-		}
-		c.Result, c.Text = maint.CheckWarn, fmt.Sprintf("the clocks of %d guests cannot be put right after a pause: no agent in %s", n, strings.Join(without, ", "))
+	if n, names := a.running(func(g maint.Guest) bool { return g.Agent != maint.AgentConnected }); n > 0 {
+		c.Result, c.Text = maint.CheckWarn, fmt.Sprintf("the clocks of %d guests cannot be put right after a pause: no agent in %s", n, names)
 		c.Remedy = "install qemu-guest-agent in them, and on Debian util-linux-extra"
 	}
 	return c
+}
+
+// checkHook: what a new QEMU under a guest needs of the host.
+func (a *Agent) checkHook() maint.Check {
+	c := maint.Check{Rung: "B", Name: "libvirt's hook", Result: maint.CheckOK, Text: "libvirt runs Belay's hook, which a new QEMU under a guest needs"}
+	if why := a.preserve.Places.HookMissing(); why != "" {
+		c.Result, c.Text = maint.CheckWarn, "no guest can get a new QEMU in place: libvirt does not run Belay's hook: "+why
+		c.Remedy = "install dist/hooks/qemu.d/* in /etc/libvirt/hooks/qemu.d, executable, and restart libvirt's daemon; guests go on running"
+	}
+	return c
+}
+
+// checkMemory names the guests whose memory only their own QEMU can have.
+func (a *Agent) checkMemory() maint.Check {
+	c := maint.Check{Rung: "B", Name: "guests' memory", Result: maint.CheckOK, Text: "every guest that runs has its memory in shared files, so that a new QEMU takes it over in place"}
+	if n, names := a.running(func(g maint.Guest) bool { return g.MemorySource != "file" || !g.MemoryShared }); n > 0 {
+		c.Result, c.Text = maint.CheckWarn, fmt.Sprintf("the memory of %d guests cannot stay in place, a new QEMU needs a copy: %s", n, names)
+		c.Remedy = "give them <memoryBacking><source type='file'/><access mode='shared'/></memoryBacking>, which holds from their next start"
+	}
+	return c
+}
+
+// running counts the guests that run and are so, and names the first of them.
+func (a *Agent) running(so func(maint.Guest) bool) (n int, names string) {
+	const most = 5
+	var first []string
+	for _, g := range a.view.last.Load().guests {
+		if g.State != maint.GuestRunning || !so(g) {
+			continue
+		}
+		if n++; n <= most {
+			first = append(first, g.Name)
+		}
+	}
+	if n > most {
+		first = append(first, "…")
+	}
+	return n, strings.Join(first, ", ")
 }

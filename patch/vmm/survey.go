@@ -185,7 +185,7 @@ func (f *Facts) askMemory(ctx context.Context, q QEMU, p Places) error {
 func (f *Facts) look(p Places) {
 	f.Copies = p.copies()
 	f.CopiesFree, f.CopiesInRAM, _ = room(p.at(f.Copies))
-	f.Hook = p.hookMissing()
+	f.Hook = p.HookMissing()
 	for _, kind := range []string{"snapshot", "checkpoint"} {
 		entries, err := os.ReadDir(p.at(p.lib(), kind, f.Guest.Name))
 		f.Snapshots = f.Snapshots || err == nil && len(entries) > 0
@@ -211,9 +211,9 @@ func (f *Facts) look(p Places) {
 	}
 }
 
-// hookMissing says why libvirt does not run Belay's hook. Each libvirtd that
-// runs it for a guest, of those that it finds running too, leaves a mark.
-func (p Places) hookMissing() string {
+// HookMissing says why libvirt does not run Belay's hook, "" when it does. Each
+// libvirtd that runs it for a guest, of those that it finds running too, leaves a mark.
+func (p Places) HookMissing() string {
 	file := filepath.Join(p.hooks(), "qemu.d/belay")
 	info, err := os.Stat(p.at(file))
 	switch {

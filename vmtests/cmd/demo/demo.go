@@ -72,7 +72,8 @@ func (d *demo) run(ctx context.Context) (err error) {
 	defer cancel()
 	d.title("1. Two hosts and a guest")
 	d.bed, err = measure.Up(ctx, measure.Config{
-		Lab: lab.Config{Name: labName}, Spec: guest.Spec{Accel: accel}, Image: img, Bin: bin,
+		Lab:  lab.Config{Name: labName, Hooks: "dist/hooks"},
+		Spec: guest.Spec{Accel: accel, FileMemory: true}, Image: img, Bin: bin,
 		DirtyMiBs: dirtyMiBs, WorkingSetMiB: workingSetMiB,
 		Stage: func(text string) { d.now("%s", text) },
 	})
@@ -124,7 +125,11 @@ func (d *demo) acts(ctx context.Context) error {
 	if err := d.cast(ctx); err != nil {
 		return err
 	}
-	d.title("2. Belay moves the guest")
+	d.title("2. Belay services the host under the guest")
+	if err := d.preserve(ctx); err != nil {
+		return err
+	}
+	d.title("3. Belay moves the guest")
 	if err := d.migration(ctx); err != nil {
 		return err
 	}
@@ -143,8 +148,9 @@ func (d *demo) acts(ctx context.Context) error {
 }
 
 func (d *demo) intro() {
-	d.line("Two virtualisation hosts are made on this machine, and a guest that never stops working moves")
-	d.line("between them: first by Belay, step by step, then by Belay and by virsh in turn, measured.")
+	d.line("Two virtualisation hosts are made on this machine, and a guest that never stops working. Its host")
+	d.line("is serviced under it; then it moves to the other and back: first by Belay, step by step, then by")
+	d.line("Belay and by virsh in turn, measured.")
 	d.line("")
 }
 
@@ -171,7 +177,7 @@ func (d *demo) cast(ctx context.Context) error {
 
 // contest has both tools move the guest in turn.
 func (d *demo) contest(ctx context.Context) (moves []measure.Move, err error) {
-	d.title("3. Belay and virsh in turn")
+	d.title("4. Belay and virsh in turn")
 	d.line("  belay:  belay migrate %s --to HOST", d.bed.Guest.Spec.Name)
 	d.line("  virsh:  virsh %s", strings.Join(measure.VirshArgs(d.bed.Guest.Spec.Name, "qemu+tcp://HOST/system"), " "))
 	d.line("")
@@ -195,7 +201,7 @@ func (d *demo) contest(ctx context.Context) (moves []measure.Move, err error) {
 // compare prints what the contest comes to.
 func (d *demo) compare(moves []measure.Move) error {
 	b, v := measure.Summarise(measure.Belay, moves), measure.Summarise(measure.Virsh, moves)
-	d.title("4. The comparison")
+	d.title("5. The comparison")
 	if err := measure.PrintComparison(indented{d}, b, v); err != nil {
 		return err
 	}
@@ -222,7 +228,7 @@ func emulated(a guest.Accel) string {
 
 // proof shows that the guest has come through all moves whole.
 func (d *demo) proof(ctx context.Context, moves int) error {
-	d.title("5. The guest after %d moves", moves)
+	d.title("6. The guest after a hold, a new QEMU and %d moves", moves)
 	p, err := d.bed.Proof(ctx)
 	if err != nil {
 		return err
@@ -236,7 +242,7 @@ func (d *demo) proof(ctx context.Context, moves int) error {
 }
 
 func (d *demo) next() {
-	d.title("6. What to try next")
+	d.title("7. What to try next")
 	d.fact("docs/", "how to install Belay on a host, and what it does when something goes wrong")
 	d.fact("make test", "all tests, also with hosts that die in the middle of a migration (needs root)")
 	d.fact("a lab to keep", "go run ./vmtests/cmd/lab up (also: status, exec HOST COMMAND, down)")

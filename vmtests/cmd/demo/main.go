@@ -1,6 +1,7 @@
 // Command demo shows Belay at work: it makes two virtualisation hosts out of
-// namespaces, starts a guest, migrates it by Belay, and then by Belay and by
-// virsh in turn, and compares what was measured. make demo runs it.
+// namespaces, starts a guest, holds it, gives it a new QEMU and migrates it by
+// Belay, and then migrates it by Belay and by virsh in turn, and compares what
+// was measured. make demo runs it.
 //
 // It needs root, takes a minute or two, and removes all it has made, whether it
 // succeeds, fails or is interrupted. What downloads it needs stay in
