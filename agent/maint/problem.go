@@ -64,6 +64,7 @@ const (
 	CodeClock            Code = "clock-behind"
 	CodeFrozen           Code = "file-systems-frozen"
 	CodeEnded            Code = "operation-ended"
+	CodeEventState       Code = "event-state"
 	CodeMethodNotAllowed Code = "method-not-allowed"
 	CodeNotFound         Code = "not-found"
 	CodeInternal         Code = "internal"

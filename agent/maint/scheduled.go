@@ -137,3 +137,72 @@ var ErrUnknownEvent = errorString("no such event")
 type errorString string
 
 func (e errorString) Error() string { return string(e) }
+
+// Scheduled is what is known of scheduled events on a host: the fold of all
+// EventChanges.
+type Scheduled struct {
+	Events map[EventID]ScheduledEvent
+	// Incarnations are those of the guests' documents, by UUID.
+	Incarnations map[string]uint64
+	// Listeners are the programs that want to be waited for, by their guest's UUID.
+	Listeners map[string][]Listener
+	Campaigns map[CampaignID]Campaign
+}
+
+// EventChange is one change of what is scheduled, as the journal keeps it: what
+// it names is from now on as it says.
+type EventChange struct {
+	Events       []ScheduledEvent      `json:"events,omitempty"`
+	Incarnations map[string]uint64     `json:"incarnations,omitempty"`
+	Listeners    map[string][]Listener `json:"listeners,omitempty"` // an empty list: none any more
+	Campaigns    []Campaign            `json:"campaigns,omitempty"`
+	// Gone are events that this host has no more to do with, and GuestsGone
+	// guests: they have moved.
+	Gone       []EventID `json:"gone,omitempty"`
+	GuestsGone []string  `json:"guests_gone,omitempty"`
+}
+
+// Empty reports whether nothing changes.
+func (c EventChange) Empty() bool {
+	return len(c.Events)+len(c.Incarnations)+len(c.Listeners)+len(c.Campaigns)+len(c.Gone)+len(c.GuestsGone) == 0
+}
+
+// NewScheduled is that nothing is scheduled.
+func NewScheduled() Scheduled {
+	return Scheduled{Events: make(map[EventID]ScheduledEvent), Incarnations: make(map[string]uint64),
+		Listeners: make(map[string][]Listener), Campaigns: make(map[CampaignID]Campaign)}
+}
+
+// Fold applies a change.
+func (s Scheduled) Fold(c EventChange) {
+	for _, id := range c.Gone {
+		delete(s.Events, id)
+	}
+	for _, uuid := range c.GuestsGone {
+		delete(s.Listeners, uuid)
+	}
+	for _, e := range c.Events {
+		s.Events[e.ID] = e
+	}
+	for uuid, n := range c.Incarnations {
+		// One that has gone may come back, and is not to see an old one.
+		s.Incarnations[uuid] = max(n, s.Incarnations[uuid])
+	}
+	for uuid, l := range c.Listeners {
+		if s.Listeners[uuid] = l; len(l) == 0 {
+			delete(s.Listeners, uuid)
+		}
+	}
+	for _, k := range c.Campaigns {
+		s.Campaigns[k.ID] = k
+	}
+}
+
+// GuestEvents is what belongs to a guest and goes with it to another host.
+type GuestEvents struct {
+	UUID        string           `json:"uuid"`
+	Incarnation uint64           `json:"incarnation"`
+	Events      []ScheduledEvent `json:"events,omitempty"`
+	Listeners   []Listener       `json:"listeners,omitempty"`
+	Campaigns   []Campaign       `json:"campaigns,omitempty"` // with this guest alone
+}

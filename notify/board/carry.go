@@ -1,0 +1,123 @@
+package board
+
+import (
+	"maps"
+	"slices"
+	"time"
+
+	"belay/agent/maint"
+)
+
+// Carry is what goes with a guest to another host.
+func (b Board) Carry(now time.Time, guest string) maint.GuestEvents {
+	c := maint.GuestEvents{UUID: guest, Incarnation: b.Incarnations[guest], Listeners: slices.Clone(b.Listeners[guest])}
+	for _, e := range b.Events {
+		if !About(e, guest) || e.State.Over() && now.Sub(e.Ended) > recent {
+			continue
+		}
+		c.Events = append(c.Events, only(e, guest))
+	}
+	slices.SortFunc(c.Events, older)
+	for _, k := range b.Campaigns {
+		if g, in := k.Guests[guest]; in && k.Closed.IsZero() {
+			k.Guests = map[string]maint.GuestCampaign{guest: g}
+			c.Campaigns = append(c.Campaigns, k)
+		}
+	}
+	slices.SortFunc(c.Campaigns, func(x, y maint.Campaign) int { return x.Created.Compare(y.Created) })
+	return c
+}
+
+// only is an event as that of one guest: the others do not move with it.
+func only(e maint.ScheduledEvent, guest string) maint.ScheduledEvent {
+	e.Guests = slices.DeleteFunc(slices.Clone(e.Guests), func(g maint.EventGuest) bool { return g.UUID != guest })
+	e.Listeners = slices.DeleteFunc(slices.Clone(e.Listeners), func(w maint.EventWait) bool { return w.Guest != guest })
+	if p, measured := e.Pauses[guest]; measured {
+		e.Pauses = map[string]time.Duration{guest: p}
+	} else {
+		e.Pauses = nil
+	}
+	return e
+}
+
+// Adopt takes over what has come with a guest. It may be done over: what is
+// known better here stays.
+func (b Board) Adopt(now time.Time, g maint.GuestEvents) maint.EventChange {
+	var c maint.EventChange
+	open := false
+	for _, e := range g.Events {
+		if e = only(e, g.UUID); len(e.Guests) == 0 {
+			continue // not its own
+		}
+		open = open || !e.State.Over()
+		have, there := b.Events[e.ID]
+		switch {
+		case !there:
+		case !About(have, g.UUID) && !e.State.Over(): // of others of its group, who were here before
+			have.Guests = append(slices.Clone(have.Guests), e.Guests...)
+			have.Listeners = append(slices.Clone(have.Listeners), e.Listeners...)
+			e = have
+		default:
+			continue
+		}
+		c.Events = append(c.Events, e)
+	}
+	for _, k := range g.Campaigns {
+		mine, in := k.Guests[g.UUID]
+		if !in {
+			continue
+		}
+		have, there := b.Campaigns[k.ID]
+		if !there {
+			have = k
+			have.Guests = nil
+		}
+		if old, known := have.Guests[g.UUID]; known {
+			mine.Defers = max(mine.Defers, old.Defers) // a way there and back gives none back
+		}
+		have.Guests = maps.Clone(have.Guests)
+		if have.Guests == nil {
+			have.Guests = make(map[string]maint.GuestCampaign)
+		}
+		have.Guests[g.UUID] = mine
+		c.Campaigns = append(c.Campaigns, have)
+	}
+	if len(g.Listeners) > 0 && len(b.Listeners[g.UUID]) == 0 {
+		c.Listeners = map[string][]maint.Listener{g.UUID: g.Listeners[:min(len(g.Listeners), maxListeners)]}
+	}
+	switch mine := b.Incarnations[g.UUID]; {
+	case !open && g.Incarnation > mine: // the same document, with no events
+		c.Incarnations = map[string]uint64{g.UUID: g.Incarnation}
+	case open || mine > 0: // it was here before, and had another then
+		b.Incarnations = map[string]uint64{g.UUID: max(mine, g.Incarnation)}
+		c.Incarnations = map[string]uint64{g.UUID: b.next(now, g.UUID)}
+	}
+	return c
+}
+
+// Leave forgets a guest that has moved to another host. Its incarnation stays
+// known, should it come back.
+func (b Board) Leave(guest string) maint.EventChange {
+	c := maint.EventChange{GuestsGone: []string{guest}}
+	for id, e := range b.Events {
+		if !About(e, guest) {
+			continue
+		}
+		e.Guests = slices.DeleteFunc(slices.Clone(e.Guests), func(g maint.EventGuest) bool { return g.UUID == guest })
+		e.Listeners = slices.DeleteFunc(slices.Clone(e.Listeners), func(w maint.EventWait) bool { return w.Guest == guest })
+		switch {
+		case len(e.Guests) > 0:
+			c.Events = append(c.Events, e)
+		case !e.State.Over(): // what is over stays, as this host's history
+			c.Gone = append(c.Gone, id)
+		}
+	}
+	for _, k := range b.Campaigns {
+		if _, in := k.Guests[guest]; in {
+			k.Guests = maps.Clone(k.Guests)
+			delete(k.Guests, guest)
+			c.Campaigns = append(c.Campaigns, k)
+		}
+	}
+	return c
+}
