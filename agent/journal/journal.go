@@ -30,12 +30,13 @@ type Journal struct {
 	db   *bbolt.DB
 	path string
 
-	mu       sync.Mutex
-	ops      map[maint.OpID]*maint.Op
-	reserved map[maint.OpID]maint.Reservation
-	last     uint64
-	changed  chan struct{} // closed and replaced at every append
-	failed   error         // the last append's error, nil when it worked
+	mu        sync.Mutex
+	ops       map[maint.OpID]*maint.Op
+	reserved  map[maint.OpID]maint.Reservation
+	scheduled maint.Scheduled
+	last      uint64
+	changed   chan struct{} // closed and replaced at every append
+	failed    error         // the last append's error, nil when it worked
 }
 
 // Open opens or creates the journal in the state folder dir and folds its
@@ -59,9 +60,10 @@ func Open(dir string) (*Journal, error) {
 		return nil, refuse(err, "make the state folder writable and give it room")
 	}
 	j := &Journal{db: db, path: path,
-		ops:      make(map[maint.OpID]*maint.Op),
-		reserved: make(map[maint.OpID]maint.Reservation),
-		changed:  make(chan struct{})}
+		ops:       make(map[maint.OpID]*maint.Op),
+		reserved:  make(map[maint.OpID]maint.Reservation),
+		scheduled: maint.NewScheduled(),
+		changed:   make(chan struct{})}
 	if err := j.load(); err != nil {
 		db.Close()
 		return nil, refuse(err, "the file is damaged or was written by a newer belayd; move it away to start with an empty history")
@@ -162,6 +164,12 @@ func (j *Journal) Append(recs ...maint.Record) error {
 	trial := make(map[maint.OpID]*maint.Op)
 	for i := range recs {
 		recs[i].Seq, recs[i].Time = j.last+uint64(i)+1, now
+		if recs[i].Kind == maint.RecEvent {
+			if err := json.Unmarshal(recs[i].Data, new(maint.EventChange)); err != nil {
+				return fmt.Errorf("cannot read a change of scheduled events: %w", err)
+			}
+			continue
+		}
 		if isReservation(recs[i].Kind) {
 			continue
 		}
@@ -224,6 +232,8 @@ func (j *Journal) apply(r maint.Record) error {
 	case maint.RecReleased:
 		delete(j.reserved, r.Op)
 		return nil
+	case maint.RecEvent:
+		return j.foldScheduled(r)
 	}
 	op := j.ops[r.Op]
 	if op == nil {
@@ -321,8 +331,8 @@ func (j *Journal) Health() error {
 	return j.failed
 }
 
-// Prune deletes the records of operations that ended before t and of
-// reservations that lapsed before t. It returns how many records went.
+// Prune deletes the records of operations and scheduled events that ended before t,
+// and of reservations that lapsed before t. It returns how many records went.
 func (j *Journal) Prune(t time.Time) (int, error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -334,6 +344,7 @@ func (j *Journal) Prune(t time.Time) (int, error) {
 	}
 	// The destination has no other record of a move than its reservation:
 	// the live ones stay, of the others the records older than t go.
+	events := newCompaction(t)
 	stale := func(r maint.Record) bool {
 		if isReservation(r.Kind) {
 			res, held := j.reserved[r.Op]
@@ -350,11 +361,21 @@ func (j *Journal) Prune(t time.Time) (int, error) {
 			if err := json.Unmarshal(v, &r); err != nil {
 				return err
 			}
+			if r.Kind == maint.RecEvent {
+				return events.add(r)
+			}
 			if stale(r) {
 				keys = append(keys, slices.Clone(k))
 			}
 			return nil
 		})
+		if err != nil {
+			return err
+		}
+		for _, seq := range events.replaced() {
+			keys = append(keys, key(seq))
+		}
+		inPlace, there, err := events.record()
 		if err != nil {
 			return err
 		}
@@ -364,6 +385,14 @@ func (j *Journal) Prune(t time.Time) (int, error) {
 			}
 		}
 		n = len(keys)
+		if there {
+			n--
+			v, err := json.Marshal(inPlace)
+			if err != nil {
+				return err
+			}
+			return b.Put(key(inPlace.Seq), v)
+		}
 		return nil
 	})
 	if err != nil {
@@ -372,6 +401,7 @@ func (j *Journal) Prune(t time.Time) (int, error) {
 	for id := range gone {
 		delete(j.ops, id)
 	}
+	forget(j.scheduled, t)
 	for id, res := range j.reserved {
 		if res.Expires.Before(t) {
 			delete(j.reserved, id)

@@ -138,6 +138,7 @@ const (
 	RecEnded      RecordKind = "ended"       // Data is an Ending
 	RecReserved   RecordKind = "reserved"    // room kept for an arriving guest; Data is the Reservation
 	RecReleased   RecordKind = "released"    // that room was given up
+	RecEvent      RecordKind = "event"       // scheduled events; Data is the EventChange
 )
 
 // Record is one line of the journal: a fact or an intent, on disk before

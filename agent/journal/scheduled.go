@@ -1,0 +1,83 @@
+package journal
+
+import (
+	"encoding/json"
+	"maps"
+	"slices"
+	"time"
+
+	"belay/agent/maint"
+)
+
+// Scheduled returns what the journal has of scheduled events.
+func (j *Journal) Scheduled() maint.Scheduled {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return maint.Scheduled{Events: maps.Clone(j.scheduled.Events), Incarnations: maps.Clone(j.scheduled.Incarnations),
+		Listeners: maps.Clone(j.scheduled.Listeners), Campaigns: maps.Clone(j.scheduled.Campaigns)}
+}
+
+// foldScheduled applies a record about scheduled events.
+func (j *Journal) foldScheduled(r maint.Record) error {
+	var c maint.EventChange
+	if err := json.Unmarshal(r.Data, &c); err != nil {
+		return err
+	}
+	j.scheduled.Fold(c)
+	return nil
+}
+
+// compaction makes one record of all those about scheduled events that are older
+// than a moment, without what ended before it.
+type compaction struct {
+	before time.Time
+	state  maint.Scheduled // the fold of the old ones
+	old    []maint.Record
+	done   bool // one that is not old was met: what follows it is not either
+}
+
+func newCompaction(before time.Time) *compaction {
+	return &compaction{before: before, state: maint.NewScheduled()}
+}
+
+// add takes the next record.
+func (c *compaction) add(r maint.Record) error {
+	if c.done = c.done || !r.Time.Before(c.before); c.done {
+		return nil
+	}
+	var change maint.EventChange
+	if err := json.Unmarshal(r.Data, &change); err != nil {
+		return err
+	}
+	c.state.Fold(change)
+	c.old = append(c.old, r)
+	return nil
+}
+
+// record is what takes the place of the old ones, under the number of the last;
+// false: nothing is left to tell.
+func (c *compaction) record() (r maint.Record, there bool, err error) {
+	if len(c.old) == 0 {
+		return r, false, nil
+	}
+	forget(c.state, c.before)
+	change := maint.EventChange{Events: slices.Collect(maps.Values(c.state.Events)), Incarnations: c.state.Incarnations,
+		Listeners: c.state.Listeners, Campaigns: slices.Collect(maps.Values(c.state.Campaigns))}
+	r = c.old[len(c.old)-1]
+	r.Data, err = json.Marshal(change)
+	return r, !change.Empty(), err
+}
+
+// replaced are the numbers of the records in whose place it stands.
+func (c *compaction) replaced() (seqs []uint64) {
+	for _, r := range c.old {
+		seqs = append(seqs, r.Seq)
+	}
+	return seqs
+}
+
+// forget drops what ended before a moment.
+func forget(s maint.Scheduled, before time.Time) {
+	maps.DeleteFunc(s.Events, func(_ maint.EventID, e maint.ScheduledEvent) bool { return e.State.Over() && e.Ended.Before(before) })
+	maps.DeleteFunc(s.Campaigns, func(_ maint.CampaignID, k maint.Campaign) bool { return !k.Closed.IsZero() && k.Closed.Before(before) })
+}
