@@ -225,6 +225,23 @@ func (h *Host) SetAutostart(ctx context.Context, uuid string, on bool) error {
 	return err
 }
 
+// SetNote keeps a text with a guest.
+func (h *Host) SetNote(ctx context.Context, uuid, text string) error {
+	_, err := onGuest(ctx, h, "SetNote", uuid, func(g *guest) (struct{}, error) {
+		if err := g.idle(); err != nil {
+			return struct{}{}, err
+		}
+		g.note = text
+		return struct{}{}, nil
+	})
+	return err
+}
+
+// Note gives it back.
+func (h *Host) Note(ctx context.Context, uuid string) (string, error) {
+	return onGuest(ctx, h, "Note", uuid, func(g *guest) (string, error) { return g.note, nil })
+}
+
 // Define makes a guest persistent, or adds one that is shut off.
 func (h *Host) Define(ctx context.Context, text string) error {
 	_, err := locked(ctx, h, "Define", func() (struct{}, error) {

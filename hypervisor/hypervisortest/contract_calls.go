@@ -97,6 +97,8 @@ func testUnknownGuest(t *testing.T, env Env) {
 			"DryRun":           func() error { return h.DryRun(ctx, uuid, maint.MoveParams{DestURI: env.B.URI()}) },
 			"Migrate":          func() error { return h.Migrate(ctx, uuid, maint.MoveParams{DestURI: env.B.URI()}) },
 			"SetAutostart":     func() error { return h.SetAutostart(ctx, uuid, true) },
+			"SetNote":          func() error { return h.SetNote(ctx, uuid, "x") },
+			"Note":             func() error { _, err := h.Note(ctx, uuid); return err },
 			"UndefineInactive": func() error { return h.UndefineInactive(ctx, uuid) },
 			"Suspend":          func() error { return h.Suspend(ctx, uuid) },
 			"Resume":           func() error { return h.Resume(ctx, uuid) },
@@ -125,6 +127,13 @@ func testDefinitions(t *testing.T, env Env) {
 		must(t, h.SetAutostart(ctx, uuid, on))
 		if g := look(t, env.A, uuid); g.Autostart != on {
 			t.Errorf("autostart is %t after SetAutostart(%t)", g.Autostart, on)
+		}
+	}
+
+	for _, text := range []string{"", `{"a":"<b>&amp;ü ]]>"}`, "another", "", ""} {
+		must(t, h.SetNote(ctx, uuid, text))
+		if got, err := h.Note(ctx, uuid); err != nil || got != text {
+			t.Errorf("note %q, %v, not %q", got, err, text)
 		}
 	}
 

@@ -29,9 +29,13 @@ func testMove(t *testing.T, env Env) {
 	ctx := t.Context()
 	uuid := newGuest(t, env, "move")
 	w := watch(t, env, uuid)
+	must(t, env.A.Hypervisor().SetNote(ctx, uuid, "goes along"))
 	must(t, env.A.Hypervisor().Migrate(ctx, uuid, maint.MoveParams{DestURI: env.B.URI(), Persist: true}))
 
 	wantState(t, env.B, uuid, maint.GuestRunning, "migrated")
+	if text, err := env.B.Hypervisor().Note(ctx, uuid); err != nil || text != "goes along" {
+		t.Errorf("note %q, %v", text, err)
+	}
 	if g := look(t, env.B, uuid); !g.Persistent || g.Job != "" {
 		t.Errorf("guest on the destination: %+v", g)
 	}

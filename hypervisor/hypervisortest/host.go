@@ -39,6 +39,7 @@ type Host struct {
 type guest struct {
 	maint.Guest
 	definition string        // XML given to Define, "" for one made up
+	note       string        // that is kept with it
 	completed  *maint.Job    // statistics of the last job that succeeded
 	out, in    *migration    // the migration it leaves or comes by
 	late       chan struct{} // closed when the last Suspend was answered; nil before any

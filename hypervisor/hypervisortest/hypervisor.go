@@ -29,6 +29,8 @@ type Hypervisor interface {
 	SetAutostart(ctx context.Context, uuid string, on bool) error
 	Define(ctx context.Context, xml string) error
 	UndefineInactive(ctx context.Context, uuid string) error
+	SetNote(ctx context.Context, uuid, text string) error
+	Note(ctx context.Context, uuid string) (string, error)
 
 	Warm(ctx context.Context, n int) error
 	Suspend(ctx context.Context, uuid string) error

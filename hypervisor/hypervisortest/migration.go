@@ -113,7 +113,7 @@ func (h *Host) begin(uuid string, p maint.MoveParams) (*migration, error) {
 		done:      make(chan struct{}),
 	}
 	g.out = m
-	arriving := &guest{Guest: g.Guest, in: m, there: g.there, back: g.back}
+	arriving := &guest{Guest: g.Guest, note: g.note, in: m, there: g.there, back: g.back}
 	dst.start(arriving)
 	arriving.become(maint.GuestPaused, "migrating")
 	arriving.Persistent, arriving.Autostart = false, false
