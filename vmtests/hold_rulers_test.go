@@ -369,7 +369,11 @@ func (e *trial) wrong(ctx context.Context, limit func(observer.Gap) time.Duratio
 		if told.Clock == nil && lost > stale+e.noise || told.Clock != nil && told.Clock.State == maint.ClockSynchronised && off.Abs() > stale+e.noise {
 			say("%s's clock is off by %s, was by %s, and is said to be %+v", name, off, e.clock[name], told.Clock)
 		}
-		if d := (told.Pause - stood).Abs(); told.Pause > 0 && d > 500*time.Millisecond+e.noise {
+		d := (told.Pause - stood).Abs()
+		if told.AtMost {
+			d = stood - told.Pause
+		}
+		if told.Pause > 0 && d > 500*time.Millisecond+e.noise {
 			say("%s stood still for %s, and is said to have for %s", name, stood, told.Pause)
 		}
 		if told.Left != "" && stood > time.Second+e.noise {

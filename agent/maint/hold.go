@@ -22,6 +22,8 @@ type HoldRequest struct {
 	// When it has passed the guests are released whatever the step does.
 	MaxPause time.Duration `json:"max_pause_ns,omitempty"`
 	Reason   string        `json:"reason,omitempty"`
+	// Emergency waives the guests' notice, and says why.
+	Emergency string `json:"emergency,omitempty"`
 }
 
 // HostStep is one thing done to the host: a command or a job of a systemd unit.
@@ -64,6 +66,9 @@ type HeldGuest struct {
 	Paused   time.Time     `json:"paused,omitzero"`   // before its vCPUs were asked to stop
 	Released time.Time     `json:"released,omitzero"` // when they were known to run again
 	Pause    time.Duration `json:"pause_ns,omitempty"`
+	// AtMost: when it began to run again was not seen, as libvirt had died, so
+	// Released is later than that and Pause longer.
+	AtMost bool `json:"at_most,omitempty"`
 	// ReleasedBy is "belayd", "leash", or "somebody else".
 	ReleasedBy string       `json:"released_by,omitempty"`
 	Clock      *ClockReport `json:"clock,omitempty"`

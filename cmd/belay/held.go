@@ -46,7 +46,11 @@ func printHeld(w io.Writer, op maint.Op) {
 		if k := g.Clock; k != nil {
 			before, after, stale = offset(k.Before), clockState(*k), staleness(*k)
 		}
-		row(w, g.Guest, span(g.Pause), dash(g.ReleasedBy), before, after, stale)
+		pause := span(g.Pause)
+		if g.AtMost {
+			pause = "≤ " + pause
+		}
+		row(w, g.Guest, pause, dash(g.ReleasedBy), before, after, stale)
 	}
 	for _, g := range op.Held.Guests { // below: they can be long
 		if k := g.Clock; g.Left == "" && k != nil && clockReason(*k) != "" {

@@ -31,7 +31,7 @@ func (p *pause) credit(ctx context.Context) {
 			g = p.add(p.order.Guests[i], time.Time{})
 		}
 		if g.ReleasedBy != belayd {
-			g.ReleasedBy, g.Released, g.Pause, g.Problem = leash, e.Time, 0, nil
+			g.ReleasedBy, g.Released, g.Pause, g.AtMost, g.Problem = leash, e.Time, 0, false, nil
 		}
 	}
 	for _, g := range p.guests {

@@ -106,6 +106,7 @@ func (p *pause) look(ctx context.Context, g *held) (done, paused bool) {
 				return false, false
 			}
 		}
+		g.AtMost = true
 		if g.resuming {
 			p.released(g, belayd)
 			return true, false
