@@ -15,6 +15,7 @@ import (
 	"belay/agent/run"
 	"belay/hypervisor"
 	"belay/migrate"
+	"belay/notify/board"
 	"belay/patch/preserve"
 	"belay/patch/vmm"
 )
@@ -28,6 +29,7 @@ type Hypervisor interface {
 	Inspector
 	Definer
 	Follower
+	Noter
 	preserve.Host
 	vmm.QEMU
 	vmm.Starter
@@ -47,6 +49,12 @@ type Definer interface {
 	SetAutostart(ctx context.Context, uuid string, on bool) error
 }
 
+// Noter keeps a text with a guest, wherever it goes.
+type Noter interface {
+	SetNote(ctx context.Context, uuid, text string) error
+	Note(ctx context.Context, uuid string) (string, error)
+}
+
 // Follower follows jobs and events.
 type Follower interface {
 	Job(ctx context.Context, uuid string) (maint.Job, error)
@@ -61,6 +69,7 @@ type Journal interface {
 	Reservations(now time.Time) []maint.Reservation
 	Reservation(id maint.OpID) (maint.Reservation, bool)
 	Records(id maint.OpID) ([]maint.Record, error)
+	Scheduled() maint.Scheduled
 	Changed() <-chan struct{}
 	Health() error
 	Prune(before time.Time) (int, error)
@@ -81,6 +90,7 @@ type Agent struct {
 	view    *inventory
 
 	preserve Preserve
+	keeper   *board.Keeper // of scheduled events
 
 	requests chan func()
 	life     context.Context
@@ -107,6 +117,7 @@ func New(cfg config.Config, version string, hyp Hypervisor, j Journal, b Preserv
 		since: time.Now(), requests: make(chan func()),
 		peers: make(map[string]*peer), live: make(map[maint.OpID]*liveOp)}
 	a.life, a.endLife = context.WithCancel(context.Background())
+	a.keeper = newKeeper(a)
 	a.view = newInventory(hyp, log)
 	a.metrics = newMetrics(a)
 	for name, p := range cfg.Peers {
@@ -130,6 +141,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.sweepLeashes()
 	a.resume()
 	helpers.Go(func() { a.bringHome(a.life) })
+	helpers.Go(func() { a.followEvents(a.life) })
 	for ctx.Err() == nil {
 		select {
 		case f := <-a.requests:
@@ -232,6 +244,8 @@ func (a *Agent) runToEnd(ctx context.Context, op maint.Op) {
 		switch {
 		case err == nil:
 			a.metrics.ended(op, outcome)
+			ended, _ := a.journal.Op(op.ID)
+			a.endEvents(ended)
 			return
 		case a.life.Err() != nil:
 			a.log.Info("operation left open for the next start", "op", op.ID)

@@ -162,7 +162,10 @@ func (a *Agent) arriving(ctx context.Context, from string, r maint.Arrival) bool
 }
 
 // Release gives up a reservation. One that is not held is no failure.
-func (a *Agent) Release(_ context.Context, from string, id maint.OpID) error {
+func (a *Agent) Release(ctx context.Context, from string, id maint.OpID) error {
+	if res, ok := a.journal.Reservation(id); ok && res.From == from {
+		a.endArrival(ctx, id, res.GuestUUID)
+	}
 	a.arrivals.Lock()
 	defer a.arrivals.Unlock()
 	for _, res := range a.journal.Reservations(time.Now()) {
@@ -218,6 +221,9 @@ func (a *Agent) Settle(ctx context.Context, from string, s maint.Settlement) err
 			return err
 		}
 		g.Persistent = true
+	}
+	if err := a.adopt(ctx, s); err != nil {
+		return err
 	}
 	if g.Persistent && g.Autostart != s.Autostart {
 		return a.hyp.SetAutostart(ctx, s.GuestUUID, s.Autostart)

@@ -71,6 +71,7 @@ func (a *Agent) Hold(ctx context.Context, by string, r maint.HoldRequest) (maint
 	if len(r.Guests) == 1 {
 		op.Guest = r.Guests[0]
 	}
+	a.tell(&op)
 	return a.submit(ctx, what, op)
 }
 
@@ -84,14 +85,14 @@ func (a *Agent) checkHold(r maint.HoldRequest) error {
 	case r.MaxPause < config.MinPause || r.MaxPause > most:
 		return badRequest("max_pause", fmt.Sprintf("choose one from %s to %s (hold.max_pause_limit)", config.MinPause, most), "%s is out of range", r.MaxPause)
 	}
-	return cmp.Or(checkReason(r.Reason), checkNames(r))
+	return cmp.Or(checkReason(r.Reason), checkReason(r.Emergency), checkNames(r))
 }
 
 // holdSteps wires the phases of a hold to the runner.
 func (a *Agent) holdSteps(op maint.Op) []run.Step {
 	h := &preserve.Hold{Op: op.ID, Request: *op.Hold, MaxPause: op.Hold.MaxPause, Host: a.hyp,
 		Leash: a.preserve.Leash, Steps: a.preserve.Steps, Clocks: a.preserve.Clocks, Log: a.log.With("op", op.ID)}
-	return []run.Step{
+	steps := []run.Step{
 		{Name: preserve.PhasePreflight,
 			Do: func(ctx context.Context, s *run.Scratch) error { return h.Preflight(ctx, s) }},
 		{Name: preserve.PhaseHold, Commit: true,
@@ -118,6 +119,7 @@ func (a *Agent) holdSteps(op maint.Op) []run.Step {
 					preserve.Verify(*now.Held, now.Leash, op.Hold.MaxPause))
 			}},
 	}
+	return a.told(op, preserve.PhaseHold, steps)
 }
 
 // afterFailure is what there is to tell of a hold that failed beside why it did.

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -40,6 +41,7 @@ func (a *Agent) Migrate(ctx context.Context, by string, r maint.MigrateRequest) 
 	now := time.Now()
 	op := maint.Op{ID: newOpID("mig", now), Kind: maint.OpMigrate, Guest: g.Name, GuestUUID: g.UUID,
 		Peer: p.name, By: by, Reason: r.Reason, Deadline: now.Add(r.Timeout), Migrate: &r}
+	a.tell(&op)
 	return a.submit(ctx, what, op)
 }
 
@@ -60,7 +62,7 @@ func (a *Agent) checkRequest(r maint.MigrateRequest) error {
 		return refuse(fmt.Sprintf("cannot migrate guest %s to %s", r.Guest, r.To),
 			maint.Problemf(maint.CodeSameHost, "host "+r.To, "name a peer", "is this host"))
 	}
-	return checkReason(r.Reason)
+	return cmp.Or(checkReason(r.Reason), checkReason(r.Emergency))
 }
 
 // migrateSteps wires the phases of a migration to the runner.
@@ -71,28 +73,29 @@ func (a *Agent) migrateSteps(op maint.Op) []run.Step {
 	}
 	m := &migrate.Migration{
 		Op: op.ID, Guest: op.Guest, UUID: op.GuestUUID, From: a.cfg.Host, To: p.name,
-		Source: source{a.hyp}, Destination: p.to, Log: a.log.With("op", op.ID),
+		Source: source{a.hyp}, Destination: carrying{p.to, a}, Log: a.log.With("op", op.ID),
 		Params: maint.MoveParams{DestURI: p.cfg.LibvirtURI, MigrateURI: p.cfg.MigrateURI,
 			TLS: a.cfg.Migration.TLS, BandwidthMiBs: op.Migrate.BandwidthMiBs},
 		Deadline: op.Deadline,
 		Progress: func(j maint.Job) { a.progress.Store(op.ID, j) },
 	}
-	return []run.Step{
+	steps := []run.Step{
 		{Name: migrate.PhasePreflight,
 			Do: func(ctx context.Context, s *run.Scratch) error { return m.Preflight(ctx, s) }},
 		{Name: migrate.PhaseReserve,
 			Do:   func(ctx context.Context, s *run.Scratch) error { return m.Reserve(ctx, s) },
 			Undo: func(ctx context.Context, s *run.Scratch) error { return m.Release(ctx, s) }},
 		{Name: migrate.PhasePerform, Commit: true,
-			Do: func(ctx context.Context, s *run.Scratch) error {
+			Do: a.noted(op, func(ctx context.Context, s *run.Scratch) error {
 				return unlessUnsettled(op, m.Perform(ctx, a.life, s))
-			},
+			}),
 			Undo: func(ctx context.Context, s *run.Scratch) error { return m.Cancel(ctx, s) }},
 		{Name: migrate.PhaseVerify,
 			Do: func(ctx context.Context, s *run.Scratch) error { return unlessUnsettled(op, m.Verify(ctx, s)) }},
 		{Name: migrate.PhaseFinish,
 			Do: func(ctx context.Context, s *run.Scratch) error { return a.finish(ctx, m, op, s) }},
 	}
+	return a.told(op, migrate.PhasePerform, steps)
 }
 
 // unlessUnsettled gives err, as one that ends the operation without any undo
@@ -107,6 +110,11 @@ func unlessUnsettled(op maint.Op, err error) error {
 // finish writes down what was measured and gives the reservation up. Neither
 // can fail the operation: the guest has moved and is verified.
 func (a *Agent) finish(ctx context.Context, m *migrate.Migration, op maint.Op, s *run.Scratch) error {
+	if err := a.leave(op.GuestUUID); err != nil {
+		if err := s.Note("the guest's events could not be given up here: %v", err); err != nil {
+			return err
+		}
+	}
 	result, err := m.Measure(ctx)
 	if err != nil {
 		if err := s.Note("what the migration measured could not be read: %v", err); err != nil {

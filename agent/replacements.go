@@ -47,7 +47,7 @@ func (a *Agent) replace(ctx context.Context, by string, r maint.ReplaceRequest, 
 	case r.MaxPause < 0 || r.MaxPause > maxTimeout:
 		return maint.Op{}, maint.Problemf(maint.CodeBadRequest, "max_pause", fmt.Sprintf("choose one up to %s", maxTimeout), "%s is out of range", r.MaxPause)
 	}
-	if err := checkReason(r.Reason); err != nil {
+	if err := cmp.Or(checkReason(r.Reason), checkReason(r.Emergency)); err != nil {
 		return maint.Op{}, err
 	}
 	g, where, err := a.toReplace(ctx, what, r.Guest)
@@ -85,6 +85,9 @@ func (a *Agent) replace(ctx context.Context, by string, r maint.ReplaceRequest, 
 	now := time.Now()
 	op := maint.Op{ID: newOpID("vmm", now), Kind: maint.OpReplace, Guest: g.Name, GuestUUID: g.UUID, By: by,
 		Reason: r.Reason, Deadline: now.Add(replaceTimeout), Replace: &r}
+	if where != inTwin && g.State.Active() { // one that is to go on feels nothing that it has not felt
+		a.tell(&op)
+	}
 	return a.submitIf(ctx, what, op, func() error { // no operation can begin to bring it home meanwhile
 		if e, there := a.findElsewhere(g); homeOnly && (!there || e.Where != inTwin) {
 			return errNotInTwin
@@ -147,7 +150,7 @@ func (a *Agent) replaceSteps(op maint.Op) []run.Step {
 	r := &vmm.Replacement{Op: op.ID, Guest: op.Guest, UUID: op.GuestUUID, Method: op.Replace.Method, MaxPause: op.Replace.MaxPause,
 		Host: vmmHost{a.hyp}, Places: a.preserve.Places, Log: a.log.With("op", op.ID),
 		BeforePause: l.arm, PointOfNoReturn: l.pass}
-	return []run.Step{
+	return a.told(op, vmm.PhaseSwap, []run.Step{
 		{Name: vmm.PhasePreflight,
 			Do: func(ctx context.Context, s *run.Scratch) error { return r.Preflight(ctx, s) }},
 		{Name: vmm.PhasePrepare,
@@ -171,7 +174,7 @@ func (a *Agent) replaceSteps(op maint.Op) []run.Step {
 			return errors.Join(s.Record(maint.RecReplaced, result), r.Prove(ctx, s))
 		}},
 		{Name: vmm.PhaseFinish, Do: func(ctx context.Context, s *run.Scratch) error { return r.Finish(ctx, s) }},
-	}
+	})
 }
 
 // unlessBetween gives err, as one that ends the operation without any undo

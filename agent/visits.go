@@ -93,7 +93,7 @@ func (a *Agent) visitSteps(op maint.Op) []run.Step {
 			}
 		}
 	}
-	return []run.Step{
+	return a.told(op, twin.PhaseOut, []run.Step{
 		{Name: twin.PhasePreflight,
 			Do: func(ctx context.Context, s *run.Scratch) error { return v.Preflight(ctx, s) }},
 		{Name: twin.PhaseOut,
@@ -114,7 +114,7 @@ func (a *Agent) visitSteps(op maint.Op) []run.Step {
 				result.Clock = &clock
 				return s.Record(maint.RecReplaced, result)
 			}},
-	}
+	})
 }
 
 // The leashes of a visit are its operation's with these words after its ID.

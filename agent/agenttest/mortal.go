@@ -88,6 +88,16 @@ func (m mortalHost) SetAutostart(ctx context.Context, uuid string, on bool) erro
 	return m.Hypervisor.SetAutostart(ctx, uuid, on)
 }
 
+func (m mortalHost) SetNote(ctx context.Context, uuid, text string) error {
+	defer m.around("SetNote")()
+	return m.Hypervisor.SetNote(ctx, uuid, text)
+}
+
+func (m mortalHost) Note(ctx context.Context, uuid string) (string, error) {
+	defer m.around("Note")()
+	return m.Hypervisor.Note(ctx, uuid)
+}
+
 func (m mortalHost) State(ctx context.Context, uuid string) (maint.GuestState, string, error) {
 	defer m.around("State")()
 	return m.Hypervisor.State(ctx, uuid)

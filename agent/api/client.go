@@ -161,6 +161,56 @@ func (c *Client) Watch(ctx context.Context, id maint.OpID, f func(maint.Op)) (ma
 	return op, nil
 }
 
+// Events lists scheduled events, those that are over only with all.
+func (c *Client) Events(ctx context.Context, all bool) (events []maint.ScheduledEvent, err error) {
+	return events, c.call(ctx, "GET", "/v1/events?all="+digit(all), nil, &events)
+}
+
+func digit(b bool) string {
+	if b {
+		return "1"
+	}
+	return "0"
+}
+
+func eventPath(id maint.EventID) string { return "/v1/events/" + url.PathEscape(string(id)) }
+
+// Event looks one up.
+func (c *Client) Event(ctx context.Context, id maint.EventID) (e maint.ScheduledEvent, err error) {
+	return e, c.call(ctx, "GET", eventPath(id), nil, &e)
+}
+
+// ApproveEvent has one start as soon as it can.
+func (c *Client) ApproveEvent(ctx context.Context, id maint.EventID, reason string) (e maint.ScheduledEvent, err error) {
+	return e, c.call(ctx, "POST", eventPath(id)+"/approve", Reason{reason}, &e)
+}
+
+// CancelEvent calls one off that has not started.
+func (c *Client) CancelEvent(ctx context.Context, id maint.EventID, reason string) (e maint.ScheduledEvent, err error) {
+	return e, c.call(ctx, "POST", eventPath(id)+"/cancel", Reason{reason}, &e)
+}
+
+// WatchEvents calls f with the scheduled events now and after every change, until
+// f fails or ctx ends.
+func (c *Client) WatchEvents(ctx context.Context, all bool, f func([]maint.ScheduledEvent) error) error {
+	resp, err := c.do(ctx, "GET", "/v1/events?watch=1&all="+digit(all), nil)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	body := &io.LimitedReader{R: resp.Body}
+	for d := json.NewDecoder(bufio.NewReader(body)); ; {
+		var events []maint.ScheduledEvent
+		body.N = c.most
+		if err := d.Decode(&events); err != nil {
+			return c.unreachable(ctx, err)
+		}
+		if err := f(events); err != nil {
+			return err
+		}
+	}
+}
+
 // Check asks a peer whether a guest may come.
 func (c *Client) Check(ctx context.Context, a maint.Arrival) (ps []maint.Problem, err error) {
 	return ps, c.call(ctx, "POST", "/v1/peer/checks", a, &ps)

@@ -1,12 +1,14 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"testing"
 
@@ -93,6 +95,26 @@ func (f *fakeAgent) Replace(_ context.Context, by string, r maint.ReplaceRequest
 
 func (f *fakeAgent) ReplaceChoices(_ context.Context, guest string) ([]maint.VMMChoice, error) {
 	return []maint.VMMChoice{{Method: maint.VMMCopy}}, f.called("ReplaceChoices "+guest, "")
+}
+
+func (f *fakeAgent) Events(_ context.Context, all bool) ([]maint.ScheduledEvent, error) {
+	return nil, f.called("Events "+strconv.FormatBool(all), "")
+}
+
+func (f *fakeAgent) Event(_ context.Context, id maint.EventID) (maint.ScheduledEvent, error) {
+	return maint.ScheduledEvent{}, f.called("Event "+string(id), "")
+}
+
+func (f *fakeAgent) WatchEvents(_ context.Context, all bool, tell func([]maint.ScheduledEvent) error) error {
+	return cmp.Or(tell([]maint.ScheduledEvent{{ID: "e"}}), f.called("WatchEvents "+strconv.FormatBool(all), ""))
+}
+
+func (f *fakeAgent) ApproveEvent(_ context.Context, by string, id maint.EventID, reason string) (maint.ScheduledEvent, error) {
+	return maint.ScheduledEvent{}, f.called("ApproveEvent "+string(id)+" "+reason, by)
+}
+
+func (f *fakeAgent) CancelEvent(_ context.Context, by string, id maint.EventID, reason string) (maint.ScheduledEvent, error) {
+	return maint.ScheduledEvent{}, f.called("CancelEvent "+string(id)+" "+reason, by)
 }
 
 func (f *fakeAgent) Clock(_ context.Context, guest string) ([]maint.ClockReport, error) {

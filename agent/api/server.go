@@ -44,6 +44,23 @@ type Operations interface {
 	Abort(ctx context.Context, by string, id maint.OpID) (maint.Op, error)
 }
 
+// Events are the guests' scheduled events.
+type Events interface {
+	// Events lists them, those that are over only with all.
+	Events(ctx context.Context, all bool) ([]maint.ScheduledEvent, error)
+	Event(ctx context.Context, id maint.EventID) (maint.ScheduledEvent, error)
+	// WatchEvents calls f with them now and after every change, until f fails or
+	// ctx ends.
+	WatchEvents(ctx context.Context, all bool, f func([]maint.ScheduledEvent) error) error
+	ApproveEvent(ctx context.Context, by string, id maint.EventID, reason string) (maint.ScheduledEvent, error)
+	CancelEvent(ctx context.Context, by string, id maint.EventID, reason string) (maint.ScheduledEvent, error)
+}
+
+// Reason is the body of a request that wants nothing but a reason.
+type Reason struct {
+	Reason string `json:"reason,omitempty"`
+}
+
 // Clocks are the guests' clocks.
 type Clocks interface {
 	// Clock measures the clock of one guest, or of all that run for "".
@@ -77,6 +94,7 @@ type Agent interface {
 	Viewing
 	Operations
 	Clocks
+	Events
 	PeerSide
 }
 
@@ -112,7 +130,11 @@ func routes(a Agent) []route {
 		{"GET", "/v1/ops", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Ops(r.Context()) }},
 		{"GET", "/v1/ops/{id}", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Op(r.Context(), opID(r)) }},
 		{"GET", "/v1/ops/{id}/records", viewers, func(r *http.Request, c Caller) (any, error) { return records(r.Context(), a, opID(r), c) }},
-		{"GET", "/v1/ops/{id}/watch", viewers, nil}, // streams, see Handler
+		{"GET", "/v1/ops/{id}/watch", viewers, func(r *http.Request, _ Caller) (any, error) {
+			return stream(func(tell func(any) error) error {
+				return a.Watch(r.Context(), opID(r), func(op maint.Op) error { return tell(op) })
+			}), nil
+		}},
 		{"POST", "/v1/migrations", operators, func(r *http.Request, c Caller) (any, error) {
 			return with(r, func(q maint.MigrateRequest) (any, error) { return a.Migrate(r.Context(), c.Name, q) })
 		}},
@@ -124,6 +146,14 @@ func routes(a Agent) []route {
 		}},
 		{"GET", "/v1/guests/{guest}/replacements", operators, func(r *http.Request, _ Caller) (any, error) {
 			return a.ReplaceChoices(r.Context(), r.PathValue("guest"))
+		}},
+		{"GET", "/v1/events", viewers, func(r *http.Request, _ Caller) (any, error) { return events(r, a) }},
+		{"GET", "/v1/events/{id}", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Event(r.Context(), eventID(r)) }},
+		{"POST", "/v1/events/{id}/approve", operators, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q Reason) (any, error) { return a.ApproveEvent(r.Context(), c.Name, eventID(r), q.Reason) })
+		}},
+		{"POST", "/v1/events/{id}/cancel", operators, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q Reason) (any, error) { return a.CancelEvent(r.Context(), c.Name, eventID(r), q.Reason) })
 		}},
 		{"GET", "/v1/clocks", viewers, func(r *http.Request, _ Caller) (any, error) {
 			return a.Clock(r.Context(), r.URL.Query().Get("guest"))
@@ -169,7 +199,21 @@ func records(ctx context.Context, a Agent, id maint.OpID, c Caller) ([]maint.Rec
 	return recs, err
 }
 
-func opID(r *http.Request) maint.OpID { return maint.OpID(r.PathValue("id")) }
+// events lists scheduled events, with watch=1 now and after every change, and with
+// all=1 also those that are over.
+func events(r *http.Request, a Agent) (any, error) {
+	q := r.URL.Query()
+	all := q.Get("all") == "1"
+	if q.Get("watch") != "1" {
+		return a.Events(r.Context(), all)
+	}
+	return stream(func(tell func(any) error) error {
+		return a.WatchEvents(r.Context(), all, func(events []maint.ScheduledEvent) error { return tell(events) })
+	}), nil
+}
+
+func opID(r *http.Request) maint.OpID       { return maint.OpID(r.PathValue("id")) }
+func eventID(r *http.Request) maint.EventID { return maint.EventID(r.PathValue("id")) }
 
 // Handler serves a to callers that id names.
 func Handler(a Agent, id Identify, log *slog.Logger) http.Handler {
@@ -185,13 +229,13 @@ func Handler(a Agent, id Identify, log *slog.Logger) http.Handler {
 					"with role %q may not %s %s", c.Role, r.Method, r.URL.Path))
 				return
 			}
-			if rt.do == nil {
-				watch(w, r, a, log)
-				return
-			}
 			answer, err := rt.do(r, c)
 			if err != nil {
 				fail(w, r, log, err)
+				return
+			}
+			if s, many := answer.(stream); many {
+				watch(w, r, s, log)
 				return
 			}
 			reply(w, http.StatusOK, answer)
@@ -230,11 +274,14 @@ func with[T any](r *http.Request, f func(T) (any, error)) (any, error) {
 	return f(v)
 }
 
-// watch streams the operation as one JSON object a line.
-func watch(w http.ResponseWriter, r *http.Request, a Agent, log *slog.Logger) {
+// stream is an answer of many: it gives each to tell.
+type stream func(tell func(any) error) error
+
+// watch answers with one JSON value a line, each as it comes.
+func watch(w http.ResponseWriter, r *http.Request, s stream, log *slog.Logger) {
 	out := http.NewResponseController(w)
 	begun := false
-	err := a.Watch(r.Context(), opID(r), func(op maint.Op) error {
+	err := s(func(v any) error {
 		if !begun {
 			w.Header().Set("Content-Type", "application/x-ndjson")
 			begun = true
@@ -242,7 +289,7 @@ func watch(w http.ResponseWriter, r *http.Request, a Agent, log *slog.Logger) {
 		if err := out.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil && !errors.Is(err, http.ErrNotSupported) {
 			return err
 		}
-		if err := json.NewEncoder(w).Encode(op); err != nil {
+		if err := json.NewEncoder(w).Encode(v); err != nil {
 			return err
 		}
 		return out.Flush()

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -16,6 +17,8 @@ import (
 	"unicode"
 
 	"github.com/pelletier/go-toml/v2"
+
+	"belay/agent/maint"
 )
 
 // DefaultFile is read when no other file is named; it may be absent.
@@ -38,6 +41,7 @@ type Config struct {
 	Limits    Limits          `toml:"limits"`
 	Migration Migration       `toml:"migration"`
 	Hold      Hold            `toml:"hold"`
+	Events    Events          `toml:"events"`
 	Journal   Journal         `toml:"journal"`
 	Peers     map[string]Peer `toml:"peers"`
 }
@@ -79,6 +83,28 @@ type Hold struct {
 	CommandsBy string `toml:"commands_by"`
 	// Leash is the leash's program; "" finds it beside belayd's own.
 	Leash string `toml:"leash"`
+}
+
+// Events says how guests are told what will happen to them.
+type Events struct {
+	// Enabled has guests told, and waited for, by every operation that they feel.
+	Enabled bool `toml:"enabled"`
+	// Notice is how long before its start an event is announced, by impact
+	// ("Freeze"); never shorter than maint.MinimumNotice.
+	Notice map[string]Duration `toml:"notice"`
+	// Owners have guests in common: one event is about all of them, and an
+	// approval by one is by all.
+	Owners map[string]Owner `toml:"owners"`
+	// IMDSv1 has the view for EC2 answer without a token.
+	IMDSv1 bool `toml:"imds_v1"`
+	// EC2ShowsFreeze shows a freeze as system-maintenance in the view for EC2,
+	// on which some clients empty the guest.
+	EC2ShowsFreeze bool `toml:"ec2_shows_freeze"`
+}
+
+// Owner is somebody who has guests.
+type Owner struct {
+	Guests []string `toml:"guests"` // names, patterns of names ("shop-*"), or UUIDs
 }
 
 // Libvirt says how to reach this host's libvirt.
@@ -308,6 +334,21 @@ func (c *Config) check() error {
 	if c.Hold.Leash != "" && !filepath.IsAbs(c.Hold.Leash) {
 		bad("hold.leash", "%q is not an absolute path", c.Hold.Leash)
 	}
+	for impact, d := range c.Events.Notice {
+		key := "events.notice." + impact
+		if !slices.Contains(maint.Impacts, maint.Impact(impact)) {
+			bad(key, "there is no such impact; they are %v", maint.Impacts)
+		} else if least := maint.MinimumNotice(maint.Impact(impact)); d.Duration < least || d.Duration > maxNotice {
+			bad(key, "%s is not between %s and %s", d, least, maxNotice)
+		}
+	}
+	for name, o := range c.Events.Owners {
+		for _, g := range o.Guests {
+			if _, err := path.Match(g, ""); err != nil || g == "" {
+				bad("events.owners."+name, "%q is no name, pattern or UUID of guests", g)
+			}
+		}
+	}
 	if c.Journal.Keep.Duration <= 0 {
 		bad("journal.keep", "must be longer than 0")
 	}
@@ -350,6 +391,8 @@ const (
 	// MinPause is the shortest pause that can be asked for: the release
 	// itself takes a part of it.
 	MinPause = 500 * time.Millisecond
+	// maxNotice is the longest that guests can be given.
+	maxNotice = 7 * 24 * time.Hour
 	// maxPause is the longest that a leash can be armed for.
 	maxPause = 24 * time.Hour
 	// maxBandwidth is what a request for a migration may ask for, MiB/s.

@@ -54,6 +54,8 @@ type MigrateRequest struct {
 	// BandwidthMiBs limits the memory stream, in MiB/s; 0 is no limit.
 	BandwidthMiBs uint64 `json:"bandwidth_mib_s,omitempty"`
 	Reason        string `json:"reason,omitempty"`
+	// Emergency waives the guest's notice, and says why.
+	Emergency string `json:"emergency,omitempty"`
 }
 
 // Op is an operation: the fold of its records.
@@ -69,6 +71,8 @@ type Op struct {
 	Reason   string    `json:"reason,omitempty"`
 	Started  time.Time `json:"started"`
 	Deadline time.Time `json:"deadline"`
+	// Told says that guests are told beforehand, and have their notice.
+	Told bool `json:"told,omitempty"`
 
 	State    OpState         `json:"state"`
 	Step     string          `json:"step,omitempty"` // the step in progress

@@ -73,4 +73,6 @@ type Settlement struct {
 	// source, used only when libvirt did not bring it along.
 	Persistent bool   `json:"persistent"`
 	XML        string `json:"xml,omitempty"`
+	// Events are the guest's scheduled events, which it also has with it.
+	Events *GuestEvents `json:"events,omitempty"`
 }

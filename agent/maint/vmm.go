@@ -34,6 +34,8 @@ type ReplaceRequest struct {
 	// estimate is longer is refused. 0 is the host's default.
 	MaxPause time.Duration `json:"max_pause_ns,omitempty"`
 	Reason   string        `json:"reason,omitempty"`
+	// Emergency waives the guest's notice, and says why.
+	Emergency string `json:"emergency,omitempty"`
 }
 
 // VMMChoice is the planner's word on one method for one guest.

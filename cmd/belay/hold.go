@@ -97,6 +97,7 @@ from Belay by the code: with -o json, see "outcome" and "held.step.exit_code".`,
 	f.StringVar(&verify, "verify", "", "shell command that sees whether it worked, while the guests are still held")
 	f.StringVar(&undo, "undo", "", "shell command that takes it back when it, or --verify, failed")
 	f.StringVar(&r.Reason, "reason", "", "why, for the record")
+	emergencyFlag(f, &r.Emergency)
 	f.BoolVar(&detach, "detach", false, "print the operation's ID and return at once")
 	_ = c.RegisterFlagCompletionFunc("guest", a.completeGuests)
 	fixed(c, "job", "restart", "reload", "start", "stop")

@@ -49,6 +49,7 @@ runs where it ran before. Ctrl-C detaches: the migration goes on.`,
 	f.DurationVar(&r.Timeout, "timeout", 0, "cancel the copy after this time, the guest stays (default: belayd's migration.timeout)")
 	f.Uint64Var(&r.BandwidthMiBs, "bandwidth", 0, "limit for the memory stream in MiB/s (default: belayd's migration.bandwidth_mib_s)")
 	f.StringVar(&r.Reason, "reason", "", "why, for the record")
+	emergencyFlag(f, &r.Emergency)
 	f.BoolVar(&detach, "detach", false, "print the operation's ID and return at once")
 	f.DurationVar(&wait, "wait", 0, "wait no longer than this, then exit with 5 while the operation goes on (default: wait for its end)")
 	_ = c.RegisterFlagCompletionFunc("to", a.completePeers)

@@ -86,6 +86,7 @@ that belayd has answered.`,
 	f.StringVar(&method, "method", "", "how: "+list(methods())+" (default: the one with the shortest pause)")
 	f.DurationVar(&r.MaxPause, "max-pause", 0, "refuse a method whose estimated pause is longer; no limit to the pause itself (default: any)")
 	f.StringVar(&r.Reason, "reason", "", "why, for the record")
+	emergencyFlag(f, &r.Emergency)
 	f.BoolVar(&all, "all", false, "all guests that run, one after the other")
 	f.BoolVar(&dryRun, "dry-run", false, "only say what each method would cost, and what stands in its way")
 	f.BoolVar(&detach, "detach", false, "print the operation's ID and return at once")

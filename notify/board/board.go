@@ -15,10 +15,10 @@ const (
 	recent = time.Hour
 	// maxNotice bounds how far ahead an event may be announced.
 	maxNotice = 400 * 24 * time.Hour
-	// maxListeners bounds what one guest may register, and maxListenerWait for
-	// how long it is waited for.
+	// maxListeners bounds what one guest may register, and MaxListenerWait for
+	// how long a program may be waited for.
 	maxListeners    = 16
-	maxListenerWait = time.Hour
+	MaxListenerWait = time.Hour
 	maxListenerName = 64 // bytes
 	maxDescription  = 512
 )
@@ -254,8 +254,8 @@ func (b Board) Listen(guest string, l maint.Listener) (maint.EventChange, error)
 	switch {
 	case l.Name == "" || len(l.Name) > maxListenerName:
 		return maint.EventChange{}, maint.Problemf(maint.CodeBadRequest, "listener", fmt.Sprintf("use 1 to %d bytes", maxListenerName), "has a name of %d bytes", len(l.Name))
-	case l.Timeout <= 0 || l.Timeout > maxListenerWait:
-		return maint.EventChange{}, maint.Problemf(maint.CodeBadRequest, "listener "+l.Name, "choose a time-out up to "+maxListenerWait.String(), "has a time-out of %s", l.Timeout)
+	case l.Timeout <= 0 || l.Timeout > MaxListenerWait:
+		return maint.EventChange{}, maint.Problemf(maint.CodeBadRequest, "listener "+l.Name, "choose a time-out up to "+MaxListenerWait.String(), "has a time-out of %s", l.Timeout)
 	case len(all) == maxListeners:
 		return maint.EventChange{}, maint.Problemf(maint.CodeBadRequest, "listener "+l.Name, "unregister one", "is one too many: there are %d", maxListeners)
 	case slices.Contains(b.Listeners[guest], l):

@@ -355,7 +355,7 @@ func (w *world) Run(t *rapid.T) {
 			var carried maint.GuestEvents
 			from.See(func(b Board) { carried = b.Carry(time.Now(), web(g).UUID) })
 			lost := rapid.IntRange(0, 9).Draw(t, "lost") == 0 // with what it would have carried
-			if lost { // the clock is what is left then
+			if lost {                                         // the clock is what is left then
 				carried = maint.GuestEvents{UUID: web(g).UUID}
 				time.Sleep(time.Hour)
 			}

@@ -1,0 +1,116 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"time"
+
+	"belay/agent/maint"
+	"belay/agent/run"
+	"belay/migrate"
+	"belay/notify/board"
+)
+
+// A guest's events go with it in its definition (<metadata>), as a note that is
+// written before the copy. The settlement has them a second time, in case libvirt
+// did not bring them along.
+
+// carrying is a destination that is told of the guest's events.
+type carrying struct {
+	migrate.Destination
+	agent *Agent
+}
+
+func (c carrying) Settle(ctx context.Context, s maint.Settlement) error {
+	s.Events = c.agent.carried(s.GuestUUID)
+	return c.Destination.Settle(ctx, s)
+}
+
+// carried is what goes with a guest, nil for nothing.
+func (a *Agent) carried(uuid string) *maint.GuestEvents {
+	var g maint.GuestEvents
+	a.keeper.See(func(b board.Board) { g = b.Carry(time.Now(), uuid) })
+	if g.Incarnation == 0 && len(g.Listeners)+len(g.Campaigns) == 0 {
+		return nil
+	}
+	return &g
+}
+
+// noted has a step write the note before it does anything.
+func (a *Agent) noted(op maint.Op, do func(context.Context, *run.Scratch) error) func(context.Context, *run.Scratch) error {
+	return func(ctx context.Context, s *run.Scratch) error {
+		if g := a.carried(op.GuestUUID); g != nil {
+			text, err := json.Marshal(g)
+			if err != nil {
+				return err
+			}
+			// One that is taken up again has it, and may be on its way.
+			if err := a.hyp.SetNote(ctx, op.GuestUUID, string(text)); err != nil {
+				if now, _ := a.journal.Op(op.ID); now.Resumed == 0 {
+					return err
+				}
+				a.log.Info("the note of a guest's events was not written again", "op", op.ID, "err", err)
+			}
+		}
+		return do(ctx, s)
+	}
+}
+
+// leave forgets the events of a guest that has moved.
+func (a *Agent) leave(uuid string) error {
+	return a.keeper.Do(func(b board.Board, _ time.Time) (maint.EventChange, error) { return b.Leave(uuid), nil })
+}
+
+// adopt takes over the events of a guest that has arrived.
+func (a *Agent) adopt(ctx context.Context, s maint.Settlement) error {
+	g := maint.GuestEvents{UUID: s.GuestUUID}
+	note, err := a.hyp.Note(ctx, s.GuestUUID)
+	if err != nil {
+		return err
+	}
+	if note != "" {
+		if err := json.Unmarshal([]byte(note), &g); err != nil || g.UUID != s.GuestUUID {
+			a.log.Warn("the note of an arrived guest's events cannot be read", "guest", s.GuestUUID, "err", err)
+			g = maint.GuestEvents{UUID: s.GuestUUID}
+		}
+	}
+	if s.Events != nil && s.Events.UUID == s.GuestUUID && s.Events.Incarnation >= g.Incarnation {
+		if s.Events.Incarnation > g.Incarnation {
+			a.log.Warn("an arrived guest's events have not come with it, they are taken from its source", "guest", s.GuestUUID, "op", s.Op)
+		}
+		g = *s.Events
+	}
+	return a.keeper.Do(func(b board.Board, now time.Time) (maint.EventChange, error) { return b.Adopt(now, g), nil })
+}
+
+// endArrival ends the events of the operation by which a guest has come here.
+func (a *Agent) endArrival(ctx context.Context, id maint.OpID, uuid string) {
+	if len(a.openEvents(id)) == 0 {
+		return
+	}
+	op := maint.Op{ID: id, Kind: maint.OpMigrate, GuestUUID: uuid, Outcome: maint.OutcomeDone}
+	if job, err := a.hyp.CompletedJob(ctx, uuid); err == nil {
+		op.Move = &maint.MoveResult{Downtime: job.Downtime}
+	} else if !errors.Is(err, maint.ErrNoGuest) {
+		a.log.Warn("what an arrival took cannot be read", "guest", uuid, "err", err)
+	}
+	a.endEvents(op)
+}
+
+// eventsEvery is how often events are looked for whose operation is over.
+const eventsEvery = time.Minute
+
+// followEvents ends events that nobody else ends any more.
+func (a *Agent) followEvents(ctx context.Context) {
+	tick := time.NewTicker(eventsEvery)
+	defer tick.Stop()
+	for {
+		a.endOldEvents()
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
