@@ -151,7 +151,7 @@ func (g *Gate) reachable(t tap, links map[int]netlink.Link) error {
 	case l.Attrs().MasterIndex == 0 || l.Attrs().MasterIndex != t.bridge && l.Attrs().MasterIndex != b.Attrs().ParentIndex:
 		return fmt.Errorf("tap %s of guest %s is not on bridge %s", t.Tap, t.Guest, t.Bridge)
 	}
-	routes, err := g.link.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: g.cfg.Tables + int(g.bridges[t.bridge].slot)}, netlink.RT_FILTER_TABLE)
+	routes, err := g.routes(g.cfg.Tables + int(g.bridges[t.bridge].slot))
 	if err == nil && len(routes) != len(g.routesOf(0, 0)) {
 		err = fmt.Errorf("bridge %s has lost its routes (have the ports set again: restart belayd)", t.Bridge)
 	}

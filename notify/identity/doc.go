@@ -45,13 +45,14 @@
 //     socket that it is for.
 //   - Nobody else, uplinks included, is 169.254.169.254 for the guest, by ARP or IP.
 //   - A tap that goes takes its identity and its connections with it at once, and a mark
-//     is not given out again within an hour. Devices are known by index, which the
-//     kernel does not give out again.
+//     is not given out again within an hour. Devices are known by index, and
+//     the kernel gives none out again before it has given out all.
 //   - Frames with a VLAN tag, IP fragments, and all else to 169.254.169.254 but ARP and
 //     TCP to port 80 is dropped. IPv6 is not served.
 //
 // Nothing is changed for frames that are not to or from 169.254.169.254, so
 // failover addresses, nested guests and forged addresses in them pass as before.
+// libvirt's nwfilter judges frames first, and what it drops stays dropped.
 // Ports and bridges that are not set are left alone: their frames to
 // 169.254.169.254 go where they would go without this package.
 //
@@ -68,6 +69,8 @@
 //     the address in them, and cannot see those of iptables-legacy.
 //   - Bridges inside of a VRF, taps that are on no Linux bridge (Open vSwitch, macvtap,
 //     SR-IOV).
+//   - A guest that opens connections faster than they can be refused takes its share of
+//     the listener's queue, which all share. The limit is on those that are accepted.
 //   - While nobody listens, guests wait instead of being refused: the kernel does not send
 //     a reset from an address that it does not have.
 //   - tcp_fwmark_accept and src_valid_mark stay set, for all marks and not only ours.

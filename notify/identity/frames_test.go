@@ -66,6 +66,11 @@ func checksum(b []byte) uint16 {
 	return ^uint16(sum)
 }
 
+// isFromPort says that a frame has a segment from a port to the service.
+func isFromPort(f []byte, port uint16) bool {
+	return len(f) >= 54 && f[12] == 8 && f[13] == 0 && bytes.Equal(f[30:34], service) && binary.BigEndian.Uint16(f[34:]) == port
+}
+
 // synAck is the port that a frame accepts a connection from, 0 if it does not.
 func synAck(f []byte) uint16 {
 	if len(f) < 54 || f[12] != 8 || f[13] != 0 || f[23] != 6 || !bytes.Equal(f[26:30], service) || f[47]&(flagSYN|flagACK) != flagSYN|flagACK {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"net/netip"
 	"slices"
@@ -22,7 +23,7 @@ import (
 var ErrTaken = errors.New("another metadata service is on this host")
 
 // Config is how a gate fits in with what else is on the host. Zero values give
-// the defaults.
+// the defaults. A gate that takes over from another must have the same Tables.
 type Config struct {
 	// Mask are the bits of packet marks (SO_MARK(7)) that are the gate's, 16 at
 	// least. No other packets than to and from 169.254.169.254 get them, and
@@ -32,8 +33,8 @@ type Config struct {
 	// RulePriority is that of the routing rules, lower than those of others that
 	// match marks. Default 100.
 	RulePriority int
-	// Tables is the first of 256 routing tables that nobody else uses. Default
-	// 169254000.
+	// Tables is the number before 255 routing tables that nobody else uses.
+	// Default 169254000.
 	Tables int
 	// MaxConns is how many connections a guest may have. Default 32.
 	MaxConns int
@@ -88,10 +89,10 @@ type Gate struct {
 	log  *slog.Logger
 	ns   netns.NsHandle
 	link *netlink.Handle
-	stop func() // ends the watch
-	done chan struct{}
 
 	change  sync.Mutex // held while the kernel's rules are changed
+	stop    func()     // ends the watch
+	done    <-chan struct{}
 	marks   *marks
 	taps    []tap
 	bridges map[int]bridge // by ifindex
@@ -120,6 +121,13 @@ func Open(cfg Config) (*Gate, error) {
 		cfg.Log = slog.Default()
 	}
 	m, err := newMarks(cfg.Mask)
+	switch {
+	case err != nil:
+	case cfg.RulePriority < 1 || cfg.RulePriority > 32765:
+		err = fmt.Errorf("routing rules of priority %d would not come before those of the main table (give one from 1 to 32765)", cfg.RulePriority)
+	case cfg.Tables < 255 || cfg.Tables > math.MaxInt32-maxSlots:
+		err = fmt.Errorf("routing tables from %d on are others' (give a number from 255 to %d)", cfg.Tables, math.MaxInt32-maxSlots)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("cannot tell guests apart: %w", err)
 	}
@@ -181,6 +189,13 @@ func (g *Gate) Set(ctx context.Context, ports []Port) error {
 	defer g.change.Unlock()
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("cannot set the ports of guests: %w", context.Cause(ctx))
+	}
+	select {
+	case <-g.done: // the watch has failed
+		if err := g.watch(); err != nil {
+			return fmt.Errorf("cannot set the ports of guests: %w", err)
+		}
+	default:
 	}
 	return g.apply(ports)
 }
@@ -288,8 +303,11 @@ func hasMark(taps []tap, mark uint32) bool {
 // listening. The sysctls stay: others may rely on them by now, and without marks
 // they do nothing.
 func (g *Gate) Close() error {
-	g.stop()
-	<-g.done
+	g.change.Lock()
+	stop, done := g.stop, g.done
+	g.change.Unlock()
+	stop()
+	<-done
 	g.change.Lock()
 	defer g.change.Unlock()
 	g.retain(func(tap) bool { return false })

@@ -239,21 +239,26 @@ func (h *host) serve(g *Gate) {
 	h.t.Cleanup(func() { s.Close() })
 }
 
+var allFrames = binary.NativeEndian.Uint16(be16(unix.ETH_P_ALL))
+
 // wire is a packet socket.
 type wire struct {
 	t  *testing.T
 	fd int
 }
 
-// listen sees all frames of a namespace.
-func (h *host) listen() (w *wire) {
+// listen sees all frames of a namespace, or of a device.
+func (h *host) listen(device ...string) (w *wire) {
 	h.t.Helper()
 	h.must(h.in(func() error { w = newWire(h.t); return nil }))
+	for _, name := range device {
+		h.must(unix.Bind(w.fd, &unix.SockaddrLinklayer{Protocol: allFrames, Ifindex: h.device(name).Attrs().Index}))
+	}
 	return w
 }
 
 func newWire(t *testing.T) *wire {
-	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, int(binary.NativeEndian.Uint16(be16(unix.ETH_P_ALL))))
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, int(allFrames))
 	if err != nil {
 		t.Error(err)
 		return &wire{t, -1}

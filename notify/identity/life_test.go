@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -421,7 +420,21 @@ func TestBadPortsAreRefused(t *testing.T) {
 	if err := check([]Port{good}); err != nil {
 		t.Error(err)
 	}
-	if !slices.Equal(good.ipv4(), nil) {
-		t.Error("it has addresses from nowhere")
+}
+
+func TestBadConfigIsRefused(t *testing.T) {
+	t.Parallel()
+	newHost(t)
+	for says, cfg := range map[string]Config{
+		"too few":     {Mask: 0xff},
+		"priority":    {RulePriority: 32766},
+		"are others'": {Tables: 254}, // the main table
+	} {
+		if g, err := Open(cfg); err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("%+v: %v", cfg, err)
+			if err == nil {
+				g.Close()
+			}
+		}
 	}
 }

@@ -17,25 +17,56 @@ import (
 
 var serviceNet = &net.IPNet{IP: service, Mask: net.CIDRMask(32, 32)}
 
-// links are the devices there are.
-func (g *Gate) links() (map[int]netlink.Link, error) {
-	var err error
-	for range 3 { // a dump is interrupted when devices come and go
-		var all []netlink.Link
-		if all, err = g.link.LinkList(); err == nil {
-			by := make(map[int]netlink.Link, len(all))
-			for _, l := range all {
-				by[l.Attrs().Index] = l
-			}
-			return by, nil
+// dump repeats a question that the kernel's changes have cut into.
+func dump[T any](ask func() (T, error)) (answer T, err error) {
+	for range 10 {
+		if answer, err = ask(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return answer, err
 		}
 	}
-	return nil, fmt.Errorf("cannot list network devices: %w", err)
+	return answer, err
+}
+
+// links are the devices there are, by index.
+func (g *Gate) links() (map[int]netlink.Link, error) {
+	all, err := dump(g.link.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("cannot list network devices: %w", err)
+	}
+	by := make(map[int]netlink.Link, len(all))
+	for _, l := range all {
+		by[l.Attrs().Index] = l
+	}
+	return by, nil
+}
+
+// addresses are the host's own.
+func (g *Gate) addresses() ([]netlink.Addr, error) {
+	all, err := dump(func() ([]netlink.Addr, error) { return g.link.AddrList(nil, netlink.FAMILY_V4) })
+	if err != nil {
+		return nil, fmt.Errorf("cannot list addresses: %w", err)
+	}
+	return all, nil
+}
+
+// routes are those of one of our tables.
+func (g *Gate) routes(table int) ([]netlink.Route, error) {
+	all, err := dump(func() ([]netlink.Route, error) {
+		return g.link.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("cannot list the routes of table %d: %w", table, err)
+	}
+	return all, nil
 }
 
 // find looks for the ports' devices. Those of which one is missing are left out.
 func (g *Gate) find(ports []Port) (bridges map[int]bridge, taps []tap, missing, err error) {
 	links, err := g.links()
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	addrs, err := g.addresses()
 	if err != nil {
 		return nil, nil, nil, err
 	}
@@ -63,11 +94,12 @@ func (g *Gate) find(ports []Port) (bridges map[int]bridge, taps []tap, missing, 
 			continue
 		}
 		if _, done := bridges[br.Index]; !done {
-			b, err := g.bridge(br, taken)
-			if err != nil {
-				leave("%w", err)
+			b := bridge{name: br.Name, mac: br.HardwareAddr, up: br.Flags&net.FlagUp != 0, slot: g.slot(br.Index, taken)}
+			if b.slot == 0 {
+				leave("there are more than %d bridges with guests", maxSlots)
 				continue
 			}
+			b.bare = !slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.LinkIndex == br.Index })
 			bridges[br.Index] = b
 		}
 		taps = append(taps, tap{Port: p, bridge: br.Index})
@@ -75,23 +107,18 @@ func (g *Gate) find(ports []Port) (bridges map[int]bridge, taps []tap, missing, 
 	return bridges, taps, errors.Join(errs...), nil
 }
 
-// bridge is what there is to know of a bridge. It keeps the slot that it has.
-func (g *Gate) bridge(l *netlink.LinkAttrs, taken map[uint32]bool) (bridge, error) {
-	b := bridge{name: l.Name, mac: l.HardwareAddr, up: l.Flags&net.FlagUp != 0, slot: g.bridges[l.Index].slot}
-	addrs, err := g.link.AddrList(&netlink.GenericLink{LinkAttrs: *l}, netlink.FAMILY_V4)
-	if err != nil {
-		return b, fmt.Errorf("cannot list the addresses of %s: %w", l.Name, err)
+// slot is that which a bridge has, or a free one, 0 if there is none.
+func (g *Gate) slot(index int, taken map[uint32]bool) uint32 {
+	if b, known := g.bridges[index]; known {
+		return b.slot
 	}
-	b.bare = len(addrs) == 0
-	for slot := uint32(1); b.slot == 0; slot++ {
-		if slot > maxSlots {
-			return b, fmt.Errorf("there are more than %d bridges with guests", maxSlots)
-		}
+	for slot := uint32(1); slot <= maxSlots; slot++ {
 		if !taken[slot] {
-			b.slot, taken[slot] = slot, true
+			taken[slot] = true
+			return slot
 		}
 	}
-	return b, nil
+	return 0
 }
 
 // rulesOf are the two routing rules of a bridge: for what its guests send, and
@@ -171,7 +198,7 @@ func (g *Gate) unroute(but map[int]bridge) error {
 			continue
 		}
 		tables[r.Table] = true
-		routes, err := g.link.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: r.Table}, netlink.RT_FILTER_TABLE)
+		routes, err := g.routes(r.Table)
 		errs = append(errs, err)
 		for _, route := range routes {
 			errs = append(errs, gone(g.link.RouteDel(&route)))
@@ -193,7 +220,7 @@ func gone(err error) error {
 
 // ourRules are the routing rules to our tables.
 func (g *Gate) ourRules() ([]netlink.Rule, error) {
-	all, err := g.link.RuleList(netlink.FAMILY_V4)
+	all, err := dump(func() ([]netlink.Rule, error) { return g.link.RuleList(netlink.FAMILY_V4) })
 	if err != nil {
 		return nil, fmt.Errorf("cannot list routing rules: %w", err)
 	}

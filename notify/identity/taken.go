@@ -24,9 +24,9 @@ func (g *Gate) taken() error {
 	if err != nil {
 		return err
 	}
-	addrs, err := g.link.AddrList(nil, netlink.FAMILY_V4)
+	addrs, err := g.addresses()
 	if err != nil {
-		return fmt.Errorf("cannot list addresses: %w", err)
+		return err
 	}
 	for _, a := range addrs {
 		if !a.IP.Equal(service) {
@@ -57,7 +57,7 @@ func (g *Gate) listening(err error) error {
 func (g *Gate) listeners() (found []*netlink.Socket, err error) {
 	const tcpListen = 10 // TCP_LISTEN of include/net/tcp_states.h
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		all, err := g.link.SocketDiagTCP(family)
+		all, err := dump(func() ([]*netlink.Socket, error) { return g.link.SocketDiagTCP(family) })
 		if err != nil {
 			return nil, fmt.Errorf("cannot list listening sockets: %w", err)
 		}

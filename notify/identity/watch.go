@@ -26,36 +26,35 @@ func (g *Gate) subscribe(done <-chan struct{}) (<-chan netlink.LinkUpdate, error
 	return updates, nil
 }
 
-// watch follows what becomes of taps and bridges, until g.stop.
+// watch follows what becomes of taps and bridges, until g.stop. It ends by itself
+// when it can no longer, and then no port is known.
 func (g *Gate) watch() error {
-	done := make(chan struct{})
-	updates, err := g.subscribe(done)
+	stopped := make(chan struct{})
+	updates, err := g.subscribe(stopped)
 	if err != nil {
 		return err
 	}
-	g.stop, g.done = sync.OnceFunc(func() { close(done) }), make(chan struct{})
+	done := make(chan struct{})
+	g.stop, g.done = sync.OnceFunc(func() { close(stopped) }), done
 	go func() {
-		defer close(g.done)
+		defer close(done)
 		for {
 			for u := range updates {
-				select {
-				case <-done: // and drain what is left
-				default:
-					g.follow(u)
-				}
+				g.follow(u)
 			}
 			select {
-			case <-done:
+			case <-stopped:
 				return
 			default:
 			}
 			// Something was missed: look at all there is. Where that cannot be
 			// had, a device can be another's by now.
-			if updates, err = g.subscribe(done); err != nil {
-				g.renew("cannot follow network devices: no guest is known until ports are set again", func(tap) bool { return false })
+			var err error
+			if updates, err = g.subscribe(stopped); err != nil {
+				g.renew("network devices cannot be followed: no guest is known until ports are set", func(tap) bool { return false })
 				return
 			}
-			g.renew("missed changes of network devices", func(tap) bool { return true })
+			g.renew("changes of network devices were missed", func(tap) bool { return true })
 		}
 	}()
 	return nil
@@ -76,9 +75,9 @@ func (g *Gate) follow(u netlink.LinkUpdate) {
 	g.change.Unlock()
 	switch {
 	case tapGone:
-		g.renew("tap has gone", func(t tap) bool { return t.Ifindex != index })
+		g.renew("a tap has gone", func(t tap) bool { return t.Ifindex != index })
 	case changed:
-		g.renew("bridge has changed", func(tap) bool { return true })
+		g.renew("a bridge has changed", func(tap) bool { return true })
 	}
 }
 
@@ -92,8 +91,8 @@ func (g *Gate) renew(why string, keep func(tap) bool) {
 		ports = append(ports, t.Port)
 	}
 	if err := g.apply(ports); err != nil {
-		g.log.Warn(why, "err", err)
+		g.log.Warn("the rules of guests are not as they should be: "+why, "err", err)
 	} else {
-		g.log.Debug(why)
+		g.log.Debug("the rules of guests are made anew: " + why)
 	}
 }
