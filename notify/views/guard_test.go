@@ -1,0 +1,186 @@
+package views
+
+import (
+	"net/http"
+	"net/http/httptest"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"belay/notify"
+)
+
+// everything are a good request for each view.
+func everything() []*http.Request {
+	return []*http.Request{
+		request("GET", azureNow, "", ours),
+		request("POST", azureNow, start(eventA), ours),
+		request("GET", azureInstancePath+"?api-version=2021-02-01", "", ours),
+		request("GET", "/computeMetadata/v1/instance/maintenance-event", "", google),
+		request("PUT", "/latest/api/token", "", ec2TTLHeader+": 60"),
+		request("GET", "/latest/meta-data/events/maintenance/scheduled", ""),
+		request("GET", "/belay/v1/events", "", ours),
+		request("POST", "/belay/v1/approve", `{"event":"`+string(eventA)+`"}`, ours),
+	}
+}
+
+func TestNobody(t *testing.T) {
+	w := newWorld()
+	w.show(guestA, freeze())
+	h := handler(t, w, func(c *Config) { c.EC2.IMDSv1 = true })
+	for _, r := range everything() {
+		if got := serve(h, r.Clone(r.Context())).StatusCode; got >= 300 {
+			t.Fatalf("%s %s was answered %d", r.Method, r.URL, got)
+		}
+		for _, ctx := range []func(*http.Request) *http.Request{
+			func(r *http.Request) *http.Request { return r.WithContext(t.Context()) },
+			func(r *http.Request) *http.Request { return r.WithContext(notify.WithGuest(t.Context(), "")) },
+		} {
+			anon := ctx(r.Clone(r.Context()))
+			for _, name := range []string{"X-Guest", "X-Real-Ip", "Forwarded", "Authorization", "X-Azure-Instance"} {
+				anon.Header.Set(name, guestA)
+			}
+			want(t, serve(h, anon), 404, "not found\n")
+		}
+	}
+	if len(w.done) != 2 {
+		t.Errorf("done: %v, want what the guest did", w.done)
+	}
+	// A guest that is known to the front, and not (any more) to the source.
+	for _, r := range everything() {
+		a := serve(h, r.WithContext(notify.WithGuest(t.Context(), "cccccccc-0000-4000-8000-000000000003")))
+		if got := bodyOf(t, a); a.StatusCode == 500 || len(got) > 200 {
+			t.Errorf("%s: %d %s", r.URL, a.StatusCode, got)
+		}
+	}
+}
+
+func TestHost(t *testing.T) {
+	h := handler(t, newWorld(), func(c *Config) { c.EC2.IMDSv1 = true })
+	for host, ours := range map[string]bool{
+		"169.254.169.254": true, "169.254.169.254:80": true, "metadata.google.internal": true, "metadata.google.internal.:80": true,
+		"Metadata": true, "instance-data": true, "instance-data:80": true,
+		"": false, "evil.example": false, "169.254.169.254:8080": false, "169.254.169.254.evil.example": false,
+		"metadata.evil.example": false, "127.0.0.1": false, "[::1]": false, "metadata@evil": false, "169.254.169.254:80:80": false,
+	} {
+		for _, r := range everything()[2:7] {
+			r.Host = host
+			if got := serve(h, r).StatusCode; ours != (got < 300) || !ours && got != 403 {
+				t.Errorf("%s asked of %q was answered %d", r.URL, host, got)
+			}
+		}
+	}
+}
+
+func TestPaths(t *testing.T) {
+	h := handler(t, newWorld(), func(c *Config) { c.EC2.IMDSv1 = true })
+	for _, target := range []string{
+		"/", "//", "/metadata", "/metadata/", "//metadata/scheduledevents", "/metadata//scheduledevents", "/metadata/./scheduledevents",
+		"/metadata/x/../scheduledevents", "/metadata%2Fscheduledevents", "/%6Detadata/scheduledevents", "/Metadata/ScheduledEvents",
+		"/metadata/scheduledevents/", "/metadata/scheduledevents/x", "/metadata/scheduledevents;x", "/metadata/scheduledeventsx", "/metadata/instancex",
+		"/latestx", "/latest/../metadata/scheduledevents", "/latest/meta-data/%69nstance-id", "/computeMetadata/v1x", "/computeMetadata/v1beta1/",
+		"/belay/v1", "/belay/v1/", "/belay/v1/events/", "/belay/v1//events", "/belay/v1/../v1/events", "/belay/v1/%65vents", "/debug/pprof/", "/metrics",
+	} {
+		r := ask(h, "GET", target+"?api-version=2020-07-01", "", ours, google)
+		if r.StatusCode != 404 || r.Header.Get("Location") != "" {
+			t.Errorf("%s was answered %d %v", target, r.StatusCode, r.Header)
+		}
+	}
+	star := request("OPTIONS", "/", "", ours)
+	star.URL.Path = "*"
+	want(t, serve(h, star), 404, "*")
+}
+
+func TestRates(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := handler(t, newWorld(), func(c *Config) {
+			c.Limits = Limits{Get: Rate{5, 5}, Post: Rate{5, 3}, Poll: Rate{5, 2}, Wait: time.Millisecond}
+		})
+		count := func(r func() *http.Request) (ok int) {
+			for {
+				switch a := serve(h, r()); a.StatusCode {
+				case 200:
+					ok++
+				case 429:
+					if a.Header.Get("Retry-After") == "" {
+						t.Error("it is not said when to ask again")
+					}
+					return ok
+				default:
+					t.Fatalf("answered %d", a.StatusCode)
+				}
+			}
+		}
+		get := func() *http.Request { return request("GET", azureNow, "", ours) }
+		put := func() *http.Request { return request("PUT", "/latest/api/token", "", ec2TTLHeader+": 60") }
+		poll := func() *http.Request { return request("GET", azureNow+"&wait=1s&incarnation=9", "", ours) }
+		gcePoll := func() *http.Request {
+			return request("GET", "/computeMetadata/v1/instance/name?wait_for_change=true&last_etag=x", "", google)
+		}
+		if g, p, l := count(get), count(put), count(poll); g != 5 || p != 3 || l != 2 {
+			t.Errorf("at once %d, %d and %d were answered, want 5, 3 and 2", g, p, l)
+		}
+		if got := count(gcePoll); got != 0 {
+			t.Errorf("GCE's long polls are counted apart: %d", got)
+		}
+		want(t, serve(h, get().WithContext(notify.WithGuest(t.Context(), guestB))), 200, "*") // another is not held up
+		time.Sleep(400 * time.Millisecond)
+		if got := count(get); got != 2 {
+			t.Errorf("after 400 ms %d were answered, want 2", got)
+		}
+		// What is refused counts, too.
+		time.Sleep(time.Second)
+		for range 5 {
+			want(t, ask(h, "GET", azureNow, ""), 400, "*")
+		}
+		want(t, serve(h, get()), 429, "*")
+	})
+}
+
+func TestDefaultLimits(t *testing.T) {
+	l := (Limits{Parked: 3}).orDefault()
+	if l.Get != (Rate{5, 20}) || l.Poll != l.Get || l.Post != l.Get || l.Parked != 3 || l.Wait != 5*time.Minute {
+		t.Errorf("the defaults are %+v", l)
+	}
+}
+
+// TestForgetting: guests that have gone leave nothing behind.
+func TestForgetting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := handler(t, newWorld(), func(c *Config) { c.Limits = Limits{} })
+		as := func(guest string) *http.Request {
+			r := request("GET", azureNow, "", ours)
+			return r.WithContext(notify.WithGuest(r.Context(), guest))
+		}
+		for i := range 1000 {
+			serve(h, as(string(rune('a'+i))))
+		}
+		time.Sleep(2 * time.Minute)
+		ctx, gone := httptest.NewRecorder(), make(chan struct{})
+		go func() { h.ServeHTTP(ctx, request("GET", azureNow+"&wait=5m", "", ours)); close(gone) }()
+		synctest.Wait()
+		if len(h.clients) != 1 {
+			t.Errorf("%d clients are remembered, want the one that waits", len(h.clients))
+		}
+		// One that waits, or has its long polls finished, is not forgotten.
+		time.Sleep(2 * time.Minute)
+		serve(h, as("x"))
+		if h.clients[guestA] == nil {
+			t.Error("the client that waits was forgotten")
+		}
+		if err := h.Drain(t.Context(), guestA, 3*time.Minute); err != nil {
+			t.Fatal(err)
+		}
+		<-gone
+		time.Sleep(2 * time.Minute)
+		serve(h, as("x"))
+		if h.clients[guestA] == nil {
+			t.Error("the client that is drained was forgotten")
+		}
+		time.Sleep(2 * time.Minute)
+		serve(h, as("x"))
+		if h.clients[guestA] != nil {
+			t.Error("the client that has gone was not forgotten")
+		}
+	})
+}

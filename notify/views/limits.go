@@ -1,0 +1,176 @@
+package views
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+// Limits are what one guest may take up. What is zero has its default.
+type Limits struct {
+	Get  Rate // requests that read; 5 a second, 20 at once
+	Post Rate // requests that change, and for tokens; 5 a second, 20 at once
+	Poll Rate // long polls; 5 a second, 20 at once
+	// Parked is how many long polls may wait at a time; 10.
+	Parked int
+	// Wait is how long a long poll waits at most, whatever it asks for; 5 min.
+	Wait time.Duration
+}
+
+// Rate is a token bucket: as many requests a second for long, and as many at
+// once.
+type Rate struct {
+	PerSecond float64
+	Burst     int
+}
+
+func (l Limits) orDefault() Limits {
+	for _, r := range []*Rate{&l.Get, &l.Post, &l.Poll} {
+		if *r == (Rate{}) {
+			*r = Rate{PerSecond: 5, Burst: 20} // a crawl of one view's leaves comes at once
+		}
+	}
+	if l.Parked == 0 {
+		l.Parked = 10
+	}
+	if l.Wait == 0 {
+		l.Wait = 5 * time.Minute
+	}
+	return l
+}
+
+// kind is which bucket a request is taken from.
+type kind int
+
+const (
+	kindGet kind = iota
+	kindPost
+	kindPoll
+	kinds
+)
+
+func kindOf(r *http.Request, q *query) kind {
+	if r.Method != http.MethodGet {
+		return kindPost
+	}
+	if _, waits := q.get("wait"); waits || q.is("wait_for_change") {
+		return kindPoll
+	}
+	return kindGet
+}
+
+// client is what a guest takes up. Handler.mu guards it.
+type client struct {
+	buckets [kinds]*rate.Limiter
+	active  int           // requests that are being answered
+	parked  int           // of these, long polls that wait
+	gone    chan struct{} // closed when none is parked any more
+	drained chan struct{} // closed for those parked to end
+	until   time.Time     // none parks before
+}
+
+func (h *Handler) clientOf(guest string) *client {
+	cl := h.clients[guest]
+	if cl == nil {
+		cl = &client{drained: make(chan struct{})}
+		for k, r := range [kinds]Rate{kindGet: h.limits.Get, kindPost: h.limits.Post, kindPoll: h.limits.Poll} {
+			cl.buckets[k] = rate.NewLimiter(rate.Limit(r.PerSecond), r.Burst)
+		}
+		h.clients[guest] = cl
+	}
+	return cl
+}
+
+// admit lets a request in, or not; leave follows in both cases.
+func (h *Handler) admit(guest string, k kind) (cl *client, draining, admitted bool) {
+	now := h.now()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.sweep(now)
+	cl = h.clientOf(guest)
+	cl.active++
+	return cl, now.Before(cl.until), cl.buckets[k].AllowN(now, 1)
+}
+
+func (h *Handler) leave(cl *client) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	cl.active--
+}
+
+// sweep forgets, once a minute, the clients of which nothing need be known: their
+// buckets are full again. So those of guests that have gone do not stay.
+func (h *Handler) sweep(now time.Time) {
+	if now.Sub(h.swept) < time.Minute {
+		return
+	}
+	h.swept = now
+	for guest, cl := range h.clients {
+		if cl.active == 0 && !now.Before(cl.until) && cl.full(now) {
+			delete(h.clients, guest)
+		}
+	}
+}
+
+func (cl *client) full(now time.Time) bool {
+	for _, b := range cl.buckets {
+		if b.TokensAt(now) < float64(b.Burst()) {
+			return false
+		}
+	}
+	return true
+}
+
+// enter parks a long poll until drained is closed; unpark is called once when it
+// has been answered, and is nil when too many are parked.
+func (h *Handler) enter(cl *client) (drained <-chan struct{}, unpark func()) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	switch {
+	case h.now().Before(cl.until):
+		none := make(chan struct{})
+		close(none)
+		return none, func() {}
+	case cl.parked >= h.limits.Parked:
+		return nil, nil
+	case cl.parked == 0:
+		cl.gone = make(chan struct{})
+	}
+	cl.parked++
+	return cl.drained, func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if cl.parked--; cl.parked == 0 {
+			close(cl.gone)
+		}
+	}
+}
+
+// Drain answers the long polls of a guest that wait, with "Connection: close",
+// and returns when their answers have been sent. For as long as is given, none
+// waits again and every answer closes its connection: connections do not follow a
+// guest to another host. Its error is that of ctx.
+func (h *Handler) Drain(ctx context.Context, guest string, d time.Duration) error {
+	h.mu.Lock()
+	cl := h.clientOf(guest)
+	cl.until = h.now().Add(d)
+	close(cl.drained)
+	cl.drained = make(chan struct{})
+	gone, parked := cl.gone, cl.parked
+	h.mu.Unlock()
+	if parked == 0 {
+		return nil
+	}
+	select {
+	case <-gone:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("cannot finish the long polls of guest %s: %w", guest, ctx.Err())
+	}
+}
+
+// Stop answers all long polls, and has none wait from then on.
+func (h *Handler) Stop() { h.stop.Do(func() { close(h.stopped) }) }
