@@ -51,16 +51,20 @@ type GuestCampaign struct {
 	Op     OpID      `json:"op,omitempty"`
 }
 
-// Window is when a guest may be disturbed: every occurrence of a rule, for a
-// length of time on the wall clock of a zone.
+// Window is when a guest may be disturbed: from every occurrence of a rule on the
+// wall clock of a zone, for a length of time. Package notify/window reads it.
 type Window struct {
 	// Rule is an RFC 5545 recurrence rule without DTSTART, such as
 	// "FREQ=WEEKLY;BYDAY=SA,SU;BYHOUR=2;BYMINUTE=0".
 	Rule string `json:"rule"`
 	// Zone is an IANA time zone: "Europe/Berlin".
 	Zone string `json:"zone"`
-	// Length is how long each occurrence lasts, at least two hours.
+	// Length is how long each occurrence lasts, from two hours to a week. It is
+	// real time, also when clocks are set meanwhile.
 	Length time.Duration `json:"length_ns"`
+	// From is the first day, "2026-12-01", by the zone's calendar. A rule with an
+	// INTERVAL counts from it.
+	From string `json:"from,omitempty"`
 	// Except are dates, "2026-12-24", on which no occurrence begins, by the
 	// zone's calendar.
 	Except []string `json:"except,omitempty"`
