@@ -15,10 +15,12 @@ type Campaign struct {
 	Duration time.Duration `json:"duration_ns"`
 	Created  time.Time     `json:"created"`
 	By       string        `json:"by"`
+	// Security: it closes a hole, and owners have less time to pick.
+	Security bool `json:"security,omitempty"`
 	// Opens is when owners may begin to pick, Deadline when the second phase begins.
 	Opens    time.Time `json:"opens"`
 	Deadline time.Time `json:"deadline"`
-	// MaxDefers is how often a guest's owner may put a booked moment off.
+	// MaxDefers is how often a guest's owner may put off what is booked.
 	MaxDefers int `json:"max_defers"`
 	// Guests are the state of each, by UUID: it stays with guest and campaign
 	// over restarts and moves.
@@ -27,7 +29,7 @@ type Campaign struct {
 	Closed time.Time `json:"closed,omitzero"`
 }
 
-// CampaignState is where a guest is in a campaign.
+// CampaignState is where a guest is in a campaign; see package notify/campaign.
 type CampaignState string
 
 // The states of a guest in a campaign.
@@ -44,12 +46,33 @@ const (
 type GuestCampaign struct {
 	Guest string        `json:"guest"` // name
 	State CampaignState `json:"state"`
-	// At is when it will be done: the booked moment, or the deadline.
-	At     time.Time `json:"at"`
+	// At is when it will be done: the booked moment, the deadline, or the next
+	// try after it.
+	At time.Time `json:"at"`
+	// Until is the last moment at which what is booked may begin; if it has not
+	// by then, it is left to the deadline.
+	Until  time.Time `json:"until,omitzero"`
 	Defers int       `json:"defers,omitempty"`
 	By     string    `json:"by,omitempty"` // who picked
-	Op     OpID      `json:"op,omitempty"`
+	Op     OpID      `json:"op,omitempty"` // the operation that does it, or tried to
 }
+
+// Policy is whose approval an operation that guests feel waits for.
+type Policy string
+
+// The policies.
+const (
+	// PolicyAll, the default on a shared host: it starts when every guest has
+	// approved, or its notice has passed.
+	PolicyAll Policy = "all"
+	// PolicyAny: guests that share an owner are a group, and the approval of any
+	// is for all of them.
+	PolicyAny Policy = "any"
+	// PolicyHostOwner, on a dedicated host: as PolicyAny, and for whatever is felt,
+	// if only as a pause, the notice alone is not enough. It starts when the owner
+	// approves, or at the deadline.
+	PolicyHostOwner Policy = "host-owner"
+)
 
 // Window is when a guest may be disturbed: from every occurrence of a rule on the
 // wall clock of a zone, for a length of time. Package notify/window reads it.
