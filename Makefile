@@ -21,6 +21,7 @@ deps: ## install what the lab, the demo and the tests need and is missing (Debia
 build: ## build belay, belayd and the lab's programs into bin/ (installs go-libvirt's sources)
 	@scripts/deps build
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/... ./vmtests/cmd/...
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/belay-guest # static: guests have any libc, or none
 
 demo: deps build ## two hosts, a guest, and its migration beside virsh's (needs root, under 5 minutes)
 	@BELAY_BIN=$(CURDIR)/$(BIN) exec $(BIN)/demo

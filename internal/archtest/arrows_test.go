@@ -95,6 +95,7 @@ var alone = []struct {
 	{"migrate", []string{"agent/maint"}, "a rung is given its host and its peer as interfaces and knows no other rung"},
 	{"patch", []string{"agent/maint"}, "a rung is given its host as interfaces and knows no other rung"},
 	{"notify", []string{"agent/maint"}, "guests are told of any rung alike"},
+	{"cmd/belay-guest", []string{"notify/channel/wire"}, "it runs in guests, and shares with the host nothing but what goes between them"},
 	{"cmd/belay", []string{"agent/api", "agent/maint"}, "belay runs as whoever calls it: what it may do is what the API lets it"},
 }
 
@@ -108,7 +109,7 @@ var owned = []struct {
 	{module + "/hypervisor", []string{"hypervisor", "agent", "cmd/belayd", "cmd/belay-leash"}, "only package agent and its wiring know that a host is libvirt; the leash has a connection of its own"},
 	{module + "/migrate", []string{"migrate", "agent"}, "only package agent makes steps of a rung's phases"},
 	{module + "/patch", []string{"patch", "agent", "cmd/belayd", "cmd/belay-leash"}, "only package agent makes steps of a rung's phases; programs are wired up in their mains"},
-	{module + "/notify", []string{"notify", "agent"}, "only package agent makes steps of a rung's phases"},
+	{module + "/notify", []string{"notify", "agent", "cmd/belay-guest"}, "only package agent makes steps of a rung's phases; the guest's end of a channel speaks its protocol"},
 	{module + "/agent/run", []string{"agent"}, "only package agent runs operations"},
 	{module + "/agent/journal", []string{"agent", "cmd/belayd"}, "the journal has one owner, and who wires it up opens it"},
 	{module + "/agent", []string{"cmd/belayd", "agent/agenttest"}, "an agent is the top: belayd runs it"},
@@ -132,7 +133,7 @@ func TestPackagesThatImportLittle(t *testing.T) {
 			}
 		}
 	}
-	for _, must := range []string{"agent/maint", "agent/journal", "agent/run", "agent/api", "hypervisor", "migrate", "cmd/belay"} {
+	for _, must := range []string{"agent/maint", "agent/journal", "agent/run", "agent/api", "hypervisor", "migrate", "cmd/belay", "cmd/belay-guest"} {
 		if !met[must] {
 			t.Errorf("no package %s was looked at: has it moved?", must)
 		}
