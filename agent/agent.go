@@ -3,9 +3,11 @@ package agent
 import (
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"belay/agent/api"
@@ -30,6 +32,7 @@ type Hypervisor interface {
 	Definer
 	Follower
 	Noter
+	AgentCommand(ctx context.Context, uuid, command string, args any) (json.RawMessage, error)
 	preserve.Host
 	vmm.QEMU
 	vmm.Starter
@@ -91,6 +94,7 @@ type Agent struct {
 
 	preserve Preserve
 	keeper   *board.Keeper // of scheduled events
+	guests   atomic.Pointer[guestServer]
 
 	requests chan func()
 	life     context.Context
@@ -142,6 +146,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.resume()
 	helpers.Go(func() { a.bringHome(a.life) })
 	helpers.Go(func() { a.followEvents(a.life) })
+	helpers.Go(func() { a.followCampaigns(a.life) })
 	for ctx.Err() == nil {
 		select {
 		case f := <-a.requests:

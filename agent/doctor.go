@@ -41,7 +41,7 @@ func (a *Agent) Doctor(ctx context.Context) ([]maint.Check, error) {
 	add("A", "hot patch", maint.CheckNA, "", no)
 	checks = append(checks, a.doctorB(ctx)...)
 	add("B", "kexec", maint.CheckNA, "", "this belayd cannot replace the host's kernel under its guests (B3)")
-	add("C", "self-service", maint.CheckNA, "", no)
+	checks = append(checks, a.doctorC(ctx)...)
 	if len(a.peers) == 0 {
 		add("D", "peers", maint.CheckWarn, "add one to the configuration as [peers.NAME]", "no peer is configured, guests have nowhere to go")
 		return checks, nil

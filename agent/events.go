@@ -5,7 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"path"
+	"maps"
 	"slices"
 	"time"
 
@@ -14,6 +14,7 @@ import (
 	"belay/agent/maint"
 	"belay/agent/run"
 	"belay/notify/board"
+	"belay/notify/campaign"
 )
 
 // phaseAnnounce is the step of an operation in which guests are told of it, and
@@ -88,7 +89,7 @@ func (a *Agent) announce(ctx context.Context, op maint.Op, s *run.Scratch) error
 		if err != nil {
 			return err
 		}
-		for _, guests := range a.byOwner(missing) {
+		for _, guests := range campaign.Partition(missing, a.ownerOf(missing), a.policy()) {
 			if err := a.announceTo(op, guests); err != nil {
 				return err
 			}
@@ -112,9 +113,19 @@ func (a *Agent) announce(ctx context.Context, op maint.Op, s *run.Scratch) error
 }
 
 func (a *Agent) announceTo(op maint.Op, guests []maint.EventGuest) error {
+	e := board.Announcement{ID: maint.EventID(uuid.NewString()), Impact: maint.ImpactFreeze, Guests: guests,
+		Description: descriptions[op.Kind], Duration: a.usualPause(op), Op: op.ID, Campaign: campaignOf(op)}
+	now := time.Now()
+	e.NotBefore = campaign.NotBefore(a.policy(), e.Impact, e.Duration, now, op.Deadline.Add(-ownersMargin))
+	if err := a.keeper.Do(func(b board.Board, now time.Time) (maint.EventChange, error) { return b.Announce(now, e) }); err != nil {
+		return err
+	}
+	by, picked := a.picked(op, guests[0].UUID)
+	if !picked {
+		return nil
+	}
 	return a.keeper.Do(func(b board.Board, now time.Time) (maint.EventChange, error) {
-		return b.Announce(now, board.Announcement{ID: maint.EventID(uuid.NewString()), Impact: maint.ImpactFreeze, Guests: guests,
-			Description: descriptions[op.Kind], Duration: a.usualPause(op), Op: op.ID})
+		return b.Approve(now, "", e.ID, maint.EventApproval{By: by, At: now.Round(0), Reason: "the moment was picked"})
 	})
 }
 
@@ -144,32 +155,22 @@ func (a *Agent) untold(ctx context.Context, op maint.Op) (missing []maint.EventG
 	return missing, nil
 }
 
-// byOwner puts guests together that have an owner in common: one event is about
-// them all, and an approval of one is of all. Others never learn of each other.
-func (a *Agent) byOwner(guests []maint.EventGuest) (groups [][]maint.EventGuest) {
-	at := make(map[string]int)
-	for _, g := range guests {
-		owner := a.owner(g)
-		if i, known := at[owner]; known && owner != "" {
-			groups[i] = append(groups[i], g)
-			continue
-		}
-		at[owner] = len(groups)
-		groups = append(groups, []maint.EventGuest{g})
-	}
-	return groups
-}
+// policy is whose approval operations wait for.
+func (a *Agent) policy() maint.Policy { return maint.Policy(a.cfg.Events.Policy) }
 
-// owner is whom the configuration has as a guest's owner, "" for nobody.
-func (a *Agent) owner(g maint.EventGuest) string {
-	for name, o := range a.cfg.Events.Owners {
-		for _, pattern := range o.Guests {
-			if ok, _ := path.Match(pattern, g.Name); ok || pattern == g.UUID {
-				return name
+// ownerOf tells whom the configuration has as the owner of one of the guests, by
+// UUID, "" for nobody.
+func (a *Agent) ownerOf(guests []maint.EventGuest) func(uuid string) string {
+	return func(uuid string) string {
+		for _, g := range guests {
+			for _, name := range slices.Sorted(maps.Keys(a.cfg.Events.Owners)) {
+				if g.UUID == uuid && matches(a.cfg.Events.Owners[name].Guests, g) {
+					return name
+				}
 			}
 		}
+		return ""
 	}
-	return ""
 }
 
 // openEvents are the events of an operation that are not over.
@@ -281,6 +282,9 @@ func pausesOf(op maint.Op) map[string]time.Duration {
 }
 
 const (
+	// ownersMargin is what is left for the operation itself when the owner of a
+	// dedicated host has not approved it by its deadline.
+	ownersMargin = 15 * time.Minute
 	// usualOf is how many of the latest operations of a kind are looked at for
 	// what a pause usually is.
 	usualOf = 20

@@ -16,7 +16,7 @@ import (
 
 // telling is a host that tells its guests; shop-1 and shop-2 have one owner.
 func telling(c *config.Config) {
-	c.Events = config.Events{Enabled: true, Owners: map[string]config.Owner{"shop": {Guests: []string{"shop-*"}}}}
+	c.Events = config.Events{Enabled: true, Policy: "any", Owners: map[string]config.Owner{"shop": {Guests: []string{"shop-*"}}}}
 }
 
 // awaitEvents waits until the events that are not over are as they should be.

@@ -38,11 +38,15 @@ type inventory struct {
 	last atomic.Pointer[snapshot]
 	// ready is closed when the host has been listed for the first time.
 	ready chan struct{}
+	// next is closed at the next listing.
+	next atomic.Pointer[chan struct{}]
 }
 
 func newInventory(hyp Hypervisor, log *slog.Logger) *inventory {
 	v := &inventory{hyp: hyp, log: log, ready: make(chan struct{})}
 	v.last.Store(&snapshot{err: errNotYet, since: time.Now()})
+	next := make(chan struct{})
+	v.next.Store(&next)
 	return v
 }
 
@@ -53,6 +57,10 @@ var errNotYet = maint.Problemf(maint.CodeHypervisorDown, "libvirt", "", "has not
 func (v *inventory) has(uuid string, s maint.GuestState) bool {
 	return slices.ContainsFunc(v.last.Load().guests, func(g maint.Guest) bool { return g.UUID == uuid && g.State == s })
 }
+
+// changed gives a channel that is closed at the next listing. Take it before
+// reading the last.
+func (v *inventory) changed() <-chan struct{} { return *v.next.Load() }
 
 // follow keeps the snapshot true until ctx ends.
 func (v *inventory) follow(ctx context.Context) {
@@ -105,6 +113,8 @@ func (v *inventory) refresh(ctx context.Context) {
 		v.log.Info("libvirt answers", "guests", len(now.guests))
 	}
 	v.last.Store(now)
+	next := make(chan struct{})
+	close(*v.next.Swap(&next))
 	if old.asOf.IsZero() && err == nil {
 		close(v.ready)
 	}

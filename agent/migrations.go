@@ -87,6 +87,7 @@ func (a *Agent) migrateSteps(op maint.Op) []run.Step {
 			Undo: func(ctx context.Context, s *run.Scratch) error { return m.Release(ctx, s) }},
 		{Name: migrate.PhasePerform, Commit: true,
 			Do: a.noted(op, func(ctx context.Context, s *run.Scratch) error {
+				a.drain(ctx, op.GuestUUID)
 				return unlessUnsettled(op, m.Perform(ctx, a.life, s))
 			}),
 			Undo: func(ctx context.Context, s *run.Scratch) error { return m.Cancel(ctx, s) }},

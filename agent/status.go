@@ -62,6 +62,9 @@ func (a *Agent) conditions(snap *snapshot) []maint.Condition {
 	leashes := a.leftovers()
 	cs = append(cs, a.abandoned(leashes, snap.guests)...)
 	cs = append(cs, a.overdue(leashes)...)
+	if s := a.guests.Load(); s != nil {
+		cs = append(cs, s.conditions()...)
+	}
 	return append(cs, unresolved(a.journal.Ops())...)
 }
 

@@ -56,6 +56,7 @@ type deviceXML struct {
 	Backend  backend   `xml:"backend"`
 	Target   targetXML `xml:"target"`
 	MAC      addrAttr  `xml:"mac"`
+	CID      cidXML    `xml:"cid"`
 	Driver   driverXML `xml:"driver"`
 	ReadOnly *struct{} `xml:"readonly"`
 	Shared   *struct{} `xml:"shareable"`
@@ -100,6 +101,10 @@ type backend struct {
 
 type addrAttr struct {
 	Address string `xml:"address,attr"`
+}
+
+type cidXML struct {
+	Address uint32 `xml:"address,attr"`
 }
 
 // agentChannel is the virtio port of the QEMU guest agent.
@@ -184,6 +189,7 @@ func (d *deviceXML) device() maint.Device {
 		Source: d.Source.String(),
 		Target: cmp.Or(d.Target.Dev, d.Target.Name, d.Target.Dir, d.Target.Type),
 		MAC:    d.MAC.Address,
+		CID:    d.CID.Address,
 	}
 }
 

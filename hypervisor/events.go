@@ -67,8 +67,8 @@ func (h *Host) pump(ctx context.Context) (connected bool, err error) {
 	h.fixed.Store(nil) // this may be another libvirt than before
 	subs, unsubscribe := context.WithCancel(context.Background())
 	var (
-		life  <-chan libvirt.DomainEventLifecycleMsg
-		agent <-chan any
+		life                  <-chan libvirt.DomainEventLifecycleMsg
+		agent, added, removed <-chan any
 	)
 	// The order matters: go-libvirt's relays may be cancelled only when its
 	// reader is gone, or the two can block each other; and they end only
@@ -81,8 +81,10 @@ func (h *Host) pump(ctx context.Context) (connected bool, err error) {
 			for range life {
 			}
 		}
-		if agent != nil {
-			for range agent {
+		for _, some := range []<-chan any{agent, added, removed} {
+			if some != nil {
+				for range some {
+				}
 			}
 		}
 	}()
@@ -93,12 +95,20 @@ func (h *Host) pump(ctx context.Context) (connected bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	agent, err = invoke(open, c, "ConnectDomainEventRegisterAny(agent)",
-		func(l *libvirt.Libvirt) (<-chan any, error) {
-			return l.SubscribeEvents(subs, libvirt.DomainEventIDAgentLifecycle, nil)
+	for name, e := range map[string]struct {
+		id   libvirt.DomainEventID
+		into *<-chan any
+	}{
+		"agent":          {libvirt.DomainEventIDAgentLifecycle, &agent},
+		"device added":   {libvirt.DomainEventIDDeviceAdded, &added},
+		"device removed": {libvirt.DomainEventIDDeviceRemoved, &removed},
+	} {
+		*e.into, err = invoke(open, c, "ConnectDomainEventRegisterAny("+name+")", func(l *libvirt.Libvirt) (<-chan any, error) {
+			return l.SubscribeEvents(subs, e.id, nil)
 		})
-	if err != nil {
-		return false, err
+		if err != nil {
+			return false, err
+		}
 	}
 
 	h.hub.Publish(maint.Event{Kind: maint.EventResync})
@@ -118,10 +128,28 @@ func (h *Host) pump(ctx context.Context) (connected bool, err error) {
 			if m, ok := msg.(*libvirt.DomainEventCallbackAgentLifecycleMsg); ok {
 				h.hub.Publish(agentEvent(m))
 			}
+		case msg, ok := <-added:
+			if !ok {
+				return true, NewError("events", c.socket, 0, "connection lost", maint.ErrHypervisorDown)
+			}
+			if m, ok := msg.(*libvirt.DomainEventCallbackDeviceAddedMsg); ok {
+				h.hub.Publish(deviceEvent(m.Dom, "added", m.DevAlias))
+			}
+		case msg, ok := <-removed:
+			if !ok {
+				return true, NewError("events", c.socket, 0, "connection lost", maint.ErrHypervisorDown)
+			}
+			if m, ok := msg.(*libvirt.DomainEventCallbackDeviceRemovedMsg); ok {
+				h.hub.Publish(deviceEvent(m.Msg.Dom, "removed", m.Msg.DevAlias))
+			}
 		case <-ctx.Done():
 			return true, ctx.Err()
 		}
 	}
+}
+
+func deviceEvent(d libvirt.Domain, change, alias string) maint.Event {
+	return maint.Event{Kind: maint.EventDevice, UUID: formatUUID(d.UUID), Name: d.Name, Change: change, Detail: alias}
 }
 
 func lifecycleEvent(msg libvirt.DomainEventLifecycleMsg) maint.Event {

@@ -211,6 +211,38 @@ func (c *Client) WatchEvents(ctx context.Context, all bool, f func([]maint.Sched
 	}
 }
 
+func campaignPath(id maint.CampaignID) string { return "/v1/campaigns/" + url.PathEscape(string(id)) }
+
+// Campaigns lists maintenance campaigns, the oldest first.
+func (c *Client) Campaigns(ctx context.Context) (all []maint.Campaign, err error) {
+	return all, c.call(ctx, "GET", "/v1/campaigns", nil, &all)
+}
+
+// Campaign looks one up.
+func (c *Client) Campaign(ctx context.Context, id maint.CampaignID) (k maint.Campaign, err error) {
+	return k, c.call(ctx, "GET", campaignPath(id), nil, &k)
+}
+
+// CreateCampaign makes one.
+func (c *Client) CreateCampaign(ctx context.Context, r maint.CampaignRequest) (k maint.Campaign, err error) {
+	return k, c.call(ctx, "POST", "/v1/campaigns", r, &k)
+}
+
+// BookCampaign picks the moment for a guest, the zero time for now.
+func (c *Client) BookCampaign(ctx context.Context, id maint.CampaignID, b Booking) (k maint.Campaign, err error) {
+	return k, c.call(ctx, "POST", campaignPath(id)+"/book", b, &k)
+}
+
+// DeferCampaign takes back what was picked for a guest.
+func (c *Client) DeferCampaign(ctx context.Context, id maint.CampaignID, guest string) (k maint.Campaign, err error) {
+	return k, c.call(ctx, "POST", campaignPath(id)+"/defer", Booking{Guest: guest}, &k)
+}
+
+// CloseCampaign calls one off.
+func (c *Client) CloseCampaign(ctx context.Context, id maint.CampaignID) (k maint.Campaign, err error) {
+	return k, c.call(ctx, "POST", campaignPath(id)+"/close", nil, &k)
+}
+
 // Check asks a peer whether a guest may come.
 func (c *Client) Check(ctx context.Context, a maint.Arrival) (ps []maint.Problem, err error) {
 	return ps, c.call(ctx, "POST", "/v1/peer/checks", a, &ps)

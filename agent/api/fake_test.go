@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"sync"
 	"testing"
+	"time"
 
 	"belay/agent/maint"
 )
@@ -115,6 +116,30 @@ func (f *fakeAgent) ApproveEvent(_ context.Context, by string, id maint.EventID,
 
 func (f *fakeAgent) CancelEvent(_ context.Context, by string, id maint.EventID, reason string) (maint.ScheduledEvent, error) {
 	return maint.ScheduledEvent{}, f.called("CancelEvent "+string(id)+" "+reason, by)
+}
+
+func (f *fakeAgent) Campaigns(context.Context) ([]maint.Campaign, error) {
+	return nil, f.called("Campaigns", "")
+}
+
+func (f *fakeAgent) Campaign(_ context.Context, id maint.CampaignID) (maint.Campaign, error) {
+	return maint.Campaign{}, f.called("Campaign "+string(id), "")
+}
+
+func (f *fakeAgent) CreateCampaign(_ context.Context, by string, r maint.CampaignRequest) (maint.Campaign, error) {
+	return maint.Campaign{}, f.called("CreateCampaign "+string(r.ID), by)
+}
+
+func (f *fakeAgent) BookCampaign(_ context.Context, by string, id maint.CampaignID, guest string, at time.Time) (maint.Campaign, error) {
+	return maint.Campaign{}, f.called("BookCampaign "+string(id)+" "+guest+" "+strconv.FormatBool(at.IsZero()), by)
+}
+
+func (f *fakeAgent) DeferCampaign(_ context.Context, id maint.CampaignID, guest string) (maint.Campaign, error) {
+	return maint.Campaign{}, f.called("DeferCampaign "+string(id)+" "+guest, "")
+}
+
+func (f *fakeAgent) CloseCampaign(_ context.Context, id maint.CampaignID) (maint.Campaign, error) {
+	return maint.Campaign{}, f.called("CloseCampaign "+string(id), "")
 }
 
 func (f *fakeAgent) Clock(_ context.Context, guest string) ([]maint.ClockReport, error) {

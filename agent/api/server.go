@@ -56,6 +56,23 @@ type Events interface {
 	CancelEvent(ctx context.Context, by string, id maint.EventID, reason string) (maint.ScheduledEvent, error)
 }
 
+// Campaigns are maintenance for which owners pick the moment.
+type Campaigns interface {
+	Campaigns(ctx context.Context) ([]maint.Campaign, error)
+	Campaign(ctx context.Context, id maint.CampaignID) (maint.Campaign, error)
+	CreateCampaign(ctx context.Context, by string, r maint.CampaignRequest) (maint.Campaign, error)
+	// BookCampaign picks the moment for a guest, the zero time for now.
+	BookCampaign(ctx context.Context, by string, id maint.CampaignID, guest string, at time.Time) (maint.Campaign, error)
+	DeferCampaign(ctx context.Context, id maint.CampaignID, guest string) (maint.Campaign, error)
+	CloseCampaign(ctx context.Context, id maint.CampaignID) (maint.Campaign, error)
+}
+
+// Booking is the body of a request that picks the moment for a guest.
+type Booking struct {
+	Guest string    `json:"guest"`       // name or UUID
+	At    time.Time `json:"at,omitzero"` // none: now
+}
+
 // Reason is the body of a request that wants nothing but a reason.
 type Reason struct {
 	Reason string `json:"reason,omitempty"`
@@ -95,6 +112,7 @@ type Agent interface {
 	Operations
 	Clocks
 	Events
+	Campaigns
 	PeerSide
 }
 
@@ -155,6 +173,18 @@ func routes(a Agent) []route {
 		{"POST", "/v1/events/{id}/cancel", operators, func(r *http.Request, c Caller) (any, error) {
 			return with(r, func(q Reason) (any, error) { return a.CancelEvent(r.Context(), c.Name, eventID(r), q.Reason) })
 		}},
+		{"GET", "/v1/campaigns", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Campaigns(r.Context()) }},
+		{"POST", "/v1/campaigns", operators, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q maint.CampaignRequest) (any, error) { return a.CreateCampaign(r.Context(), c.Name, q) })
+		}},
+		{"GET", "/v1/campaigns/{id}", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Campaign(r.Context(), campaignID(r)) }},
+		{"POST", "/v1/campaigns/{id}/book", operators, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q Booking) (any, error) { return a.BookCampaign(r.Context(), c.Name, campaignID(r), q.Guest, q.At) })
+		}},
+		{"POST", "/v1/campaigns/{id}/defer", operators, func(r *http.Request, _ Caller) (any, error) {
+			return with(r, func(q Booking) (any, error) { return a.DeferCampaign(r.Context(), campaignID(r), q.Guest) })
+		}},
+		{"POST", "/v1/campaigns/{id}/close", operators, func(r *http.Request, _ Caller) (any, error) { return a.CloseCampaign(r.Context(), campaignID(r)) }},
 		{"GET", "/v1/clocks", viewers, func(r *http.Request, _ Caller) (any, error) {
 			return a.Clock(r.Context(), r.URL.Query().Get("guest"))
 		}},
@@ -212,8 +242,9 @@ func events(r *http.Request, a Agent) (any, error) {
 	}), nil
 }
 
-func opID(r *http.Request) maint.OpID       { return maint.OpID(r.PathValue("id")) }
-func eventID(r *http.Request) maint.EventID { return maint.EventID(r.PathValue("id")) }
+func opID(r *http.Request) maint.OpID             { return maint.OpID(r.PathValue("id")) }
+func campaignID(r *http.Request) maint.CampaignID { return maint.CampaignID(r.PathValue("id")) }
+func eventID(r *http.Request) maint.EventID       { return maint.EventID(r.PathValue("id")) }
 
 // Handler serves a to callers that id names.
 func Handler(a Agent, id Identify, log *slog.Logger) http.Handler {

@@ -95,11 +95,26 @@ type Events struct {
 	// Owners have guests in common: one event is about all of them, and an
 	// approval by one is by all.
 	Owners map[string]Owner `toml:"owners"`
+	// Policy is whose approval an operation waits for: maint.PolicyAll, PolicyAny
+	// or PolicyHostOwner.
+	Policy string `toml:"policy"`
+	// Windows are when guests may be disturbed that pick the moment.
+	Windows []Window `toml:"windows"`
 	// IMDSv1 has the view for EC2 answer without a token.
 	IMDSv1 bool `toml:"imds_v1"`
 	// EC2ShowsFreeze shows a freeze as system-maintenance in the view for EC2,
 	// on which some clients empty the guest.
 	EC2ShowsFreeze bool `toml:"ec2_shows_freeze"`
+}
+
+// Window is a maint.Window for some guests.
+type Window struct {
+	Guests []string `toml:"guests"` // as those of an Owner
+	Rule   string   `toml:"rule"`
+	Zone   string   `toml:"zone"`
+	Length Duration `toml:"length"`
+	From   string   `toml:"from"`
+	Except []string `toml:"except"`
 }
 
 // Owner is somebody who has guests.
@@ -157,6 +172,7 @@ func defaults() Config {
 		Migration: Migration{Timeout: Duration{30 * time.Minute}},
 		Hold: Hold{MaxPause: Duration{10 * time.Second}, MaxPauseLimit: Duration{5 * time.Minute},
 			LeashSilence: Duration{3 * time.Second}, CommandsBy: "root"},
+		Events:  Events{Policy: string(maint.PolicyAll)},
 		Journal: Journal{Keep: Duration{90 * 24 * time.Hour}},
 	}
 }
@@ -342,12 +358,21 @@ func (c *Config) check() error {
 			bad(key, "%s is not between %s and %s", d, least, maxNotice)
 		}
 	}
-	for name, o := range c.Events.Owners {
-		for _, g := range o.Guests {
+	if p := maint.Policy(c.Events.Policy); p != maint.PolicyAll && p != maint.PolicyAny && p != maint.PolicyHostOwner {
+		bad("events.policy", "%q is none of %q, %q, %q", p, maint.PolicyAll, maint.PolicyAny, maint.PolicyHostOwner)
+	}
+	named := func(key string, guests []string) {
+		for _, g := range guests {
 			if _, err := path.Match(g, ""); err != nil || g == "" {
-				bad("events.owners."+name, "%q is no name, pattern or UUID of guests", g)
+				bad(key, "%q is no name, pattern or UUID of guests", g)
 			}
 		}
+	}
+	for name, o := range c.Events.Owners {
+		named("events.owners."+name, o.Guests)
+	}
+	for _, w := range c.Events.Windows {
+		named("events.windows", w.Guests)
 	}
 	if c.Journal.Keep.Duration <= 0 {
 		bad("journal.keep", "must be longer than 0")

@@ -56,6 +56,7 @@ func TestDefaults(t *testing.T) {
 		Migration: Migration{Timeout: Duration{30 * time.Minute}},
 		Hold: Hold{MaxPause: Duration{10 * time.Second}, MaxPauseLimit: Duration{5 * time.Minute},
 			LeashSilence: Duration{3 * time.Second}, CommandsBy: "root"},
+		Events:  Events{Policy: "all"},
 		Journal: Journal{Keep: Duration{90 * 24 * time.Hour}},
 	}
 	if d := cmp.Diff(want, got); d != "" {
@@ -102,6 +103,22 @@ leash_silence = "2s"
 kill_libvirt = "4s"
 commands_by = "operators"
 leash = "/usr/libexec/leash"
+[events]
+enabled = true
+policy = "any"
+imds_v1 = true
+ec2_shows_freeze = true
+[events.notice]
+Freeze = "20m"
+[events.owners.shop]
+guests = ["shop-*"]
+[[events.windows]]
+guests = ["shop-*"]
+rule = "FREQ=DAILY;BYHOUR=2"
+zone = "Europe/Berlin"
+length = "3h"
+from = "2026-12-01"
+except = ["2026-12-24"]
 [journal]
 keep = "24h"
 [peers.host-b]
@@ -127,6 +144,10 @@ libvirt_uri = "qemu+ssh://root@host-c/system"
 		Migration: Migration{Timeout: Duration{90 * time.Minute}, BandwidthMiBs: 500, TLS: true},
 		Hold: Hold{MaxPause: Duration{5 * time.Second}, MaxPauseLimit: Duration{30 * time.Second},
 			LeashSilence: Duration{2 * time.Second}, KillLibvirt: Duration{4 * time.Second}, CommandsBy: "operators", Leash: "/usr/libexec/leash"},
+		Events: Events{Enabled: true, Policy: "any", IMDSv1: true, EC2ShowsFreeze: true,
+			Notice: map[string]Duration{"Freeze": {20 * time.Minute}}, Owners: map[string]Owner{"shop": {Guests: []string{"shop-*"}}},
+			Windows: []Window{{Guests: []string{"shop-*"}, Rule: "FREQ=DAILY;BYHOUR=2", Zone: "Europe/Berlin", Length: Duration{3 * time.Hour},
+				From: "2026-12-01", Except: []string{"2026-12-24"}}}},
 		Journal: Journal{Keep: Duration{24 * time.Hour}},
 		Peers: map[string]Peer{
 			"host-b": {Address: "192.0.2.2:7443", CertName: "host-b", LibvirtURI: "qemu+tls://host-b/system", MigrateURI: "tcp://192.0.2.2"},
@@ -154,6 +175,14 @@ func TestMistakes(t *testing.T) {
 			[]string{"belayd.toml:1", `"acess`, `did you mean "access"?`}},
 		{"several typos", "hots = 'a'\n[api]\nlisten = 'a:1'\nsokcet = '/s'\n",
 			[]string{"belayd.toml:1", `"hots"`, `did you mean "host"?`, "belayd.toml:4", `"api.sokcet"`, `did you mean "socket"?`}},
+		{"a notice that is too short", "[events.notice]\nFreeze = '1m'\n",
+			[]string{"events.notice.Freeze", "15m0s"}},
+		{"a notice of nothing", "[events.notice]\nMelt = '1h'\n",
+			[]string{"events.notice.Melt", "there is no such impact"}},
+		{"no policy", "[events]\npolicy = 'some'\n",
+			[]string{"events.policy", "host-owner"}},
+		{"no pattern", "[events.owners.shop]\nguests = ['[']\n",
+			[]string{"events.owners.shop", `"["`}},
 		{"nothing like it", "[api]\nfrobnicate = true\n",
 			[]string{"belayd.toml:2", `there is no setting "api.frobnicate"`}},
 		{"below a value", "[api.listen]\nport = 1\n",

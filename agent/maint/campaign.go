@@ -25,6 +25,8 @@ type Campaign struct {
 	// Guests are the state of each, by UUID: it stays with guest and campaign
 	// over restarts and moves.
 	Guests map[string]GuestCampaign `json:"guests"`
+	// Action is what is done to each.
+	Action CampaignAction `json:"action"`
 	// Closed is when it was called off, or all guests were done.
 	Closed time.Time `json:"closed,omitzero"`
 }
@@ -91,4 +93,29 @@ type Window struct {
 	// Except are dates, "2026-12-24", on which no occurrence begins, by the
 	// zone's calendar.
 	Except []string `json:"except,omitempty"`
+}
+
+// CampaignAction is what is done to each guest of a campaign: one of them, whose
+// guest is left empty.
+type CampaignAction struct {
+	Migrate *MigrateRequest `json:"migrate,omitempty"`
+	Replace *ReplaceRequest `json:"replace,omitempty"`
+	Hold    *HoldRequest    `json:"hold,omitempty"`
+}
+
+// Impact is what a guest feels of it.
+func (CampaignAction) Impact() Impact { return ImpactFreeze }
+
+// CampaignRequest asks for a campaign.
+type CampaignRequest struct {
+	ID          CampaignID `json:"id"`
+	Description string     `json:"description"`
+	// Guests are names or UUIDs; none: all that run.
+	Guests    []string       `json:"guests,omitempty"`
+	Duration  time.Duration  `json:"duration_ns"`
+	Security  bool           `json:"security,omitempty"`
+	Opens     time.Time      `json:"opens,omitzero"`
+	Deadline  time.Time      `json:"deadline,omitzero"`
+	MaxDefers int            `json:"max_defers"`
+	Action    CampaignAction `json:"action"`
 }

@@ -84,6 +84,7 @@ type Device struct {
 	Source string `json:"source,omitempty"` // bridge, PCI address, socket path, …
 	Target string `json:"target,omitempty"` // tap name, channel name, …
 	MAC    string `json:"mac,omitempty"`
+	CID    uint32 `json:"cid,omitempty"` // of a vsock device that runs
 }
 
 // Host is one libvirt host as its hypervisor describes it.
@@ -110,6 +111,9 @@ const (
 	EventLifecycle EventKind = "lifecycle"
 	// EventAgent is virConnectDomainEventAgentLifecycle.
 	EventAgent EventKind = "agent"
+	// EventDevice is VIR_DOMAIN_EVENT_ID_DEVICE_ADDED and _REMOVED: Change is
+	// "added" or "removed", Detail the device's alias.
+	EventDevice EventKind = "device"
 	// EventResync says that events may have been missed (the connection to
 	// libvirt was lost and is back): list everything again.
 	EventResync EventKind = "resync"

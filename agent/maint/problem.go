@@ -68,6 +68,7 @@ const (
 	CodeNoDefers         Code = "no-deferrals-left"
 	CodeEnded            Code = "operation-ended"
 	CodeEventState       Code = "event-state"
+	CodeGuestsUntold     Code = "guests-untold"
 	CodeMethodNotAllowed Code = "method-not-allowed"
 	CodeNotFound         Code = "not-found"
 	CodeInternal         Code = "internal"

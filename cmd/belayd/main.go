@@ -82,6 +82,10 @@ func serve(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "belayd: %v\n", err)
 		return 2
 	}
+	if err := agent.CheckWindows(cfg); err != nil {
+		fmt.Fprintf(stderr, "belayd: %v\n", err)
+		return 2
+	}
 	// Certificates that cannot be read are settings that are wrong: a restart
 	// does not mend them.
 	id, err := api.LoadIdentity(cfg.TLS.CA, cfg.TLS.Cert, cfg.TLS.Key)
@@ -124,10 +128,11 @@ func run(ctx context.Context, cfg config.Config, id api.Identity, log *slog.Logg
 	// agent that is going down; what the agent leaves open is in its journal.
 	life, end := context.WithCancel(context.Background())
 	defer end()
-	failed := make(chan error, 5)
+	failed := make(chan error, 6)
 	var parts sync.WaitGroup
 	parts.Go(func() { failed <- hyp.Run(life) })
 	parts.Go(func() { failed <- a.Run(life) })
+	parts.Go(func() { failed <- a.ServeGuests(life) })
 	parts.Go(func() { notifySystemd(life, a, log) })
 	servers.Serve(failed)
 	log.Info("belayd serves", "version", version, "host", cfg.Host, "socket", cfg.API.Socket, "listen", cfg.API.Listen, "peers", len(cfg.Peers))

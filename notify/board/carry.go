@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"belay/agent/maint"
+	"belay/notify/campaign"
 )
 
 // Carry is what goes with a guest to another host.
@@ -64,23 +65,18 @@ func (b Board) Adopt(now time.Time, g maint.GuestEvents) maint.EventChange {
 	}
 	for _, k := range g.Campaigns {
 		mine, in := k.Guests[g.UUID]
-		if !in {
-			continue
-		}
 		have, there := b.Campaigns[k.ID]
 		if !there {
 			have = k
 			have.Guests = nil
 		}
-		if old, known := have.Guests[g.UUID]; known {
-			mine.Defers = max(mine.Defers, old.Defers) // a way there and back gives none back
+		if !in {
+			continue
 		}
-		have.Guests = maps.Clone(have.Guests)
-		if have.Guests == nil {
-			have.Guests = make(map[string]maint.GuestCampaign)
+		// What cannot be is left out: the guest is more than a campaign.
+		if have, err := campaign.Arrive(now, have, maint.EventGuest{UUID: g.UUID, Name: mine.Guest}, &mine); err == nil {
+			c.Campaigns = append(c.Campaigns, have)
 		}
-		have.Guests[g.UUID] = mine
-		c.Campaigns = append(c.Campaigns, have)
 	}
 	if len(g.Listeners) > 0 && len(b.Listeners[g.UUID]) == 0 {
 		c.Listeners = map[string][]maint.Listener{g.UUID: g.Listeners[:min(len(g.Listeners), maxListeners)]}
@@ -98,7 +94,10 @@ func (b Board) Adopt(now time.Time, g maint.GuestEvents) maint.EventChange {
 // Leave forgets a guest that has moved to another host. Its incarnation stays
 // known, should it come back.
 func (b Board) Leave(guest string) maint.EventChange {
-	c := maint.EventChange{GuestsGone: []string{guest}}
+	var c maint.EventChange
+	if len(b.Listeners[guest]) > 0 {
+		c.GuestsGone = []string{guest}
+	}
 	for id, e := range b.Events {
 		if !About(e, guest) {
 			continue

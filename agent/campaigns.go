@@ -1,0 +1,359 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"belay/agent/config"
+	"belay/agent/maint"
+	"belay/notify/board"
+	"belay/notify/campaign"
+	"belay/notify/window"
+)
+
+// byCampaign is who asks for an operation that a campaign has begun.
+const byCampaign = "campaign:"
+
+// campaignOf is the campaign that an operation is part of, "" for none.
+func campaignOf(op maint.Op) maint.CampaignID {
+	id, _ := strings.CutPrefix(op.By, byCampaign)
+	if id == op.By {
+		return ""
+	}
+	return maint.CampaignID(id)
+}
+
+// decide has a campaign changed, or nothing on an error.
+func (a *Agent) decide(id maint.CampaignID, f func(now time.Time, c maint.Campaign) (maint.Campaign, error)) (c maint.Campaign, err error) {
+	err = a.keeper.Do(func(b board.Board, now time.Time) (maint.EventChange, error) {
+		was, known := b.Campaigns[id]
+		if !known {
+			return maint.EventChange{}, maint.Problemf(maint.CodeNotFound, "campaign "+string(id), "see 'belay maintenance list'", "is not one of host %s", a.cfg.Host)
+		}
+		if c, err = f(now, was); err != nil {
+			return maint.EventChange{}, err
+		}
+		return maint.EventChange{Campaigns: []maint.Campaign{c}}, nil
+	})
+	return c, err
+}
+
+// CheckWindows refuses a configuration whose windows cannot be read.
+func CheckWindows(cfg config.Config) error {
+	for i, w := range cfg.Events.Windows {
+		if _, err := window.Parse(windowOf(w)); err != nil {
+			return fmt.Errorf("configuration: events.windows, number %d: %w", i+1, err)
+		}
+	}
+	return nil
+}
+
+func windowOf(w config.Window) maint.Window {
+	return maint.Window{Rule: w.Rule, Zone: w.Zone, Length: w.Length.Duration, From: w.From, Except: w.Except}
+}
+
+// windows are when a guest may be disturbed, as the configuration has it.
+func (a *Agent) windows(g maint.EventGuest) (window.Schedule, error) {
+	var all []maint.Window
+	for _, w := range a.cfg.Events.Windows {
+		if matches(w.Guests, g) {
+			all = append(all, windowOf(w))
+		}
+	}
+	return window.Parse(all...)
+}
+
+// matches reports whether a guest is one of those named by name, pattern or UUID.
+func matches(patterns []string, g maint.EventGuest) bool {
+	return slices.ContainsFunc(patterns, func(p string) bool {
+		ok, _ := path.Match(p, g.Name)
+		return ok || p == g.UUID
+	})
+}
+
+// Campaigns lists the campaigns of this host, the oldest first.
+func (a *Agent) Campaigns(context.Context) ([]maint.Campaign, error) {
+	all := []maint.Campaign{}
+	a.keeper.See(func(b board.Board) {
+		for _, c := range b.Campaigns {
+			all = append(all, c)
+		}
+	})
+	slices.SortFunc(all, func(x, y maint.Campaign) int {
+		return cmp.Or(x.Created.Compare(y.Created), strings.Compare(string(x.ID), string(y.ID)))
+	})
+	return all, nil
+}
+
+// Campaign returns one.
+func (a *Agent) Campaign(ctx context.Context, id maint.CampaignID) (maint.Campaign, error) {
+	all, _ := a.Campaigns(ctx) // never fails
+	for _, c := range all {
+		if c.ID == id {
+			return c, nil
+		}
+	}
+	return maint.Campaign{}, maint.Problemf(maint.CodeNotFound, "campaign "+string(id), "see 'belay maintenance list'", "is not one of host %s", a.cfg.Host)
+}
+
+// CreateCampaign announces work to the owners of guests, who pick the moment.
+func (a *Agent) CreateCampaign(ctx context.Context, by string, r maint.CampaignRequest) (maint.Campaign, error) {
+	what := "cannot create campaign " + string(r.ID)
+	if !a.cfg.Events.Enabled {
+		return maint.Campaign{}, refuse(what, maint.Problemf(maint.CodeForbidden, "host "+a.cfg.Host, "set events.enabled in belayd's configuration", "tells guests nothing"))
+	}
+	if err := a.checkAction(by, r.Action); err != nil {
+		return maint.Campaign{}, err
+	}
+	guests, err := a.hyp.Guests(ctx)
+	if err != nil {
+		return maint.Campaign{}, a.cannotAsk(what, err)
+	}
+	for _, name := range r.Guests {
+		if !slices.ContainsFunc(guests, func(g maint.Guest) bool { return name == g.Name || name == g.UUID }) {
+			return maint.Campaign{}, a.unknownGuest(what, name)
+		}
+	}
+	q := campaign.Request{ID: r.ID, Description: r.Description, Impact: r.Action.Impact(), Duration: r.Duration, By: by,
+		Security: r.Security, Opens: r.Opens, Deadline: r.Deadline, MaxDefers: r.MaxDefers}
+	for _, g := range guests {
+		if len(r.Guests) > 0 && !slices.Contains(r.Guests, g.Name) && !slices.Contains(r.Guests, g.UUID) || len(r.Guests) == 0 && !g.State.Active() {
+			continue
+		}
+		windows, err := a.windows(maint.EventGuest{UUID: g.UUID, Name: g.Name})
+		if err != nil {
+			return maint.Campaign{}, err
+		}
+		q.Guests = append(q.Guests, campaign.Guest{UUID: g.UUID, Name: g.Name, Windows: windows})
+	}
+	var c maint.Campaign
+	err = a.keeper.Do(func(b board.Board, now time.Time) (maint.EventChange, error) {
+		if _, taken := b.Campaigns[r.ID]; taken {
+			return maint.EventChange{}, maint.Problemf(maint.CodeBadRequest, "campaign "+string(r.ID), "choose another ID", "is there already")
+		}
+		if c, err = campaign.Create(now, q); err != nil {
+			return maint.EventChange{}, err
+		}
+		c.Action = r.Action
+		return maint.EventChange{Campaigns: []maint.Campaign{c}}, nil
+	})
+	return c, err
+}
+
+// checkAction refuses what an operation would be refused for anyway, months later.
+func (a *Agent) checkAction(by string, do maint.CampaignAction) error {
+	given := 0
+	if do.Migrate != nil {
+		given++
+		if a.peers[do.Migrate.To] == nil {
+			return refuse("cannot create the campaign", a.unknownPeer(do.Migrate.To))
+		}
+	}
+	if do.Replace != nil {
+		given++
+	}
+	if do.Hold != nil {
+		given++
+		if by != "root" && a.cfg.Hold.CommandsBy != "operators" {
+			return maint.Problemf(maint.CodeForbidden, "caller "+by, `ask root, or set hold.commands_by = "operators"`, "may not have belayd run a command, which it runs as root")
+		}
+		if problems := checkShapes(*do.Hold); len(problems) > 0 {
+			return maint.Refuse("cannot create the campaign", problems)
+		}
+	}
+	if given != 1 {
+		return badRequest("action", "give migrate, replace or hold", "has %d things to do, not one", given)
+	}
+	return nil
+}
+
+// BookCampaign picks the moment for a guest; the zero time is now.
+func (a *Agent) BookCampaign(_ context.Context, by string, id maint.CampaignID, guest string, at time.Time) (maint.Campaign, error) {
+	return a.decide(id, func(now time.Time, c maint.Campaign) (maint.Campaign, error) {
+		uuid, g, err := inCampaign(c, guest)
+		if err != nil {
+			return c, err
+		}
+		if at.IsZero() {
+			return campaign.StartNow(now, c, uuid, by)
+		}
+		windows, err := a.windows(maint.EventGuest{UUID: uuid, Name: g.Guest})
+		if err != nil {
+			return c, err
+		}
+		return campaign.Book(now, c, uuid, by, at, windows)
+	})
+}
+
+// DeferCampaign takes back what was picked for a guest.
+func (a *Agent) DeferCampaign(_ context.Context, id maint.CampaignID, guest string) (maint.Campaign, error) {
+	return a.decide(id, func(now time.Time, c maint.Campaign) (maint.Campaign, error) {
+		uuid, _, err := inCampaign(c, guest)
+		if err != nil {
+			return c, err
+		}
+		return campaign.Defer(now, c, uuid)
+	})
+}
+
+// CloseCampaign calls one off. Operations that it has begun go on.
+func (a *Agent) CloseCampaign(_ context.Context, id maint.CampaignID) (maint.Campaign, error) {
+	return a.decide(id, func(now time.Time, c maint.Campaign) (maint.Campaign, error) { return campaign.Close(now, c), nil })
+}
+
+func inCampaign(c maint.Campaign, guest string) (uuid string, g maint.GuestCampaign, err error) {
+	for uuid, g := range c.Guests {
+		if uuid == guest || g.Guest == guest {
+			return uuid, g, nil
+		}
+	}
+	return "", g, maint.Problemf(maint.CodeUnknownGuest, "guest "+guest, "see 'belay maintenance show "+string(c.ID)+"'", "is not in campaign %s", c.ID)
+}
+
+// followCampaigns begins what is due, and learns how it ended, until ctx ends.
+func (a *Agent) followCampaigns(ctx context.Context) {
+	if !a.cfg.Events.Enabled {
+		return
+	}
+	for ctx.Err() == nil {
+		changed := a.journal.Changed()
+		next := time.Now().Add(eventsEvery)
+		all, _ := a.Campaigns(ctx)
+		for _, c := range all {
+			if !c.Closed.IsZero() && !slices.ContainsFunc(running(c), func(string) bool { return true }) {
+				continue
+			}
+			c = a.advance(ctx, c)
+			if at := campaign.Wake(c); !at.IsZero() && at.Before(next) {
+				next = at
+			}
+		}
+		wake := time.NewTimer(time.Until(next))
+		select {
+		case <-wake.C:
+		case <-changed:
+		case <-ctx.Done():
+		}
+		wake.Stop()
+	}
+}
+
+// running are the guests of a campaign that an operation is at work on.
+func running(c maint.Campaign) (uuids []string) {
+	for uuid, g := range c.Guests {
+		if g.State == maint.CampaignRunning {
+			uuids = append(uuids, uuid)
+		}
+	}
+	return uuids
+}
+
+// advance brings one campaign to the present.
+func (a *Agent) advance(ctx context.Context, c maint.Campaign) maint.Campaign {
+	keep := func(f func(time.Time, maint.Campaign) (maint.Campaign, error)) {
+		now, err := a.decide(c.ID, f)
+		if err != nil {
+			a.log.Error("cannot go on with a campaign", "campaign", c.ID, "err", err)
+			return
+		}
+		c = now
+	}
+	for _, uuid := range running(c) {
+		op, known := a.journal.Op(c.Guests[uuid].Op)
+		switch {
+		case known && op.State != maint.OpEnded:
+		case known && (op.Outcome == maint.OutcomeDone || op.Outcome == maint.OutcomePartly):
+			keep(func(now time.Time, c maint.Campaign) (maint.Campaign, error) { return campaign.Done(now, c, uuid) })
+		default:
+			keep(func(now time.Time, c maint.Campaign) (maint.Campaign, error) { return campaign.Failed(now, c, uuid) })
+		}
+	}
+	if now := campaign.Advance(time.Now(), c); len(campaign.Due(now)) > len(campaign.Due(c)) || !campaign.Wake(now).Equal(campaign.Wake(c)) {
+		keep(func(now time.Time, c maint.Campaign) (maint.Campaign, error) { return campaign.Advance(now, c), nil })
+	}
+	for _, uuid := range campaign.Due(c) {
+		if !a.view.has(uuid, maint.GuestRunning) {
+			continue // it is off, or on another host, which knows
+		}
+		op, err := a.beginFor(ctx, c, uuid)
+		if err != nil {
+			if refusal := (*maint.Refusal)(nil); !errors.As(err, &refusal) {
+				a.log.Warn("a guest's moment in a campaign has come, and its operation cannot begin", "campaign", c.ID, "guest", c.Guests[uuid].Guest, "err", err)
+			}
+			continue // tried again with the next change
+		}
+		keep(func(now time.Time, c maint.Campaign) (maint.Campaign, error) {
+			return campaign.Begin(now, c, uuid, op.ID)
+		})
+	}
+	return c
+}
+
+// beginFor begins a campaign's operation for a guest, or finds the one that a
+// belayd has begun that died before it could write that down.
+func (a *Agent) beginFor(ctx context.Context, c maint.Campaign, uuid string) (maint.Op, error) {
+	by := byCampaign + string(c.ID)
+	for _, op := range a.journal.Ops() {
+		about := op.GuestUUID == uuid || slices.Contains(op.Guests, uuid)
+		if op.By == by && about && op.State != maint.OpEnded {
+			return op, nil
+		}
+	}
+	switch do := c.Action; {
+	case do.Migrate != nil:
+		r := *do.Migrate
+		r.Guest, r.Reason = uuid, c.Description
+		return a.Migrate(ctx, by, r)
+	case do.Replace != nil:
+		r := *do.Replace
+		r.Guest, r.Reason = uuid, c.Description
+		return a.Replace(ctx, by, r)
+	case do.Hold != nil:
+		r := *do.Hold
+		r.Guests, r.All, r.Reason = []string{uuid}, false, c.Description
+		return a.Hold(ctx, by, r)
+	}
+	return maint.Op{}, maint.Problemf(maint.CodeInternal, "campaign "+string(c.ID), "close it", "has nothing to do")
+}
+
+// picked reports whether a guest's owner has picked the moment of an operation:
+// that is an approval.
+func (a *Agent) picked(op maint.Op, uuid string) (by string, is bool) {
+	a.keeper.See(func(b board.Board) {
+		if g, in := b.Campaigns[campaignOf(op)].Guests[uuid]; in && g.By != "" {
+			by, is = g.By, true
+		}
+	})
+	return by, is
+}
+
+// Maintenance implements notify.Source: a guest sees itself alone.
+func (s guestSource) Maintenance(guest string) (all []maint.Campaign) {
+	every, _ := s.server.agent.Campaigns(context.Background())
+	for _, c := range every {
+		if g, in := c.Guests[guest]; in && c.Closed.IsZero() {
+			c.Guests = map[string]maint.GuestCampaign{guest: g}
+			c.Action = maint.CampaignAction{}
+			all = append(all, c)
+		}
+	}
+	return all
+}
+
+// Book implements notify.Source.
+func (s guestSource) Book(ctx context.Context, guest string, id maint.CampaignID, at time.Time) error {
+	_, err := s.server.agent.BookCampaign(ctx, "guest", id, guest, at)
+	return err
+}
+
+// Defer implements notify.Source.
+func (s guestSource) Defer(ctx context.Context, guest string, id maint.CampaignID) error {
+	_, err := s.server.agent.DeferCampaign(ctx, id, guest)
+	return err
+}
