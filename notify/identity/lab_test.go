@@ -127,16 +127,16 @@ func (h *host) guest(bridge, tap string, m byte, cidr string) *guest {
 		g.ns, g.link = unshare(h.t)
 	}()
 	<-made
-	g.plug(h, 0)
 	g.up("lo")
-	g.up("eth0")
+	g.plug(h, 0)
 	g.address("eth0", cidr)
 	dev := g.device("eth0").Attrs().Index
 	g.must(g.link.RouteAdd(&netlink.Route{LinkIndex: dev, Dst: serviceNet, Scope: netlink.SCOPE_LINK}))
 	return g
 }
 
-// plug gives the guest its interface, with an index of the host's choice if 0.
+// plug gives the guest its interface, with an index of the host's choice if 0, and
+// waits until it carries frames.
 func (g *guest) plug(h *host, index int) {
 	h.t.Helper()
 	br := h.device(g.port.Bridge).Attrs().Index
@@ -145,6 +145,9 @@ func (g *guest) plug(h *host, index int) {
 		PeerHardwareAddr: g.port.MAC, PeerNamespace: netlink.NsFd(g.ns),
 	}))
 	h.up(g.port.Tap)
+	g.up("eth0")
+	// Only when the kernel has seen the carrier does the bridge forward its frames.
+	await(h.t, func() bool { return h.device(g.port.Tap).Attrs().OperState == netlink.OperUp })
 	g.port.Ifindex = h.device(g.port.Tap).Attrs().Index
 }
 

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -72,7 +73,8 @@ func TestTakeover(t *testing.T) {
 		c.Env = append(os.Environ(), fmt.Sprintf("%s=%s %d %s %s %s", asHost, a.port.Guest, a.port.Ifindex, a.port.Tap, a.port.Bridge, a.port.MAC))
 		out, err := c.StdoutPipe()
 		h.must(err)
-		h.must(h.in(c.Start))
+		c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		h.must(c.Start()) // in the namespace of this thread
 		line, _ := bufio.NewReader(out).ReadString('\n')
 		if line != "ready\n" {
 			t.Errorf("the agent says %q", line)
@@ -128,9 +130,12 @@ func TestUnplugged(t *testing.T) {
 	// Another guest gets a tap with the same name, index, MAC and IP address.
 	w := h.listen()
 	h.must(h.link.LinkDel(h.device("vnet0")))
-	g.awaitMarks(t, 1)
+	await(t, func() bool {
+		g.change.Lock() // with which the kernel is told too
+		defer g.change.Unlock()
+		return len(g.taps) == 1
+	})
 	a.plug(h, old.Ifindex)
-	a.up("eth0")
 	if a.port.Ifindex != old.Ifindex {
 		t.Fatalf("the new tap has index %d", a.port.Ifindex)
 	}
@@ -160,22 +165,6 @@ func TestUnplugged(t *testing.T) {
 		t.Errorf("a tap that is not there: %v", err)
 	}
 	b.isKnown()
-}
-
-// awaitMarks waits until the gate has forgotten all but n ports, and the kernel
-// too.
-func (g *Gate) awaitMarks(t *testing.T, n int) {
-	t.Helper()
-	deadline := time.Now().Add(5 * time.Second)
-	for ; time.Now().Before(deadline); time.Sleep(time.Millisecond) {
-		g.change.Lock()
-		has := len(g.taps)
-		g.change.Unlock()
-		if has == n {
-			return
-		}
-	}
-	t.Fatalf("the gate has not come to %d ports", n)
 }
 
 func TestConnectionsOfPortsTakenAway(t *testing.T) {
