@@ -134,6 +134,9 @@ func (n *Node) Socket() string { return filepath.Join(n.Dir, "belayd.sock") }
 // Client speaks to the node's belayd as root.
 func (n *Node) Client() *api.Client { return api.NewUnix(n.Socket()) }
 
+// Belayd is its program; belay, belay-leash and belay-guest are beside it.
+func (n *Node) Belayd() string { return n.bin.Belayd }
+
 // ConfigFile is belayd's configuration.
 func (n *Node) ConfigFile() string { return filepath.Join(n.Dir, "belayd.toml") }
 
