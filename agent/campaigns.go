@@ -216,6 +216,10 @@ func inCampaign(c maint.Campaign, guest string) (uuid string, g maint.GuestCampa
 	return "", g, maint.Problemf(maint.CodeUnknownGuest, "guest "+guest, "see 'belay maintenance show "+string(c.ID)+"'", "is not in campaign %s", c.ID)
 }
 
+// campaignsRest is the least time between two looks at campaigns that nothing has
+// changed in: what is due and cannot begin is tried again.
+const campaignsRest = time.Second
+
 // followCampaigns begins what is due, and learns how it ended, until ctx ends.
 func (a *Agent) followCampaigns(ctx context.Context) {
 	if !a.cfg.Events.Enabled {
@@ -234,7 +238,7 @@ func (a *Agent) followCampaigns(ctx context.Context) {
 				next = at
 			}
 		}
-		wake := time.NewTimer(time.Until(next))
+		wake := time.NewTimer(max(time.Until(next), campaignsRest))
 		select {
 		case <-wake.C:
 		case <-changed:
@@ -266,7 +270,9 @@ func (a *Agent) advance(ctx context.Context, c maint.Campaign) maint.Campaign {
 	}
 	for _, uuid := range running(c) {
 		op, known := a.journal.Op(c.Guests[uuid].Op)
+		_, arriving := a.journal.Reservation(c.Guests[uuid].Op)
 		switch {
+		case arriving: // another host's operation
 		case known && op.State != maint.OpEnded:
 		case known && (op.Outcome == maint.OutcomeDone || op.Outcome == maint.OutcomePartly):
 			keep(func(now time.Time, c maint.Campaign) (maint.Campaign, error) { return campaign.Done(now, c, uuid) })
@@ -320,6 +326,19 @@ func (a *Agent) beginFor(ctx context.Context, c maint.Campaign, uuid string) (ma
 		return a.Hold(ctx, by, r)
 	}
 	return maint.Op{}, maint.Problemf(maint.CodeInternal, "campaign "+string(c.ID), "close it", "has nothing to do")
+}
+
+// arrivedInCampaigns says that what was to be done for a guest was to bring it here.
+func (a *Agent) arrivedInCampaigns(op maint.OpID, uuid string) {
+	all, _ := a.Campaigns(context.Background())
+	for _, c := range all {
+		if g := c.Guests[uuid]; g.State != maint.CampaignRunning || g.Op != op {
+			continue
+		}
+		if _, err := a.decide(c.ID, func(now time.Time, c maint.Campaign) (maint.Campaign, error) { return campaign.Done(now, c, uuid) }); err != nil {
+			a.log.Error("cannot note that a campaign is done with a guest", "campaign", c.ID, "guest", uuid, "err", err)
+		}
+	}
 }
 
 // picked reports whether a guest's owner has picked the moment of an operation:

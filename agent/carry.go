@@ -86,6 +86,7 @@ func (a *Agent) adopt(ctx context.Context, s maint.Settlement) error {
 
 // endArrival ends the events of the operation by which a guest has come here.
 func (a *Agent) endArrival(ctx context.Context, id maint.OpID, uuid string) {
+	a.arrivedInCampaigns(id, uuid)
 	if len(a.openEvents(id)) == 0 {
 		return
 	}

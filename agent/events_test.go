@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"belay/agent/agenttest"
+	"belay/agent/api"
 	"belay/agent/config"
 	"belay/agent/maint"
 )
@@ -64,7 +65,8 @@ func TestHoldIsAnnounced(t *testing.T) {
 		!strings.HasPrefix(events[i].Guests[0].Name, "shop-") || !strings.HasPrefix(events[i].Guests[1].Name, "shop-") {
 		t.Errorf("those of one owner are not told together: %+v", events)
 	}
-	node.Restart() // while it waits
+	node.Kill() // while it waits
+	node.Restart()
 	if _, err := node.Client.ApproveEvent(ctx, events[0].ID, "a quiet moment"); err != nil {
 		t.Fatal(err)
 	}
@@ -283,4 +285,104 @@ func toldAt(t *testing.T, n int) (at string) {
 		fail("on b: %+v, %v; on a: %+v", there, err, here)
 	}
 	return at
+}
+
+// What owners pick is done at their moment, without further notice; what they do not
+// is done at the deadline, with it. A belayd that dies in between forgets nothing.
+func TestCampaign(t *testing.T) {
+	t.Parallel()
+	w := agenttest.New(t, quiet(t), telling, "a", "b")
+	node := w.Nodes[0]
+	ctx := ctxFor(t, patience)
+	for _, name := range []string{"web-1", "web-2", "web-3"} {
+		node.Host.PutGuest(name)
+	}
+	awaitInventory(t, ctx, node, 3)
+	r := maint.CampaignRequest{ID: "nic", Description: "new NIC firmware", MaxDefers: 1, Security: true, Deadline: time.Now().Add(time.Hour),
+		Action: maint.CampaignAction{Migrate: &maint.MigrateRequest{To: "b"}}}
+	for name, spoil := range map[string]func(*maint.CampaignRequest){
+		"nothing to do":   func(r *maint.CampaignRequest) { r.Action = maint.CampaignAction{} },
+		"an unknown peer": func(r *maint.CampaignRequest) { r.Action.Migrate = &maint.MigrateRequest{To: "nowhere"} },
+		"no time to pick": func(r *maint.CampaignRequest) { r.Deadline = time.Now().Add(-time.Hour) },
+		"too little time": func(r *maint.CampaignRequest) { r.Security = false },
+		"no such guest":   func(r *maint.CampaignRequest) { r.Guests = []string{"nobody"} },
+		"no name":         func(r *maint.CampaignRequest) { r.ID = "../x" },
+	} {
+		bad := r
+		spoil(&bad)
+		if _, err := node.Client.CreateCampaign(ctx, bad); err == nil {
+			t.Errorf("%s: it is created", name)
+		}
+	}
+	if _, err := node.Client.CreateCampaign(ctx, r); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := node.Client.CreateCampaign(ctx, r); err == nil {
+		t.Error("it is created twice")
+	}
+	if _, err := node.Client.BookCampaign(ctx, "nic", api.Booking{Guest: "web-1"}); err != nil { // now
+		t.Fatal(err)
+	}
+	if _, err := node.Client.BookCampaign(ctx, "nic", api.Booking{Guest: "web-2", At: time.Now().Add(300 * time.Millisecond)}); err != nil {
+		t.Fatal(err)
+	}
+	node.Kill()
+	node.Restart()
+	for _, name := range []string{"web-1", "web-2"} {
+		awaitCampaign(t, ctx, node, func(c maint.Campaign) bool { return stateIn(c, name) == maint.CampaignDone || stateIn(c, name) == "" })
+		if _, err := w.Nodes[1].Host.Guest(ctx, name); err != nil {
+			t.Errorf("%s has not moved: %v", name, err)
+		}
+	}
+	if c, err := node.Client.Campaign(ctx, "nic"); err != nil || stateIn(c, "web-3") != maint.CampaignPending {
+		t.Errorf("who has not picked is %+v, %v", c, err)
+	}
+	if _, err := node.Client.CloseCampaign(ctx, "nic"); err != nil {
+		t.Fatal(err)
+	}
+	if g, err := node.Host.Guest(ctx, "web-3"); err != nil || g.State != maint.GuestRunning {
+		t.Errorf("after it was called off: %+v, %v", g, err)
+	}
+}
+
+func stateIn(c maint.Campaign, guest string) maint.CampaignState {
+	for _, g := range c.Guests {
+		if g.Guest == guest {
+			return g.State
+		}
+	}
+	return ""
+}
+
+// awaitCampaign waits until campaign "nic" is as it should be.
+func awaitCampaign(t *testing.T, ctx context.Context, n *agenttest.Node, so func(maint.Campaign) bool) {
+	t.Helper()
+	for {
+		c, err := n.Client.Campaign(ctx, "nic")
+		if err == nil && so(c) {
+			return
+		}
+		select {
+		case <-time.After(20 * time.Millisecond):
+		case <-ctx.Done():
+			ops, _ := n.Client.Ops(context.Background())
+			t.Fatalf("%+v, %v; %+v", c, err, ops)
+		}
+	}
+}
+
+// awaitInventory waits until belayd has listed so many guests.
+func awaitInventory(t *testing.T, ctx context.Context, n *agenttest.Node, guests int) {
+	t.Helper()
+	for {
+		s, err := n.Client.Status(ctx)
+		if err == nil && s.Guests[maint.GuestRunning] == guests {
+			return
+		}
+		select {
+		case <-time.After(20 * time.Millisecond):
+		case <-ctx.Done():
+			t.Fatalf("%+v, %v", s, err)
+		}
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -28,6 +29,10 @@ type guestServer struct {
 	handler  *views.Handler
 	gate     *identity.Gate // nil where it could not be opened
 	channels *channel.Listener
+
+	// setting serialises who says which CIDs there are.
+	setting sync.Mutex
+	cids    map[uint32]string
 
 	mu       sync.Mutex
 	problems map[string]error // what does not work, by what it is about
@@ -70,6 +75,7 @@ func (a *Agent) ServeGuests(ctx context.Context) error {
 	if err := s.openGate(ctx, &parts); err != nil {
 		s.note("169.254.169.254", err)
 	}
+	parts.Go(func() { s.followEnds(ctx) })
 	s.follow(ctx)
 	s.handler.Stop()
 	var err error
@@ -189,7 +195,7 @@ func (s *guestServer) update(ctx context.Context, guests []maint.Guest) {
 	if s.gate != nil {
 		s.note("169.254.169.254", s.gate.Set(ctx, ports))
 	}
-	s.note("vsock", s.channels.SetCIDs(cids))
+	s.setCIDs(cids)
 	for uuid, end := range s.serial {
 		if sockets[uuid] == "" {
 			end()
@@ -206,10 +212,44 @@ func (s *guestServer) update(ctx context.Context, guests []maint.Guest) {
 	s.askAddrs(ctx, guests)
 }
 
-// port is a guest's interface on the host's side; false: its tap has gone.
+// setCIDs says which guests have which CIDs.
+func (s *guestServer) setCIDs(cids map[uint32]string) {
+	s.setting.Lock()
+	defer s.setting.Unlock()
+	s.cids = cids
+	s.note("vsock", s.channels.SetCIDs(cids))
+}
+
+// followEnds takes a guest's CID from it as soon as it stops: libvirt may give it to
+// the next one that starts, before all are listed again.
+func (s *guestServer) followEnds(ctx context.Context) {
+	events, cancel := s.agent.hyp.Subscribe()
+	defer cancel()
+	for {
+		select {
+		case e, open := <-events:
+			if !open {
+				return
+			}
+			if e.Kind != maint.EventLifecycle || e.Change != "stopped" {
+				continue
+			}
+			s.setting.Lock()
+			s.cids = maps.Clone(s.cids)
+			maps.DeleteFunc(s.cids, func(_ uint32, uuid string) bool { return uuid == e.UUID })
+			s.note("vsock", s.channels.SetCIDs(s.cids))
+			s.setting.Unlock()
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// port is a guest's interface on the host's side; false: its tap has gone, or is on
+// no Linux bridge.
 func port(g maint.Guest, d maint.Device) (p identity.Port, ok bool) {
 	tap, err := net.InterfaceByName(d.Target)
-	if err != nil {
+	if err != nil || !identity.OnBridge(tap.Index) {
 		return p, false
 	}
 	mac, err := net.ParseMAC(d.MAC)

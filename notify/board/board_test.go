@@ -419,3 +419,33 @@ func (w *world) check(t *rapid.T) {
 		}
 	}
 }
+
+// What a guest's owner has picked goes with it, to a host that has never heard of the
+// campaign, and a way there and back gives no deferral back.
+func TestCampaignsMove(t *testing.T) {
+	t.Parallel()
+	now := time.Now().UTC().Round(0)
+	uuid := web(1).UUID
+	at := func(defers int) maint.Campaign {
+		return maint.Campaign{ID: "c", Impact: maint.ImpactFreeze, Created: now, Opens: now, Deadline: now.Add(time.Hour), MaxDefers: 3,
+			Guests: map[string]maint.GuestCampaign{
+				uuid:        {Guest: "web-1", State: maint.CampaignPending, At: now.Add(time.Hour), Defers: defers},
+				web(2).UUID: {Guest: "web-2", State: maint.CampaignPending, At: now.Add(time.Hour)}}}
+	}
+	from := maint.NewScheduled()
+	from.Fold(maint.EventChange{Campaigns: []maint.Campaign{at(2)}})
+	carried := Board{Scheduled: from}.Carry(now, uuid)
+	if len(carried.Campaigns) != 1 || len(carried.Campaigns[0].Guests) != 1 {
+		t.Fatalf("%+v goes along", carried.Campaigns)
+	}
+	for name, known := range map[string][]maint.Campaign{"a new host": nil, "one that it was on before": {at(1)}} {
+		to := maint.NewScheduled()
+		to.Fold(maint.EventChange{Campaigns: known})
+		for range 2 {
+			to.Fold(Board{Scheduled: to}.Adopt(now, carried))
+		}
+		if g := to.Campaigns["c"].Guests[uuid]; g.Defers != 2 || g.State != maint.CampaignPending {
+			t.Errorf("%s: %+v", name, g)
+		}
+	}
+}

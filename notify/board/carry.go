@@ -1,7 +1,6 @@
 package board
 
 import (
-	"maps"
 	"slices"
 	"time"
 
@@ -68,7 +67,7 @@ func (b Board) Adopt(now time.Time, g maint.GuestEvents) maint.EventChange {
 		have, there := b.Campaigns[k.ID]
 		if !there {
 			have = k
-			have.Guests = nil
+			have.Guests = make(map[string]maint.GuestCampaign)
 		}
 		if !in {
 			continue
@@ -92,7 +91,7 @@ func (b Board) Adopt(now time.Time, g maint.GuestEvents) maint.EventChange {
 }
 
 // Leave forgets a guest that has moved to another host. Its incarnation stays
-// known, should it come back.
+// known, should it come back, and so does what became of it in campaigns.
 func (b Board) Leave(guest string) maint.EventChange {
 	var c maint.EventChange
 	if len(b.Listeners[guest]) > 0 {
@@ -109,13 +108,6 @@ func (b Board) Leave(guest string) maint.EventChange {
 			c.Events = append(c.Events, e)
 		case !e.State.Over(): // what is over stays, as this host's history
 			c.Gone = append(c.Gone, id)
-		}
-	}
-	for _, k := range b.Campaigns {
-		if _, in := k.Guests[guest]; in {
-			k.Guests = maps.Clone(k.Guests)
-			delete(k.Guests, guest)
-			c.Campaigns = append(c.Campaigns, k)
 		}
 	}
 	return c

@@ -40,6 +40,17 @@ func (g *Gate) links() (map[int]netlink.Link, error) {
 	return by, nil
 }
 
+// OnBridge reports whether a device is a port of a Linux bridge: only of such the
+// gate sees the frames.
+func OnBridge(ifindex int) bool {
+	port, err := netlink.LinkByIndex(ifindex)
+	if err != nil || port.Attrs().MasterIndex == 0 {
+		return false
+	}
+	master, err := netlink.LinkByIndex(port.Attrs().MasterIndex)
+	return err == nil && master.Type() == "bridge"
+}
+
 // addresses are the host's own.
 func (g *Gate) addresses() ([]netlink.Addr, error) {
 	all, err := dump(func() ([]netlink.Addr, error) { return g.link.AddrList(nil, netlink.FAMILY_V4) })
