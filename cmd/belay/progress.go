@@ -49,11 +49,19 @@ func (l *lines) update(op maint.Op) {
 	}
 	if now != "" && now != l.last {
 		l.last = now
-		fmt.Fprintf(l.w, "%s: %s\n", l.id, now)
+		fmt.Fprintf(l.w, "%s: %s%s\n", l.id, now, suffix(": ", waitsFor(op)))
 	}
 }
 
 func (l *lines) close() {}
+
+// waitsFor says what an operation waits for that guests are told of.
+func waitsFor(op maint.Op) string {
+	if op.Step != "announce" {
+		return ""
+	}
+	return "guests are told, and have their notice unless they approve; see 'belay events list'"
+}
 
 // nothingToUndo: a hold that goes back without an --undo only sees that its guests
 // are released.

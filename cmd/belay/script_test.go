@@ -31,6 +31,8 @@ import (
 //
 //	world new [port=open|closed]  two hosts, web-1 and web-2 on a; $BELAY_SOCKET is a's.
 //	                              The port is libvirt's, which only doctor knocks at.
+//	world tell                    from now on a tells its guests
+//	world event                   wait until one is scheduled on a; $EVENT is the latest
 //	world pause|off GUEST         on a
 //	world taken GUEST             b has another guest of that name
 //	world hold                    copies do not end …
@@ -115,6 +117,22 @@ func (p *stage) command(s *testscript.TestScript, args []string) {
 	}
 	a := p.world.Nodes[0]
 	switch verb {
+	case "tell":
+		a.Config.Events = config.Events{Enabled: true, Policy: "all"}
+		a.Stop()
+		a.Start(nil)
+	case "event":
+		found := errors.New("found")
+		err := a.Client.WatchEvents(ctx, false, func(all []maint.ScheduledEvent) error {
+			if len(all) == 0 {
+				return nil
+			}
+			s.Setenv("EVENT", string(all[len(all)-1].ID))
+			return found
+		})
+		if !errors.Is(err, found) {
+			s.Fatalf("no event: %v", err)
+		}
 	case "pause":
 		a.Host.Pause(p.t, p.uuids[arg(0)])
 	case "off":
