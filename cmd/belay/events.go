@@ -46,7 +46,7 @@ nothing done.`,
 func (a *app) eventsListCmd() *cobra.Command {
 	var all bool
 	c := &cobra.Command{
-		Use: "list", Short: "List scheduled events, the next first", Args: noArgs,
+		Use: "list", Short: "List scheduled events, the oldest first", Args: noArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			events, err := a.client().Events(c.Context(), all)
 			if err != nil {
