@@ -3,7 +3,6 @@ package agent
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"path"
 	"slices"
@@ -120,6 +119,9 @@ func (a *Agent) CreateCampaign(ctx context.Context, by string, r maint.CampaignR
 			return maint.Campaign{}, a.unknownGuest(what, name)
 		}
 	}
+	if r.Duration == 0 {
+		r.Duration = maint.DurationUnknown
+	}
 	q := campaign.Request{ID: r.ID, Description: r.Description, Impact: r.Action.Impact(), Duration: r.Duration, By: by,
 		Security: r.Security, Opens: r.Opens, Deadline: r.Deadline, MaxDefers: r.MaxDefers}
 	for _, g := range guests {
@@ -225,6 +227,7 @@ func (a *Agent) followCampaigns(ctx context.Context) {
 	if !a.cfg.Events.Enabled {
 		return
 	}
+	told := make(map[string]string) // why a guest's operation cannot begin, by UUID
 	for ctx.Err() == nil {
 		changed := a.journal.Changed()
 		next := time.Now().Add(eventsEvery)
@@ -233,7 +236,7 @@ func (a *Agent) followCampaigns(ctx context.Context) {
 			if !c.Closed.IsZero() && !slices.ContainsFunc(running(c), func(string) bool { return true }) {
 				continue
 			}
-			c = a.advance(ctx, c)
+			c = a.advance(ctx, c, told)
 			if at := campaign.Wake(c); !at.IsZero() && at.Before(next) {
 				next = at
 			}
@@ -258,8 +261,8 @@ func running(c maint.Campaign) (uuids []string) {
 	return uuids
 }
 
-// advance brings one campaign to the present.
-func (a *Agent) advance(ctx context.Context, c maint.Campaign) maint.Campaign {
+// advance brings one campaign to the present. told is what was said already.
+func (a *Agent) advance(ctx context.Context, c maint.Campaign, told map[string]string) maint.Campaign {
 	keep := func(f func(time.Time, maint.Campaign) (maint.Campaign, error)) {
 		now, err := a.decide(c.ID, f)
 		if err != nil {
@@ -289,10 +292,11 @@ func (a *Agent) advance(ctx context.Context, c maint.Campaign) maint.Campaign {
 		}
 		op, err := a.beginFor(ctx, c, uuid)
 		if err != nil {
-			if refusal := (*maint.Refusal)(nil); !errors.As(err, &refusal) {
-				a.log.Warn("a guest's moment in a campaign has come, and its operation cannot begin", "campaign", c.ID, "guest", c.Guests[uuid].Guest, "err", err)
+			if told[uuid] != err.Error() {
+				told[uuid] = err.Error()
+				a.log.Warn("a guest's moment in a campaign has come, and its operation cannot begin yet", "campaign", c.ID, "guest", c.Guests[uuid].Guest, "err", err)
 			}
-			continue // tried again with the next change
+			continue // tried again
 		}
 		keep(func(now time.Time, c maint.Campaign) (maint.Campaign, error) {
 			return campaign.Begin(now, c, uuid, op.ID)
@@ -305,9 +309,10 @@ func (a *Agent) advance(ctx context.Context, c maint.Campaign) maint.Campaign {
 // belayd has begun that died before it could write that down.
 func (a *Agent) beginFor(ctx context.Context, c maint.Campaign, uuid string) (maint.Op, error) {
 	by := byCampaign + string(c.ID)
-	for _, op := range a.journal.Ops() {
+	g := c.Guests[uuid]
+	for _, op := range slices.Backward(a.journal.Ops()) {
 		about := op.GuestUUID == uuid || slices.Contains(op.Guests, uuid)
-		if op.By == by && about && op.State != maint.OpEnded {
+		if op.By == by && about && op.ID != g.Op && op.Started.After(g.At) {
 			return op, nil
 		}
 	}

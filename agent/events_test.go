@@ -329,7 +329,7 @@ func TestCampaign(t *testing.T) {
 	node.Kill()
 	node.Restart()
 	for _, name := range []string{"web-1", "web-2"} {
-		awaitCampaign(t, ctx, node, func(c maint.Campaign) bool { return stateIn(c, name) == maint.CampaignDone || stateIn(c, name) == "" })
+		awaitCampaign(t, ctx, node, "nic", func(c maint.Campaign) bool { return stateIn(c, name) == maint.CampaignDone || stateIn(c, name) == "" })
 		if _, err := w.Nodes[1].Host.Guest(ctx, name); err != nil {
 			t.Errorf("%s has not moved: %v", name, err)
 		}
@@ -343,6 +343,23 @@ func TestCampaign(t *testing.T) {
 	if g, err := node.Host.Guest(ctx, "web-3"); err != nil || g.State != maint.GuestRunning {
 		t.Errorf("after it was called off: %+v, %v", g, err)
 	}
+
+	r.ID, r.Guests = "bridge", []string{"web-3"}
+	r.Action = maint.CampaignAction{Hold: &maint.HoldRequest{Step: holdAll.Step, MaxPause: holdAll.MaxPause}}
+	if _, err := node.Client.CreateCampaign(ctx, r); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := node.Client.BookCampaign(ctx, "bridge", api.Booking{Guest: "web-3"}); err != nil {
+		t.Fatal(err)
+	}
+	awaitCampaign(t, ctx, node, "bridge", func(c maint.Campaign) bool { return stateIn(c, "web-3") == maint.CampaignDone && !c.Closed.IsZero() })
+	ops, err := node.Client.Ops(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if last := ops[len(ops)-1]; last.Kind != maint.OpHold || last.Outcome != maint.OutcomeDone || len(last.Held.Guests) != 1 {
+		t.Errorf("%+v", last)
+	}
 }
 
 func stateIn(c maint.Campaign, guest string) maint.CampaignState {
@@ -354,11 +371,11 @@ func stateIn(c maint.Campaign, guest string) maint.CampaignState {
 	return ""
 }
 
-// awaitCampaign waits until campaign "nic" is as it should be.
-func awaitCampaign(t *testing.T, ctx context.Context, n *agenttest.Node, so func(maint.Campaign) bool) {
+// awaitCampaign waits until a campaign is as it should be.
+func awaitCampaign(t *testing.T, ctx context.Context, n *agenttest.Node, id maint.CampaignID, so func(maint.Campaign) bool) {
 	t.Helper()
 	for {
-		c, err := n.Client.Campaign(ctx, "nic")
+		c, err := n.Client.Campaign(ctx, id)
 		if err == nil && so(c) {
 			return
 		}

@@ -46,9 +46,13 @@ type guestAddrs struct {
 	byMAC map[string][]netip.Addr
 }
 
-// drainFor is for how long a guest that is about to move is kept from waiting for
-// events: its connections stay behind.
-const drainFor = 10 * time.Second
+// drainFor is for how long a guest that moves is kept from waiting for events: its
+// connections stay behind. It is said anew as long as the copy goes on.
+const drainFor = 5 * time.Second
+
+// drainTimeout bounds how long a guest's answers that are being sent hold up what
+// moves it.
+const drainTimeout = 200 * time.Millisecond
 
 // ServeGuests tells guests of their events until ctx ends. What of it cannot be
 // had, say because another metadata service is on the host, is a condition of the
@@ -76,6 +80,7 @@ func (a *Agent) ServeGuests(ctx context.Context) error {
 		s.note("169.254.169.254", err)
 	}
 	parts.Go(func() { s.followEnds(ctx) })
+	parts.Go(func() { s.followAddrs(ctx) })
 	s.follow(ctx)
 	s.handler.Stop()
 	var err error
@@ -94,6 +99,9 @@ func (s *guestServer) openGate(ctx context.Context, parts *sync.WaitGroup) error
 	}
 	in, err := gate.Listen(ctx)
 	if err != nil {
+		return errors.Join(err, gate.Close())
+	}
+	if err := gate.Set(ctx, nil); err != nil { // nobody, until all are listed
 		return errors.Join(err, gate.Close())
 	}
 	s.gate = gate
@@ -209,7 +217,6 @@ func (s *guestServer) update(ctx context.Context, guests []maint.Guest) {
 			go s.channels.Connect(on, uuid, socket)
 		}
 	}
-	s.askAddrs(ctx, guests)
 }
 
 // setCIDs says which guests have which CIDs.
@@ -217,7 +224,7 @@ func (s *guestServer) setCIDs(cids map[uint32]string) {
 	s.setting.Lock()
 	defer s.setting.Unlock()
 	s.cids = cids
-	s.note("vsock", s.channels.SetCIDs(cids))
+	s.note("vsock's CIDs", s.channels.SetCIDs(cids))
 }
 
 // followEnds takes a guest's CID from it as soon as it stops: libvirt may give it to
@@ -237,7 +244,7 @@ func (s *guestServer) followEnds(ctx context.Context) {
 			s.setting.Lock()
 			s.cids = maps.Clone(s.cids)
 			maps.DeleteFunc(s.cids, func(_ uint32, uuid string) bool { return uuid == e.UUID })
-			s.note("vsock", s.channels.SetCIDs(s.cids))
+			s.note("vsock's CIDs", s.channels.SetCIDs(s.cids))
 			s.setting.Unlock()
 		case <-ctx.Done():
 			return
@@ -266,8 +273,20 @@ const (
 	addrsTimeout = 3 * time.Second
 )
 
-// askAddrs asks guests for their addresses that have an agent, for what they are
-// told of themselves.
+// followAddrs keeps up with the addresses of guests, for what they are told of
+// themselves. It is apart from who they are: an agent can be slow.
+func (s *guestServer) followAddrs(ctx context.Context) {
+	for ctx.Err() == nil {
+		changed := s.agent.view.changed()
+		s.askAddrs(ctx, s.agent.view.last.Load().guests)
+		select {
+		case <-changed:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// askAddrs asks guests that have an agent.
 func (s *guestServer) askAddrs(ctx context.Context, guests []maint.Guest) {
 	for _, g := range guests {
 		s.mu.Lock()
@@ -319,7 +338,7 @@ func (a *Agent) drain(ctx context.Context, uuid string) {
 	if s == nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
 	defer cancel()
 	if err := s.handler.Drain(ctx, uuid, drainFor); err != nil {
 		a.log.Info("a guest's long polls were not all answered before it moves", "guest", uuid, "err", err)

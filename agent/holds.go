@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"belay/agent/config"
@@ -41,7 +42,7 @@ const holdGrace = time.Minute
 // Hold admits a hold of guests around a host step, writes it down and starts it.
 func (a *Agent) Hold(ctx context.Context, by string, r maint.HoldRequest) (maint.Op, error) {
 	const what = "cannot hold guests"
-	if by != "root" && a.cfg.Hold.CommandsBy != "operators" {
+	if by != "root" && !strings.HasPrefix(by, byCampaign) && a.cfg.Hold.CommandsBy != "operators" {
 		return maint.Op{}, maint.Problemf(maint.CodeForbidden, "caller "+by,
 			`ask root, or set hold.commands_by = "operators" in belayd's configuration`, "may not have belayd run a command, which it runs as root")
 	}

@@ -77,7 +77,10 @@ func (a *Agent) migrateSteps(op maint.Op) []run.Step {
 		Params: maint.MoveParams{DestURI: p.cfg.LibvirtURI, MigrateURI: p.cfg.MigrateURI,
 			TLS: a.cfg.Migration.TLS, BandwidthMiBs: op.Migrate.BandwidthMiBs},
 		Deadline: op.Deadline,
-		Progress: func(j maint.Job) { a.progress.Store(op.ID, j) },
+		Progress: func(j maint.Job) {
+			a.progress.Store(op.ID, j)
+			a.drain(a.life, op.GuestUUID)
+		},
 	}
 	steps := []run.Step{
 		{Name: migrate.PhasePreflight,

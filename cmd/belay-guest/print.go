@@ -31,7 +31,7 @@ func printEvents(ctx context.Context, at netip.AddrPort, out io.Writer) error {
 	}
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.Close() })()
-	fmt.Fprintf(c, "GET /metadata/scheduledevents?api-version=2020-07-01 HTTP/1.0\r\nHost: %s\r\nMetadata: true\r\n\r\n", at.Addr())
+	fmt.Fprintf(c, "GET /metadata/scheduledevents?api-version=2020-07-01 HTTP/1.0\r\nHost: 169.254.169.254\r\nMetadata: true\r\n\r\n")
 	body, err := readAnswer(c)
 	if err != nil {
 		return fmt.Errorf("cannot ask for events: %w", cmp.Or(ctx.Err(), err))

@@ -69,7 +69,12 @@ func (a *app) maintenanceListCmd() *cobra.Command {
 }
 
 // day is a moment that may be weeks ahead.
-func day(t time.Time) string { return t.Local().Format("2006-01-02 15:04 MST") }
+func day(t time.Time) string {
+	if t.IsZero() {
+		return "-"
+	}
+	return t.Local().Format("2006-01-02 15:04 MST")
+}
 
 func (a *app) maintenanceShowCmd() *cobra.Command {
 	return &cobra.Command{

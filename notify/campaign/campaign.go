@@ -72,7 +72,7 @@ func Create(now time.Time, r Request) (maint.Campaign, error) {
 	case phase <= 0:
 		return bad("give a later deadline", "the deadline, %s, is not after %s", show(deadline), show(opens))
 	case phase < SelfServicePhase && !r.Security:
-		return bad("give a later deadline, or say that it is for security", "owners have only %s to pick, less than %d days", phase, SelfServicePhase/(24*time.Hour))
+		return bad("give a later deadline, or say that it is for security", "owners have only %s to pick, less than %d days", phase.Round(time.Minute), SelfServicePhase/(24*time.Hour))
 	case deadline.Sub(now) > maxAhead:
 		return bad("", "the deadline, %s, is more than %d days ahead", show(deadline), maxAhead/(24*time.Hour))
 	case len(r.Guests) == 0:
