@@ -15,7 +15,6 @@ import (
 )
 
 const (
-	ec2Path        = "/latest"
 	ec2TokenHeader = "X-Aws-Ec2-Metadata-Token"
 	ec2TTLHeader   = "X-Aws-Ec2-Metadata-Token-Ttl-Seconds"
 	ec2Date        = "2 Jan 2006 15:04:05 GMT"
@@ -28,7 +27,7 @@ func ec2(c *call, path string) answer {
 	if forwarded(c.r) {
 		return refuse(http.StatusForbidden, noForwarding)
 	}
-	path = strings.TrimPrefix(strings.TrimPrefix(path, ec2Path), "/")
+	path = strings.TrimPrefix(strings.TrimPrefix(path, "/"+ec2Version(path)), "/")
 	if path == "api/token" {
 		return ec2Token(c)
 	}
@@ -56,6 +55,17 @@ func ec2(c *call, path string) answer {
 		}
 		return refuse(http.StatusNotFound, "not found")
 	})
+}
+
+// ec2Version is the version that a path in EC2's form begins with: "latest", or a
+// date; "" where it is none. All have the same content. cloud-init asks for dates
+// only.
+func ec2Version(path string) string {
+	version, _, _ := strings.Cut(strings.TrimPrefix(path, "/"), "/")
+	if _, err := time.Parse(time.DateOnly, version); err != nil && version != "latest" {
+		return ""
+	}
+	return version
 }
 
 // ec2Tree lists only what exists: cloud-init asks for all that is listed, and

@@ -125,5 +125,11 @@ func TestEC2Crawl(t *testing.T) {
 	for _, path := range []string{"spot/instance-action", "spot/", "events/recommendations/rebalance", "iam/", "instance-id/", "/instance-id", "../meta-data/instance-id"} {
 		want(t, ask(h, "GET", "/latest/meta-data/"+path, "", auth), 404, "*")
 	}
-	want(t, ask(h, "GET", "/latest/meta-data", "", auth), 200, "events/\ninstance-id\nlocal-hostname\nlocal-ipv4\nmac")
+	for _, version := range []string{"latest", "2009-04-04", "2021-03-23"} {
+		want(t, ask(h, "GET", "/"+version+"/meta-data", "", auth), 200, "events/\ninstance-id\nlocal-hostname\nlocal-ipv4\nmac")
+		want(t, ask(h, "GET", "/"+version+"/meta-data", ""), 401, "*")
+	}
+	for _, version := range []string{"", "1.0", "2021-03-32", "2021-03-23x", "latestx", "/2021-03-23"} {
+		want(t, ask(h, "GET", "/"+version+"/meta-data", "", auth), 404, "*")
+	}
 }

@@ -91,10 +91,10 @@ func route(r *http.Request) view {
 		return azureInstance
 	case path == gcePath, strings.HasPrefix(path, gcePath+"/"):
 		return gce
-	case path == ec2Path, strings.HasPrefix(path, ec2Path+"/"):
-		return ec2
 	case strings.HasPrefix(path, ownPath):
 		return own
+	case ec2Version(path) != "":
+		return ec2
 	}
 	return nil
 }
