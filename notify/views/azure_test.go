@@ -237,6 +237,7 @@ func TestAzureInstance(t *testing.T) {
 	}{
 		{q, 200, `{"compute":{"name":"web-1","vmId":"` + guestA + `"},"network":{"interface":[` + nic + `]}}`},
 		{"/" + q + "&format=json", 200, "*"},
+		{"?api-version=2021-08-01&extended=true", 200, "*"}, // cloud-init 22.4
 		{"/compute" + q, 200, `{"name":"web-1","vmId":"` + guestA + `"}`},
 		{"/compute/" + q + "&format=text", 200, "name\nvmId"},
 		{"/compute/name" + q + "&format=text", 200, "web-1"},
