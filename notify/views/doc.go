@@ -58,6 +58,9 @@
 //	Terminate Terminate   TERMINATE_ON_HOST_MAINTENANCE   instance-retirement
 //
 // An Azure client that asks for a version older than an impact is not shown it.
+// Azure shows a machine also the events of others in its availability set. Here
+// a guest is shown its own only: of Pacemaker's two agents, azure-events relies on
+// the others' and brings a node back too early, azure-events-az does not.
 // EC2 and GCE must have an end: where the duration is not known, an hour is
 // assumed.
 //
