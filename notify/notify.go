@@ -24,7 +24,7 @@ type Document struct {
 // by its UUID, which is of whoever asks: none can name another.
 type Source interface {
 	// Document is the guest's, with a channel that is closed when it has
-	// changed.
+	// changed. It is shared: who is given it must not change it.
 	Document(guest string) (Document, <-chan struct{})
 	// Approve has an event start as soon as it can. It is no error if that has
 	// started, or has ended recently. maint.ErrUnknownEvent: it is not, and was

@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"belay/agent/maint"
-	"belay/notify"
 )
 
 const (
@@ -297,16 +296,24 @@ func (b Board) Ready(now time.Time, guest, name string, id maint.EventID) (maint
 	return b.change(now, e), nil
 }
 
-// Document is what a guest is shown.
-func (b Board) Document(guest string) notify.Document {
-	d := notify.Document{Incarnation: max(b.Incarnations[guest], 1)}
+// incarnation is that of a guest's document.
+func (b Board) incarnation(guest string) uint64 { return max(b.Incarnations[guest], 1) }
+
+// open are the events that are not over, by guest, the oldest first.
+func (b Board) open() map[string][]maint.ScheduledEvent {
+	all := make(map[string][]maint.ScheduledEvent)
 	for _, e := range b.Events {
-		if !e.State.Over() && About(e, guest) {
-			d.Events = append(d.Events, e)
+		if e.State.Over() {
+			continue
+		}
+		for _, g := range e.Guests {
+			all[g.UUID] = append(all[g.UUID], e)
 		}
 	}
-	slices.SortFunc(d.Events, older)
-	return d
+	for _, events := range all {
+		slices.SortFunc(events, older)
+	}
+	return all
 }
 
 // History is a guest's events that are over, the latest first.

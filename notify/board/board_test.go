@@ -252,6 +252,44 @@ func TestNothingIsSeenThatIsNotKept(t *testing.T) {
 	}
 }
 
+// storeFunc is a store that does as it says.
+type storeFunc func(maint.EventChange) error
+
+func (f storeFunc) Append(c maint.EventChange) error { return f(c) }
+
+// Who asks while something is written is shown what was there before, and does not
+// wait for the disk.
+func TestNobodyWaitsForTheDisk(t *testing.T) {
+	t.Parallel()
+	var k *Keeper
+	var writing [][]maint.ScheduledEvent
+	k = New(storeFunc(func(maint.EventChange) error {
+		seen := make(chan []maint.ScheduledEvent)
+		go func() {
+			d, _ := k.Document(web(1).UUID)
+			seen <- d.Events
+		}()
+		select {
+		case events := <-seen:
+			writing = append(writing, events)
+		case <-time.After(10 * time.Second):
+			t.Error("who asks waits for the disk")
+		}
+		return nil
+	}), maint.NewScheduled(), nil)
+	for i := range 3 {
+		announce(t, k, Announcement{ID: maint.EventID(fmt.Sprint(i)), Impact: maint.ImpactFreeze, Guests: []maint.EventGuest{web(1)}})
+		if d, _ := k.Document(web(1).UUID); len(d.Events) != i+1 {
+			t.Errorf("%d events are seen after %d", len(d.Events), i+1)
+		}
+	}
+	for i, events := range writing {
+		if len(events) != i {
+			t.Errorf("%d events were seen while the one after %d was written", len(events), i)
+		}
+	}
+}
+
 // Random histories: of two hosts between which guests move, and whose belayds die.
 func TestHistories(t *testing.T) {
 	t.Parallel()

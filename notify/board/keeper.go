@@ -23,8 +23,13 @@ type Keeper struct {
 	store Store
 	now   func() time.Time
 
+	deciding sync.Mutex // held until a decision is durable; who looks does not wait for the disk
+
 	mu    sync.Mutex
-	board Board
+	board Board // changed with both held
+	// open are the events that guests are shown, nil until somebody asks again
+	// after a change.
+	open map[string][]maint.ScheduledEvent
 	// waiting has a channel for each guest whose document somebody waits for,
 	// closed when it changes; changed is one for everything.
 	waiting map[string]chan struct{}
@@ -39,8 +44,8 @@ func New(s Store, so maint.Scheduled, least map[maint.Impact]time.Duration) *Kee
 
 // Do has a decision made, kept and seen.
 func (k *Keeper) Do(decide func(b Board, now time.Time) (maint.EventChange, error)) error {
-	k.mu.Lock()
-	defer k.mu.Unlock()
+	k.deciding.Lock()
+	defer k.deciding.Unlock()
 	c, err := decide(k.board, k.now())
 	if err != nil || c.Empty() {
 		return err
@@ -48,7 +53,10 @@ func (k *Keeper) Do(decide func(b Board, now time.Time) (maint.EventChange, erro
 	if err := k.store.Append(c); err != nil {
 		return err
 	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
 	k.board.Fold(c)
+	k.open = nil
 	for uuid := range c.Incarnations {
 		if ch := k.waiting[uuid]; ch != nil {
 			close(ch)
@@ -133,7 +141,10 @@ func (k *Keeper) Document(guest string) (notify.Document, <-chan struct{}) {
 		ch = make(chan struct{})
 		k.waiting[guest] = ch
 	}
-	return k.board.Document(guest), ch
+	if k.open == nil {
+		k.open = k.board.open()
+	}
+	return notify.Document{Incarnation: k.board.incarnation(guest), Events: k.open[guest]}, ch
 }
 
 // History implements notify.Source.
