@@ -11,9 +11,10 @@
 // request says; whoever is no guest gets 404 for everything.
 //
 // A request is refused with 403 if its Host is not a name of a metadata service, so
-// that no web page gets an answer by DNS rebinding, and with 429 and Retry-After if
-// the guest asks too often (Limits). Paths are compared as they were sent, and
-// there are no redirects. A query parameter that is given twice is refused with 400.
+// that no web page gets an answer by DNS rebinding, and with 429 and Retry-After,
+// 100 ms late, if the guest asks too often (Limits). Paths are compared as they were
+// sent, and there are no redirects. A query parameter that is given twice is refused
+// with 400.
 //
 // # Long polls
 //

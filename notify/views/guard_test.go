@@ -124,7 +124,11 @@ func TestRates(t *testing.T) {
 			t.Errorf("GCE's long polls are counted apart: %d", got)
 		}
 		want(t, serve(h, get().WithContext(notify.WithGuest(t.Context(), guestB))), 200, "*") // another is not held up
-		time.Sleep(400 * time.Millisecond)
+		time.Sleep(time.Second)
+		if got := count(get); got != 5 {
+			t.Errorf("after a second %d were answered, want 5", got)
+		}
+		time.Sleep(400*time.Millisecond - heldUp) // what was refused has waited
 		if got := count(get); got != 2 {
 			t.Errorf("after 400 ms %d were answered, want 2", got)
 		}
@@ -134,6 +138,34 @@ func TestRates(t *testing.T) {
 			want(t, ask(h, "GET", azureNow, ""), 400, "*")
 		}
 		want(t, serve(h, get()), 429, "*")
+	})
+}
+
+// A guest that asks too often is held up, others are not, and Stop holds up nobody.
+func TestHeldUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := handler(t, newWorld(), func(c *Config) { c.Limits.Get = Rate{5, 1} })
+		get := func(guest string) (*http.Response, time.Duration) {
+			begun := time.Now()
+			r := request("GET", azureNow, "", ours)
+			return serve(h, r.WithContext(notify.WithGuest(r.Context(), guest))), time.Since(begun)
+		}
+		for i, test := range []struct {
+			guest  string
+			status int
+			took   time.Duration
+		}{{guestA, 200, 0}, {guestA, 429, heldUp}, {guestB, 200, 0}} {
+			if a, took := get(test.guest); a.StatusCode != test.status || took != test.took {
+				t.Errorf("request %d was answered %d after %s, want %+v", i+1, a.StatusCode, took, test)
+			}
+		}
+		go func() {
+			time.Sleep(heldUp / 4)
+			h.Stop()
+		}()
+		if a, took := get(guestB); a.StatusCode != 429 || took != heldUp/4 {
+			t.Errorf("it was answered %d after %s", a.StatusCode, took)
+		}
 	})
 }
 

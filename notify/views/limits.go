@@ -95,6 +95,21 @@ func (h *Handler) admit(guest string, k kind) (cl *client, draining, admitted bo
 	return cl, now.Before(cl.until), cl.buckets[k].AllowN(now, 1)
 }
 
+// heldUp is how long a request waits before it is refused as one too many. A guest
+// that asks on regardless gets no further by it than its connections, of which it
+// has few, and leaves the processor to others.
+const heldUp = 100 * time.Millisecond
+
+func (h *Handler) holdUp(ctx context.Context) {
+	timer := time.NewTimer(heldUp)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	case <-h.stopped:
+	}
+}
+
 func (h *Handler) leave(cl *client) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

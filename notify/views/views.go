@@ -123,6 +123,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	switch {
 	case !admitted:
+		h.holdUp(r.Context())
 		busy().write(w, r)
 		return
 	case err != nil:
