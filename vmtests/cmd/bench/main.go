@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"belay/vmtests/cluster"
+	"belay/vmtests/crowd"
 	"belay/vmtests/lab"
 )
 
@@ -34,10 +35,12 @@ func parts() []part {
 		{name: "hold", rounds: 7, run: benchHold},
 		{name: "clock", rounds: 50, run: benchClock},
 		{name: "vmm", rounds: 7, run: benchVMM},
+		{name: "events", rounds: 10, run: benchEvents}, // 2,000 events each way, 30 s of polls
 	}
 }
 
 func main() {
+	crowd.Main()
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	err := run(ctx, os.Args[1:])
 	stop()
@@ -70,7 +73,11 @@ func run(ctx context.Context, args []string) error {
 	if err := unix.Uname(&uts); err != nil {
 		return err
 	}
-	fmt.Printf("%s, %d cores, Linux %s, %s\n", time.Now().UTC().Format(time.DateOnly), runtime.NumCPU(), unix.ByteSliceToString(uts.Release[:]), runtime.Version())
+	load, err := os.ReadFile("/proc/loadavg")
+	if err != nil {
+		return err
+	}
+	fmt.Printf("%s, %d cores, load %s, Linux %s, %s\n", time.Now().UTC().Format(time.DateOnly), runtime.NumCPU(), strings.Fields(string(load))[0], unix.ByteSliceToString(uts.Release[:]), runtime.Version())
 	for _, p := range parts() {
 		if *only == "" || *only == p.name {
 			if err := p.run(ctx, bin, cmp.Or(*rounds, p.rounds)); err != nil {
