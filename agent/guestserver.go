@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"strings"
 	"sync"
 	"time"
@@ -63,7 +64,14 @@ func (a *Agent) ServeGuests(ctx context.Context) error {
 		return nil
 	}
 	s := &guestServer{agent: a, problems: make(map[string]error), serial: make(map[string]context.CancelFunc), addrs: make(map[string]guestAddrs)}
-	s.handler = views.New(views.Config{Source: guestSource{a.keeper, s}, Log: a.log,
+	var upstream *url.URL
+	if to := a.cfg.Events.Upstream; to != "" {
+		var err error
+		if upstream, err = url.Parse(to); err != nil {
+			return err
+		}
+	}
+	s.handler = views.New(views.Config{Source: guestSource{a.keeper, s}, Log: a.log, Upstream: upstream,
 		EC2: views.EC2{IMDSv1: a.cfg.Events.IMDSv1, ShowFreeze: a.cfg.Events.EC2ShowsFreeze}})
 	a.guests.Store(s)
 	var parts sync.WaitGroup

@@ -100,6 +100,9 @@ type Events struct {
 	Policy string `toml:"policy"`
 	// Windows are when guests may be disturbed that pick the moment.
 	Windows []Window `toml:"windows"`
+	// Upstream is another metadata service ("http://127.0.0.1:8775"), which answers
+	// what is not about events.
+	Upstream string `toml:"upstream"`
 	// IMDSv1 has the view for EC2 answer without a token.
 	IMDSv1 bool `toml:"imds_v1"`
 	// EC2ShowsFreeze shows a freeze as system-maintenance in the view for EC2,
@@ -357,6 +360,9 @@ func (c *Config) check() error {
 		} else if least := maint.MinimumNotice(maint.Impact(impact)); d.Duration < least || d.Duration > maxNotice {
 			bad(key, "%s is not between %s and %s", d, least, maxNotice)
 		}
+	}
+	if u, err := url.Parse(c.Events.Upstream); c.Events.Upstream != "" && (err != nil || u.Scheme != "http" || u.Host == "" || u.User != nil || u.RawQuery != "") {
+		bad("events.upstream", "%q is not the URL of a metadata service, such as http://127.0.0.1:8775", c.Events.Upstream)
 	}
 	if p := maint.Policy(c.Events.Policy); p != maint.PolicyAll && p != maint.PolicyAny && p != maint.PolicyHostOwner {
 		bad("events.policy", "%q is none of %q, %q, %q", p, maint.PolicyAll, maint.PolicyAny, maint.PolicyHostOwner)

@@ -16,6 +16,11 @@
 // sent, and there are no redirects. A query parameter that is given twice is refused
 // with 400.
 //
+// # Another metadata service
+//
+// Where there is one (Config.Upstream), only the paths of events are answered here,
+// and EC2's tokens; all else is passed on to it, with who asks.
+//
 // # Long polls
 //
 // Every document of events can be waited for. In GCE's form that is its

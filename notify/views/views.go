@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"log/slog"
 	"net/http"
+	"net/url"
 	"strings"
 	"sync"
 	"time"
@@ -16,8 +17,13 @@ type Config struct {
 	Source notify.Source
 	Limits Limits
 	EC2    EC2
-	Log    *slog.Logger     // slog.Default() if nil
-	Now    func() time.Time // time.Now if nil
+	// Upstream is another metadata service, which answers all that is not about
+	// events; nil: there is none. It is told who asks by the headers
+	// X-Belay-Guest-Uuid, X-Belay-Guest-Name and X-Forwarded-For, and must not be
+	// reached by anybody else. EC2's tokens are ours, and say nothing to it.
+	Upstream *url.URL
+	Log      *slog.Logger     // slog.Default() if nil
+	Now      func() time.Time // time.Now if nil
 }
 
 // EC2 are the options of the EC2 view.
@@ -39,6 +45,8 @@ type Handler struct {
 	now    func() time.Time
 	key    [32]byte // authenticates EC2's tokens
 
+	upstream http.Handler // nil: there is none
+
 	stopped chan struct{} // closed by Stop
 	stop    sync.Once
 
@@ -59,6 +67,9 @@ func New(cfg Config) *Handler {
 	}
 	if h.now == nil {
 		h.now = time.Now
+	}
+	if cfg.Upstream != nil {
+		h.upstream = newUpstream(cfg.Upstream, h.source, h.log)
 	}
 	rand.Read(h.key[:]) // never fails
 	return h
@@ -110,8 +121,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refuse(http.StatusForbidden, "this is not the host that was asked for: ask "+notify.Address).write(w, r)
 		return
 	}
+	theirs := h.upstream != nil && !claimed(r.URL.Path)
 	v := route(r)
-	if v == nil {
+	if v == nil && !theirs {
 		refuse(http.StatusNotFound, "not found").write(w, r)
 		return
 	}
@@ -125,6 +137,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case !admitted:
 		h.holdUp(r.Context())
 		busy().write(w, r)
+		return
+	case theirs:
+		r.Body = http.MaxBytesReader(w, r.Body, upstreamBody)
+		h.upstream.ServeHTTP(w, r)
 		return
 	case err != nil:
 		refuse(http.StatusBadRequest, err.Error()).write(w, r)
