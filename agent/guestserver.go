@@ -89,6 +89,9 @@ func (a *Agent) ServeGuests(ctx context.Context) error {
 	}
 	parts.Go(func() { s.followEnds(ctx) })
 	parts.Go(func() { s.followAddrs(ctx) })
+	if program := a.cfg.Events.Wake; program != "" {
+		parts.Go(func() { s.wake(ctx, program) })
+	}
 	s.follow(ctx)
 	s.handler.Stop()
 	var err error

@@ -22,7 +22,7 @@ import (
 )
 
 // eventsOn has belayd tell guests.
-const eventsOn = "[events]\nenabled = true\n"
+const eventsOn = "[events]\nenabled = true\nwake = \"/bin/wake\"\n"
 
 // restartWith starts belayd anew with further settings.
 func restartWith(ctx context.Context, t *testing.T, n *cluster.Node, settings string) {
@@ -181,6 +181,10 @@ func TestGuestsAreToldAndApprove(t *testing.T) {
 	if err := n.BelayJSON(ctx, &op, "hold", "--all", "--detach", "--", "sleep", "0.2"); err != nil {
 		t.Fatal(err)
 	}
+	if _, err := inGuest(ctx, n, "web-1", "", "/bin/busybox", "sh", "-c", "printf '#!/bin/sh\\necho woken >>/run/woken\\n' >/bin/wake; chmod 755 /bin/wake"); err != nil {
+		t.Fatal(err)
+	}
+	hotPlug(ctx, t, n, "web-1")
 	ids := make(map[string]string)
 	for _, name := range names {
 		d := awaitDocument(ctx, t, n, name, func(d azureDocument) bool { return len(d.Events) > 0 })
@@ -216,9 +220,36 @@ func TestGuestsAreToldAndApprove(t *testing.T) {
 			t.Errorf("%s: history %s, %v", name, history, err)
 		}
 	}
+	if out, err := inGuest(ctx, n, "web-1", "", "/bin/busybox", "cat", "/run/woken"); err != nil || !strings.Contains(out, "woken") {
+		t.Errorf("its agent was not asked to wake it: %q, %v", out, err)
+	}
 	var checks []maint.Check
 	if err := n.BelayJSON(ctx, &checks, "doctor"); err != nil {
 		t.Errorf("doctor: %v %+v", err, checks)
+	}
+}
+
+// hotPlug gives a running guest one more interface, and waits until it is known.
+func hotPlug(ctx context.Context, t *testing.T, n *cluster.Node, name string) {
+	t.Helper()
+	if _, err := n.Virsh(ctx, "attach-interface", name, "bridge", "br0", "--model", "virtio", "--mac", "52:54:00:99:00:01", "--live"); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(20 * time.Second); ; {
+		var checks []maint.Check
+		err := n.BelayJSON(ctx, &checks, "doctor")
+		known := 0
+		for _, c := range checks {
+			if strings.HasPrefix(c.Name, "metadata of vnet") && c.Result == maint.CheckOK {
+				known++
+			}
+		}
+		if known == 3 {
+			return
+		}
+		if err != nil || time.Now().After(end) {
+			t.Fatalf("%d interfaces are known, %v: %+v", known, err, checks)
+		}
 	}
 }
 

@@ -100,6 +100,9 @@ type Events struct {
 	Policy string `toml:"policy"`
 	// Windows are when guests may be disturbed that pick the moment.
 	Windows []Window `toml:"windows"`
+	// Wake is a program in guests that their guest agent is asked to start when
+	// their events change; "": none.
+	Wake string `toml:"wake"`
 	// Upstream is another metadata service ("http://127.0.0.1:8775"), which answers
 	// what is not about events.
 	Upstream string `toml:"upstream"`
@@ -363,6 +366,9 @@ func (c *Config) check() error {
 	}
 	if u, err := url.Parse(c.Events.Upstream); c.Events.Upstream != "" && (err != nil || u.Scheme != "http" || u.Host == "" || u.User != nil || u.RawQuery != "") {
 		bad("events.upstream", "%q is not the URL of a metadata service, such as http://127.0.0.1:8775", c.Events.Upstream)
+	}
+	if c.Events.Wake != "" && !filepath.IsAbs(c.Events.Wake) {
+		bad("events.wake", "%q is not an absolute path in guests", c.Events.Wake)
 	}
 	if p := maint.Policy(c.Events.Policy); p != maint.PolicyAll && p != maint.PolicyAny && p != maint.PolicyHostOwner {
 		bad("events.policy", "%q is none of %q, %q, %q", p, maint.PolicyAll, maint.PolicyAny, maint.PolicyHostOwner)

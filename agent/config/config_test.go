@@ -106,6 +106,7 @@ leash = "/usr/libexec/leash"
 [events]
 enabled = true
 policy = "any"
+wake = "/etc/belay/wake"
 upstream = "http://127.0.0.1:8775"
 imds_v1 = true
 ec2_shows_freeze = true
@@ -145,7 +146,7 @@ libvirt_uri = "qemu+ssh://root@host-c/system"
 		Migration: Migration{Timeout: Duration{90 * time.Minute}, BandwidthMiBs: 500, TLS: true},
 		Hold: Hold{MaxPause: Duration{5 * time.Second}, MaxPauseLimit: Duration{30 * time.Second},
 			LeashSilence: Duration{2 * time.Second}, KillLibvirt: Duration{4 * time.Second}, CommandsBy: "operators", Leash: "/usr/libexec/leash"},
-		Events: Events{Enabled: true, Policy: "any", Upstream: "http://127.0.0.1:8775", IMDSv1: true, EC2ShowsFreeze: true,
+		Events: Events{Enabled: true, Policy: "any", Wake: "/etc/belay/wake", Upstream: "http://127.0.0.1:8775", IMDSv1: true, EC2ShowsFreeze: true,
 			Notice: map[string]Duration{"Freeze": {20 * time.Minute}}, Owners: map[string]Owner{"shop": {Guests: []string{"shop-*"}}},
 			Windows: []Window{{Guests: []string{"shop-*"}, Rule: "FREQ=DAILY;BYHOUR=2", Zone: "Europe/Berlin", Length: Duration{3 * time.Hour},
 				From: "2026-12-01", Except: []string{"2026-12-24"}}}},
