@@ -253,7 +253,7 @@ const (
 	// floodConns is how many connections a guest floods by, and floodEvery how
 	// often it sends by each.
 	floodConns = 10
-	floodEvery = 10 * time.Millisecond
+	floodEvery = 50 * time.Millisecond
 )
 
 // Flood has a guest ask perSecond times a second, whether it is answered or not,

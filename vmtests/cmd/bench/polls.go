@@ -86,18 +86,20 @@ func benchPolls(ctx context.Context, rounds int) (err error) {
 
 	var quiet, beside, flooded polled
 	sent, answered := 0, 0
-	for range rounds {
-		if err := quiet.run(ctx, belay, toBelay); err != nil {
+	turns := []func() error{
+		func() error { return quiet.run(ctx, belay, toBelay) },
+		func() error { return beside.run(ctx, plain, toPlain) },
+		func() error {
+			n, m, err := during(ctx, belay, flooder, func() error { return flooded.run(ctx, belay, toBelay) })
+			sent, answered = sent+n, answered+m
+			return err
+		},
+	}
+	for i := range rounds * len(turns) {
+		// Each goes first in a round about as often.
+		if err := turns[(i+i/len(turns))%len(turns)](); err != nil {
 			return err
 		}
-		if err := beside.run(ctx, plain, toPlain); err != nil {
-			return err
-		}
-		n, m, err := during(ctx, belay, flooder, func() error { return flooded.run(ctx, belay, toBelay) })
-		if err != nil {
-			return err
-		}
-		sent, answered = sent+n, answered+m
 	}
 	heading("%d guests that poll once a second, for %d s each in slices of %d s, alternating", pollingGuests, rounds*pollSlice, pollSlice)
 	tell := func(name string, p polled) {
