@@ -69,8 +69,8 @@
 //     the address in them, and cannot see those of iptables-legacy.
 //   - Bridges inside of a VRF, taps that are on no Linux bridge (Open vSwitch, macvtap,
 //     SR-IOV).
-//   - A guest that opens connections faster than they can be refused takes its share of
-//     the listener's queue, which all share. The limit is on those that are accepted.
+//   - A guest that opens connections takes its share of the listener's queue, which all
+//     share: 50 a second by each tap, and 100 at once.
 //   - While nobody listens, guests wait instead of being refused: the kernel does not send
 //     a reset from an address that it does not have.
 //   - tcp_fwmark_accept and src_valid_mark stay set, for all marks and not only ours.

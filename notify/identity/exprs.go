@@ -42,6 +42,7 @@ var (
 
 	tcpSrcPort = field{expr.PayloadBaseTransportHeader, 0, 2}
 	tcpDstPort = field{expr.PayloadBaseTransportHeader, 2, 2}
+	tcpFlags   = field{expr.PayloadBaseTransportHeader, 13, 1}
 )
 
 var (
@@ -49,6 +50,7 @@ var (
 	etherIPv4  = []byte{0, 1, 8, 0, 6, 4}
 	httpPort   = be16(80)
 	arpRequest = be16(1)
+	tcpSYN     = []byte{2}
 )
 
 type field struct {
@@ -84,6 +86,11 @@ func protocol(etherType uint16) match { return metaIs(expr.MetaKeyPROTOCOL, be16
 
 func tcp(port field) match {
 	return all(metaIs(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_TCP}), port.is(httpPort))
+}
+
+// faster matches what comes faster than so often a second, and so often at once.
+func faster(perSecond uint64, burst uint32) match {
+	return match{&expr.Limit{Type: expr.LimitTypePkts, Rate: perSecond, Unit: expr.LimitTimeSecond, Burst: burst, Over: true}}
 }
 
 func compare(op expr.CmpOp, v []byte) match {

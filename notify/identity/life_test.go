@@ -221,6 +221,39 @@ func TestConnectionsOfPortsTakenAway(t *testing.T) {
 	}
 }
 
+// A guest cannot open connections as fast as it likes, and keeps no other from it.
+func TestConnectionsAtOnce(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	h.bridge("br0")
+	a := h.guest("br0", "vnet0", 1, "10.0.0.1/24")
+	b := h.guest("br0", "vnet1", 2, "10.0.0.2/24")
+	const tries = 3 * connectsAtOnce
+	g := h.open(Config{MaxConns: tries})
+	h.serve(g)
+	h.set(g, a, b)
+	begun := time.Now()
+	var opened atomic.Int32
+	var all sync.WaitGroup
+	ctx, cancel := context.WithTimeout(t.Context(), 900*time.Millisecond) // TCP tries again after a second
+	defer cancel()
+	for range tries {
+		all.Go(func() {
+			if c, err := a.dial(ctx); err == nil {
+				opened.Add(1)
+				c.Close()
+			}
+		})
+	}
+	b.isKnown()
+	all.Wait()
+	most := connectsAtOnce + int32(connects*time.Since(begun).Seconds()) + 1
+	if n := opened.Load(); n < connectsAtOnce/2 || n > most {
+		t.Errorf("%d of %d connections were opened, want %d, and at most %d", n, tries, connectsAtOnce, most)
+	}
+	b.isKnown()
+}
+
 func TestNoRequestIsLostWhilePortsAreSet(t *testing.T) {
 	t.Parallel()
 	h := newHost(t)

@@ -18,10 +18,14 @@ const (
 	// tableName is that of our tables, one in each of three families.
 	tableName = "belay_identity"
 	// guestChain begins the names of chains that set a mark, which follows in
-	// hexadecimal.
+	// hexadecimal, of what is not too much.
 	guestChain = "guest-"
 	// elements is how many of a set go into a message, which ends at 64 KiB.
 	elements = 500
+	// connects and connectsAtOnce are how many connections a guest may open by a tap,
+	// for long and at once. What is more is dropped, and TCP tries again.
+	connects       = 50 // a second
+	connectsAtOnce = 100
 	// netlinkBuffer holds a transaction of some thousand guests, and its
 	// acknowledgements.
 	netlinkBuffer = 32 << 20
@@ -205,6 +209,8 @@ func (g *Gate) program(taps []tap, bridges map[int]bridge) error {
 	}
 	for _, t := range taps {
 		ch := c.AddChain(&nftables.Chain{Table: bridgeTable, Name: fmt.Sprintf("%s%08x", guestChain, t.mark)})
+		c.AddRule(&nftables.Rule{Table: bridgeTable, Chain: ch, Exprs: all(protocol(unix.ETH_P_IP), tcp(tcpDstPort),
+			tcpFlags.has(tcpSYN), faster(connects, connectsAtOnce), verdict(expr.VerdictDrop))})
 		c.AddRule(&nftables.Rule{Table: bridgeTable, Chain: ch, Exprs: setMark(t.mark, g.marks.mask)})
 	}
 	for s, of := range contents(taps, bridges) {
