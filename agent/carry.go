@@ -59,7 +59,7 @@ func (a *Agent) noted(op maint.Op, do func(context.Context, *run.Scratch) error)
 
 // leave forgets the events of a guest that has moved.
 func (a *Agent) leave(uuid string) error {
-	return a.keeper.Do(func(b board.Board, _ time.Time) (maint.EventChange, error) { return b.Leave(uuid), nil })
+	return a.keeper.Do(func(b board.Board, now time.Time) (maint.EventChange, error) { return b.Leave(now, uuid), nil })
 }
 
 // adopt takes over the events of a guest that has arrived.

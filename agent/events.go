@@ -89,8 +89,9 @@ func (a *Agent) announce(ctx context.Context, op maint.Op, s *run.Scratch) error
 		if err != nil {
 			return err
 		}
+		usual := a.usualPause(op)
 		for _, guests := range campaign.Partition(missing, a.ownerOf(missing), a.policy()) {
-			if err := a.announceTo(op, guests); err != nil {
+			if err := a.announceTo(op, guests, usual); err != nil {
 				return err
 			}
 		}
@@ -112,9 +113,9 @@ func (a *Agent) announce(ctx context.Context, op maint.Op, s *run.Scratch) error
 	}
 }
 
-func (a *Agent) announceTo(op maint.Op, guests []maint.EventGuest) error {
+func (a *Agent) announceTo(op maint.Op, guests []maint.EventGuest, usual time.Duration) error {
 	e := board.Announcement{ID: maint.EventID(uuid.NewString()), Impact: maint.ImpactFreeze, Guests: guests,
-		Description: descriptions[op.Kind], Duration: a.usualPause(op), Op: op.ID, Campaign: campaignOf(op)}
+		Description: descriptions[op.Kind], Duration: usual, Op: op.ID, Campaign: campaignOf(op)}
 	now := time.Now()
 	e.NotBefore = campaign.NotBefore(a.policy(), e.Impact, e.Duration, now, op.Deadline.Add(-ownersMargin))
 	if err := a.keeper.Do(func(b board.Board, now time.Time) (maint.EventChange, error) { return b.Announce(now, e) }); err != nil {

@@ -402,7 +402,7 @@ func (w *world) Run(t *rapid.T) {
 					t.Fatal(err)
 				}
 			}
-			if err := from.Do(func(b Board, _ time.Time) (maint.EventChange, error) { return b.Leave(web(g).UUID), nil }); err != nil {
+			if err := from.Do(func(b Board, now time.Time) (maint.EventChange, error) { return b.Leave(now, web(g).UUID), nil }); err != nil {
 				t.Fatal(err)
 			}
 			w.at[g] = 1 - w.at[g]
@@ -433,7 +433,7 @@ func (w *world) check(t *rapid.T) {
 			if !About(e, web(g).UUID) || e.State.Over() {
 				t.Fatalf("guest %d is shown %+v", g, e)
 			}
-			shown = append(shown, fmt.Sprint(e.ID, e.Impact, e.State, e.Approval != nil, e.NotBefore, e.Description))
+			shown = append(shown, fmt.Sprint(e.ID, e.Guests, e.Impact, e.State, e.Approval != nil, e.NotBefore, e.Description))
 		}
 		text := fmt.Sprint(shown)
 		if was, used := w.seen[g][d.Incarnation]; used && was != text {

@@ -1,6 +1,7 @@
 package board
 
 import (
+	"maps"
 	"slices"
 	"time"
 
@@ -43,7 +44,7 @@ func only(e maint.ScheduledEvent, guest string) maint.ScheduledEvent {
 // Adopt takes over what has come with a guest. It may be done over: what is
 // known better here stays.
 func (b Board) Adopt(now time.Time, g maint.GuestEvents) maint.EventChange {
-	var c maint.EventChange
+	c := maint.EventChange{Incarnations: make(map[string]uint64)}
 	open := false
 	for _, e := range g.Events {
 		if e = only(e, g.UUID); len(e.Guests) == 0 {
@@ -54,6 +55,7 @@ func (b Board) Adopt(now time.Time, g maint.GuestEvents) maint.EventChange {
 		switch {
 		case !there:
 		case !About(have, g.UUID) && !e.State.Over(): // of others of its group, who were here before
+			maps.Copy(c.Incarnations, b.change(now, have).Incarnations) // they see that it is not theirs alone
 			have.Guests = append(slices.Clone(have.Guests), e.Guests...)
 			have.Listeners = append(slices.Clone(have.Listeners), e.Listeners...)
 			e = have
@@ -82,17 +84,17 @@ func (b Board) Adopt(now time.Time, g maint.GuestEvents) maint.EventChange {
 	}
 	switch mine := b.Incarnations[g.UUID]; {
 	case !open && g.Incarnation > mine: // the same document, with no events
-		c.Incarnations = map[string]uint64{g.UUID: g.Incarnation}
+		c.Incarnations[g.UUID] = g.Incarnation
 	case open || mine > 0: // it was here before, and had another then
 		b.Incarnations = map[string]uint64{g.UUID: max(mine, g.Incarnation)}
-		c.Incarnations = map[string]uint64{g.UUID: b.next(now, g.UUID)}
+		c.Incarnations[g.UUID] = b.next(now, g.UUID)
 	}
 	return c
 }
 
 // Leave forgets a guest that has moved to another host. Its incarnation stays
 // known, should it come back, and so does what became of it in campaigns.
-func (b Board) Leave(guest string) maint.EventChange {
+func (b Board) Leave(now time.Time, guest string) maint.EventChange {
 	var c maint.EventChange
 	if len(b.Listeners[guest]) > 0 {
 		c.GuestsGone = []string{guest}
@@ -105,7 +107,12 @@ func (b Board) Leave(guest string) maint.EventChange {
 		e.Listeners = slices.DeleteFunc(slices.Clone(e.Listeners), func(w maint.EventWait) bool { return w.Guest == guest })
 		switch {
 		case len(e.Guests) > 0:
-			c.Events = append(c.Events, e)
+			shown := b.change(now, e) // the others see that it is theirs alone
+			c.Events = append(c.Events, shown.Events...)
+			if c.Incarnations == nil {
+				c.Incarnations = make(map[string]uint64)
+			}
+			maps.Copy(c.Incarnations, shown.Incarnations)
 		case !e.State.Over(): // what is over stays, as this host's history
 			c.Gone = append(c.Gone, id)
 		}
