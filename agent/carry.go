@@ -37,20 +37,19 @@ func (a *Agent) carried(uuid string) *maint.GuestEvents {
 	return &g
 }
 
-// noted has a step write the note before it does anything.
+// noted has a step write the note before it does anything, unless the guest is on
+// its way already.
 func (a *Agent) noted(op maint.Op, do func(context.Context, *run.Scratch) error) func(context.Context, *run.Scratch) error {
 	return func(ctx context.Context, s *run.Scratch) error {
-		if g := a.carried(op.GuestUUID); g != nil {
-			text, err := json.Marshal(g)
+		g, err := a.hyp.Guest(ctx, op.GuestUUID)
+		events := a.carried(op.GuestUUID)
+		if err == nil && g.State.Active() && g.Job == "" && events != nil {
+			text, err := json.Marshal(events)
 			if err != nil {
 				return err
 			}
-			// One that is taken up again has it, and may be on its way.
 			if err := a.hyp.SetNote(ctx, op.GuestUUID, string(text)); err != nil {
-				if now, _ := a.journal.Op(op.ID); now.Resumed == 0 {
-					return err
-				}
-				a.log.Info("the note of a guest's events was not written again", "op", op.ID, "err", err)
+				return err
 			}
 		}
 		return do(ctx, s)
@@ -66,8 +65,10 @@ func (a *Agent) leave(uuid string) error {
 func (a *Agent) adopt(ctx context.Context, s maint.Settlement) error {
 	g := maint.GuestEvents{UUID: s.GuestUUID}
 	note, err := a.hyp.Note(ctx, s.GuestUUID)
-	if err != nil {
+	if errors.Is(err, maint.ErrHypervisorDown) {
 		return err
+	} else if err != nil {
+		a.log.Warn("the note of an arrived guest's events cannot be had", "guest", s.GuestUUID, "err", err)
 	}
 	if note != "" {
 		if err := json.Unmarshal([]byte(note), &g); err != nil || g.UUID != s.GuestUUID {

@@ -91,6 +91,8 @@ func (a *Agent) migrateSteps(op maint.Op) []run.Step {
 		{Name: migrate.PhasePerform, Commit: true,
 			Do: a.noted(op, func(ctx context.Context, s *run.Scratch) error {
 				a.drain(ctx, op.GuestUUID)
+				ctx, cancel := a.copyTime(ctx, op)
+				defer cancel()
 				return unlessUnsettled(op, m.Perform(ctx, a.life, s))
 			}),
 			Undo: func(ctx context.Context, s *run.Scratch) error { return m.Cancel(ctx, s) }},
@@ -100,6 +102,26 @@ func (a *Agent) migrateSteps(op maint.Op) []run.Step {
 			Do: func(ctx context.Context, s *run.Scratch) error { return a.finish(ctx, m, op, s) }},
 	}
 	return a.told(op, migrate.PhasePerform, steps)
+}
+
+// copyTime bounds a migration from the beginning of its copy, where its guest was
+// waited for before.
+func (a *Agent) copyTime(ctx context.Context, op maint.Op) (context.Context, context.CancelFunc) {
+	if !op.Told {
+		return context.WithCancel(ctx)
+	}
+	began := time.Now()
+	now, _ := a.journal.Op(op.ID)
+	for _, s := range now.Steps {
+		if s.Name == migrate.PhasePerform {
+			began = s.Started
+		}
+	}
+	end := began.Add(op.Migrate.Timeout)
+	if least := time.Now().Add(resumeGrace); now.Resumed > 0 && end.Before(least) {
+		end = least
+	}
+	return context.WithDeadline(ctx, end)
 }
 
 // unlessUnsettled gives err, as one that ends the operation without any undo
