@@ -68,6 +68,10 @@ func (b Board) Adopt(now time.Time, g maint.GuestEvents) maint.EventChange {
 		mine, in := k.Guests[g.UUID]
 		have, there := b.Campaigns[k.ID]
 		if !there {
+			// Who may have this host run a command is not for another host to say.
+			if k.Action.Hold != nil {
+				continue
+			}
 			have = k
 			have.Guests = make(map[string]maint.GuestCampaign)
 		}
