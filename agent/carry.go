@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"slices"
 	"time"
 
 	"belay/agent/maint"
@@ -82,6 +83,12 @@ func (a *Agent) adopt(ctx context.Context, s maint.Settlement) error {
 		}
 		g = *s.Events
 	}
+	// An operation of this host announces what it does, and waits for that; nobody
+	// else adds to it. What no operation has announced nobody would end.
+	g.Events = slices.DeleteFunc(slices.Clone(g.Events), func(e maint.ScheduledEvent) bool {
+		_, own := a.journal.Op(e.Op)
+		return !e.State.Over() && (own || e.Op == "")
+	})
 	return a.keeper.Do(func(b board.Board, now time.Time) (maint.EventChange, error) { return b.Adopt(now, g), nil })
 }
 

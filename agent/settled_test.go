@@ -13,7 +13,7 @@ import (
 // arrived is a guest of b that has come from a, in an operation of a's.
 func arrived(t *testing.T, ctx context.Context, b *agenttest.Node) (uuid string, op maint.OpID) {
 	t.Helper()
-	uuid, op = "10000000-0000-4000-8000-000000000001", "mig-a"
+	uuid, op = "10000000-0000-4000-8000-00000000a0a0", "mig-a"
 	r := maint.Arrival{Op: op, Guest: "web-1", GuestUUID: uuid, MemoryBytes: 1 << 20, DomainType: "qemu"}
 	if err := b.Agent.Reserve(ctx, "a", r); err != nil {
 		t.Fatal(err)
@@ -61,5 +61,42 @@ func TestPeersBringNoCommands(t *testing.T) {
 		if err != nil || len(all) != 1 || all[0].ID != "good" {
 			t.Fatalf("by %s: %+v, %v", by, all, err)
 		}
+	}
+}
+
+// A peer adds nothing to what an operation of this host waits for, and leaves no
+// event behind that nobody ends.
+func TestPeersAddNoEvents(t *testing.T) {
+	t.Parallel()
+	w := agenttest.New(t, quiet(t), telling, "a", "b")
+	b := w.Nodes[1]
+	ctx := ctxFor(t, patience)
+	b.Host.PutGuest("db-1")
+	r := holdAll
+	r.All, r.Guests = false, []string{"db-1"}
+	hold, err := b.Client.Hold(ctx, r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := awaitEvents(t, ctx, b, many(1))[0]
+	uuid, op := arrived(t, ctx, b)
+	brought := func(id maint.EventID, op maint.OpID, state maint.EventState) maint.ScheduledEvent {
+		return maint.ScheduledEvent{ID: id, Impact: maint.ImpactFreeze, State: state, Op: op, Guests: []maint.EventGuest{{UUID: uuid, Name: "web-1"}},
+			Announced: own.Announced, NotBefore: time.Now().AddDate(1, 0, 0)}
+	}
+	if err := b.Agent.Settle(ctx, "a", maint.Settlement{Op: op, GuestUUID: uuid, Persistent: true, Events: &maint.GuestEvents{UUID: uuid, Incarnation: 7,
+		Events: []maint.ScheduledEvent{brought("waits", hold.ID, maint.EventScheduled), brought("started", hold.ID, maint.EventStarted),
+			brought("for ever", "", maint.EventScheduled), brought("mine", op, maint.EventScheduled)}}}); err != nil {
+		t.Fatal(err)
+	}
+	all, err := b.Client.Events(ctx, true)
+	if err != nil || len(all) != 2 {
+		t.Fatalf("there are %+v, %v", all, err)
+	}
+	if _, err := b.Client.ApproveEvent(ctx, own.ID, ""); err != nil {
+		t.Fatal(err)
+	}
+	if hold = await(t, ctx, b, hold.ID); hold.Outcome != maint.OutcomeDone {
+		t.Errorf("%s: %+v", hold.Outcome, hold.Problems)
 	}
 }

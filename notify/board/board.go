@@ -250,17 +250,27 @@ func (b Board) Cancel(now time.Time, id maint.EventID, why string) (maint.EventC
 // replaced.
 func (b Board) Listen(guest string, l maint.Listener) (maint.EventChange, error) {
 	all := slices.DeleteFunc(slices.Clone(b.Listeners[guest]), func(k maint.Listener) bool { return k.Name == l.Name })
+	if err := checkListener(l); err != nil {
+		return maint.EventChange{}, err
+	}
 	switch {
-	case l.Name == "" || len(l.Name) > maxListenerName:
-		return maint.EventChange{}, maint.Problemf(maint.CodeBadRequest, "listener", fmt.Sprintf("use 1 to %d bytes", maxListenerName), "has a name of %d bytes", len(l.Name))
-	case l.Timeout <= 0 || l.Timeout > MaxListenerWait:
-		return maint.EventChange{}, maint.Problemf(maint.CodeBadRequest, "listener "+l.Name, "choose a time-out up to "+MaxListenerWait.String(), "has a time-out of %s", l.Timeout)
 	case len(all) == maxListeners:
 		return maint.EventChange{}, maint.Problemf(maint.CodeBadRequest, "listener "+l.Name, "unregister one", "is one too many: there are %d", maxListeners)
 	case slices.Contains(b.Listeners[guest], l):
 		return maint.EventChange{}, nil
 	}
 	return maint.EventChange{Listeners: map[string][]maint.Listener{guest: append(all, l)}}, nil
+}
+
+// checkListener refuses what cannot be registered.
+func checkListener(l maint.Listener) error {
+	switch {
+	case l.Name == "" || len(l.Name) > maxListenerName:
+		return maint.Problemf(maint.CodeBadRequest, "listener", fmt.Sprintf("use 1 to %d bytes", maxListenerName), "has a name of %d bytes", len(l.Name))
+	case l.Timeout <= 0 || l.Timeout > MaxListenerWait:
+		return maint.Problemf(maint.CodeBadRequest, "listener "+l.Name, "choose a time-out up to "+MaxListenerWait.String(), "has a time-out of %s", l.Timeout)
+	}
+	return nil
 }
 
 // Unlisten has later events wait no longer, nor those that are scheduled.

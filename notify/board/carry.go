@@ -1,6 +1,7 @@
 package board
 
 import (
+	"encoding/json"
 	"maps"
 	"slices"
 	"time"
@@ -18,6 +19,7 @@ func (b Board) Carry(now time.Time, guest string) maint.GuestEvents {
 		}
 		c.Events = append(c.Events, only(e, guest))
 	}
+	c.Events = few(c.Events)
 	slices.SortFunc(c.Events, older)
 	for _, k := range b.Campaigns {
 		if g, in := k.Guests[guest]; in && k.Closed.IsZero() {
@@ -46,15 +48,18 @@ func only(e maint.ScheduledEvent, guest string) maint.ScheduledEvent {
 func (b Board) Adopt(now time.Time, g maint.GuestEvents) maint.EventChange {
 	c := maint.EventChange{Incarnations: make(map[string]uint64)}
 	open := false
-	for _, e := range g.Events {
-		if e = only(e, g.UUID); len(e.Guests) == 0 {
-			continue // not its own
+	if g.Incarnation > maxIncarnation {
+		g.Incarnation = 0 // no host has counted that far
+	}
+	for _, e := range few(g.Events) {
+		if e = only(e, g.UUID); !sound(now, e) {
+			continue // another's, or what no host makes
 		}
 		open = open || !e.State.Over()
 		have, there := b.Events[e.ID]
 		switch {
 		case !there:
-		case !About(have, g.UUID) && !e.State.Over(): // of others of its group, who were here before
+		case !About(have, g.UUID) && !e.State.Over() && have.Op == e.Op && have.Announced.Equal(e.Announced): // of others of its group, who were here before
 			maps.Copy(c.Incarnations, b.change(now, have).Incarnations) // they see that it is not theirs alone
 			have.Guests = append(slices.Clone(have.Guests), e.Guests...)
 			have.Listeners = append(slices.Clone(have.Listeners), e.Listeners...)
@@ -64,7 +69,7 @@ func (b Board) Adopt(now time.Time, g maint.GuestEvents) maint.EventChange {
 		}
 		c.Events = append(c.Events, e)
 	}
-	for _, k := range g.Campaigns {
+	for _, k := range g.Campaigns[:min(len(g.Campaigns), maxCarried)] {
 		mine, in := k.Guests[g.UUID]
 		have, there := b.Campaigns[k.ID]
 		if !there {
@@ -83,8 +88,8 @@ func (b Board) Adopt(now time.Time, g maint.GuestEvents) maint.EventChange {
 			c.Campaigns = append(c.Campaigns, have)
 		}
 	}
-	if len(g.Listeners) > 0 && len(b.Listeners[g.UUID]) == 0 {
-		c.Listeners = map[string][]maint.Listener{g.UUID: g.Listeners[:min(len(g.Listeners), maxListeners)]}
+	if listeners := slices.DeleteFunc(slices.Clone(g.Listeners), func(l maint.Listener) bool { return checkListener(l) != nil }); len(listeners) > 0 && len(b.Listeners[g.UUID]) == 0 {
+		c.Listeners = map[string][]maint.Listener{g.UUID: listeners[:min(len(listeners), maxListeners)]}
 	}
 	switch mine := b.Incarnations[g.UUID]; {
 	case !open && g.Incarnation > mine: // the same document, with no events
@@ -94,6 +99,52 @@ func (b Board) Adopt(now time.Time, g maint.GuestEvents) maint.EventChange {
 		c.Incarnations[g.UUID] = b.next(now, g.UUID)
 	}
 	return c
+}
+
+const (
+	// maxCarried bounds the events that go with a guest, and the campaigns.
+	maxCarried = 100
+	// maxEvent bounds one that has come, as JSON, bytes.
+	maxEvent = 16 << 10
+	// maxIncarnation is the largest number that all clients read as it is: those
+	// that have no other numbers than IEEE 754's.
+	maxIncarnation = 1 << 53
+)
+
+// few are as many events as go with a guest: first those that are not over, then
+// the latest.
+func few(events []maint.ScheduledEvent) []maint.ScheduledEvent {
+	if len(events) <= maxCarried {
+		return events
+	}
+	events = slices.Clone(events)
+	slices.SortFunc(events, func(x, y maint.ScheduledEvent) int {
+		if x.State.Over() != y.State.Over() {
+			if y.State.Over() {
+				return -1
+			}
+			return 1
+		}
+		return older(y, x)
+	})
+	return events[:maxCarried]
+}
+
+// sound reports whether an event of one guest, which another host has sent, is what
+// a host makes.
+func sound(now time.Time, e maint.ScheduledEvent) bool {
+	text, err := json.Marshal(e)
+	switch {
+	case err != nil, len(text) > maxEvent, e.ID == "", len(e.Guests) != 1, len(e.Listeners) > maxListeners,
+		!slices.Contains(maint.Impacts, e.Impact), e.Duration < 0 && e.Duration != maint.DurationUnknown,
+		e.NotBefore.Sub(now) > maxNotice:
+		return false
+	}
+	switch e.State {
+	case maint.EventScheduled, maint.EventStarted, maint.EventCompleted, maint.EventCancelled:
+		return true
+	}
+	return false
 }
 
 // Leave forgets a guest that has moved to another host. Its incarnation stays
