@@ -107,7 +107,7 @@ func (a *Agent) CreateCampaign(ctx context.Context, by string, r maint.CampaignR
 	if !a.cfg.Events.Enabled {
 		return maint.Campaign{}, refuse(what, maint.Problemf(maint.CodeForbidden, "host "+a.cfg.Host, "set events.enabled in belayd's configuration", "tells guests nothing"))
 	}
-	if err := a.checkAction(by, r.Action); err != nil {
+	if err := a.checkAction(by, r); err != nil {
 		return maint.Campaign{}, err
 	}
 	guests, err := a.hyp.Guests(ctx)
@@ -149,30 +149,59 @@ func (a *Agent) CreateCampaign(ctx context.Context, by string, r maint.CampaignR
 }
 
 // checkAction refuses what an operation would be refused for anyway, months later.
-func (a *Agent) checkAction(by string, do maint.CampaignAction) error {
-	given := 0
+func (a *Agent) checkAction(by string, r maint.CampaignRequest) error {
+	given, emergency := 0, ""
+	var err error
+	do := actionFor(maint.Campaign{Description: r.Description, Action: r.Action}, "any")
 	if do.Migrate != nil {
 		given++
-		if a.peers[do.Migrate.To] == nil {
-			return refuse("cannot create the campaign", a.unknownPeer(do.Migrate.To))
+		emergency += r.Action.Migrate.Emergency
+		if err = a.checkRequest(*do.Migrate); err == nil && a.peers[do.Migrate.To] == nil {
+			err = refuse("cannot create the campaign", a.unknownPeer(do.Migrate.To))
 		}
 	}
 	if do.Replace != nil {
 		given++
+		emergency += r.Action.Replace.Emergency
+		err = checkReplace(*do.Replace)
 	}
 	if do.Hold != nil {
 		given++
+		emergency += r.Action.Hold.Emergency
 		if by != "root" && a.cfg.Hold.CommandsBy != "operators" {
 			return maint.Problemf(maint.CodeForbidden, "caller "+by, `ask root, or set hold.commands_by = "operators"`, "may not have belayd run a command, which it runs as root")
 		}
-		if problems := checkShapes(*do.Hold); len(problems) > 0 {
-			return maint.Refuse("cannot create the campaign", problems)
-		}
+		do.Hold.MaxPause = cmp.Or(do.Hold.MaxPause, a.cfg.Hold.MaxPause.Duration)
+		err = cmp.Or(a.checkHold(*do.Hold), maint.Refuse("cannot create the campaign", checkShapes(*do.Hold)))
 	}
-	if given != 1 {
+	switch {
+	case given != 1:
 		return badRequest("action", "give migrate, replace or hold", "has %d things to do, not one", given)
+	case emergency != "":
+		return badRequest("emergency", "leave it out; for an emergency begin an operation", "cannot be: owners pick the moment")
 	}
-	return nil
+	return err
+}
+
+// actionFor is what is done to a guest in a campaign.
+func actionFor(c maint.Campaign, uuid string) maint.CampaignAction {
+	do := c.Action
+	if do.Migrate != nil {
+		r := *do.Migrate
+		r.Guest, r.Reason, r.Emergency = uuid, c.Description, ""
+		do.Migrate = &r
+	}
+	if do.Replace != nil {
+		r := *do.Replace
+		r.Guest, r.Reason, r.Emergency = uuid, c.Description, ""
+		do.Replace = &r
+	}
+	if do.Hold != nil {
+		r := *do.Hold
+		r.Guests, r.All, r.Groups, r.Reason, r.Emergency = []string{uuid}, false, nil, c.Description, ""
+		do.Hold = &r
+	}
+	return do
 }
 
 // BookCampaign picks the moment for a guest; the zero time is now.
@@ -210,8 +239,11 @@ func (a *Agent) CloseCampaign(_ context.Context, id maint.CampaignID) (maint.Cam
 }
 
 func inCampaign(c maint.Campaign, guest string) (uuid string, g maint.GuestCampaign, err error) {
+	if g, in := c.Guests[guest]; in {
+		return guest, g, nil
+	}
 	for uuid, g := range c.Guests {
-		if uuid == guest || g.Guest == guest {
+		if g.Guest == guest {
 			return uuid, g, nil
 		}
 	}
@@ -316,19 +348,13 @@ func (a *Agent) beginFor(ctx context.Context, c maint.Campaign, uuid string) (ma
 			return op, nil
 		}
 	}
-	switch do := c.Action; {
+	switch do := actionFor(c, uuid); {
 	case do.Migrate != nil:
-		r := *do.Migrate
-		r.Guest, r.Reason = uuid, c.Description
-		return a.Migrate(ctx, by, r)
+		return a.Migrate(ctx, by, *do.Migrate)
 	case do.Replace != nil:
-		r := *do.Replace
-		r.Guest, r.Reason = uuid, c.Description
-		return a.Replace(ctx, by, r)
+		return a.Replace(ctx, by, *do.Replace)
 	case do.Hold != nil:
-		r := *do.Hold
-		r.Guests, r.All, r.Reason = []string{uuid}, false, c.Description
-		return a.Hold(ctx, by, r)
+		return a.Hold(ctx, by, *do.Hold)
 	}
 	return maint.Op{}, maint.Problemf(maint.CodeInternal, "campaign "+string(c.ID), "close it", "has nothing to do")
 }

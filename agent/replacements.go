@@ -31,6 +31,19 @@ func (a *Agent) Replace(ctx context.Context, by string, r maint.ReplaceRequest) 
 	return a.replace(ctx, by, r, false)
 }
 
+// checkReplace refuses what can be refused without knowing the guest.
+func checkReplace(r maint.ReplaceRequest) error {
+	switch {
+	case r.Guest == "":
+		return badRequest("guest", "name one", "is empty")
+	case r.Method != "" && !slices.Contains(maint.VMMMethods, r.Method):
+		return badRequest("method", fmt.Sprintf("choose one of %q, or leave the choice to Belay", maint.VMMMethods), "%.20q is none", r.Method)
+	case r.MaxPause < 0 || r.MaxPause > maxTimeout:
+		return badRequest("max_pause", fmt.Sprintf("choose one up to %s", maxTimeout), "%s is out of range", r.MaxPause)
+	}
+	return cmp.Or(checkReason(r.Reason), checkReason(r.Emergency))
+}
+
 // errNotInTwin is why nothing is begun for a guest that is to be brought home only.
 var errNotInTwin = errors.New("it is not in the twin")
 
@@ -39,15 +52,7 @@ var errNotInTwin = errors.New("it is not in the twin")
 // for a new QEMU under it.
 func (a *Agent) replace(ctx context.Context, by string, r maint.ReplaceRequest, homeOnly bool) (maint.Op, error) {
 	what := "cannot put a new QEMU under guest " + r.Guest
-	switch {
-	case r.Guest == "":
-		return maint.Op{}, maint.Problemf(maint.CodeBadRequest, "guest", "name one", "is empty")
-	case r.Method != "" && !slices.Contains(maint.VMMMethods, r.Method):
-		return maint.Op{}, maint.Problemf(maint.CodeBadRequest, "method", fmt.Sprintf("choose one of %q, or leave the choice to Belay", maint.VMMMethods), "%.20q is none", r.Method)
-	case r.MaxPause < 0 || r.MaxPause > maxTimeout:
-		return maint.Op{}, maint.Problemf(maint.CodeBadRequest, "max_pause", fmt.Sprintf("choose one up to %s", maxTimeout), "%s is out of range", r.MaxPause)
-	}
-	if err := cmp.Or(checkReason(r.Reason), checkReason(r.Emergency)); err != nil {
+	if err := checkReplace(r); err != nil {
 		return maint.Op{}, err
 	}
 	g, where, err := a.toReplace(ctx, what, r.Guest)
