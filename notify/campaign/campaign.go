@@ -62,21 +62,21 @@ func Create(now time.Time, r Request) (maint.Campaign, error) {
 	case !idForm.MatchString(string(r.ID)):
 		return bad("letters, digits, dots, dashes and underscores, at most 64", "that is no ID of a campaign")
 	case !slices.Contains(maint.Impacts, r.Impact):
-		return bad("", "the impact %q is none of %v", r.Impact, maint.Impacts)
+		return bad("choose one of them", "the impact %q is none of %v", r.Impact, maint.Impacts)
 	case r.Duration < 0 && r.Duration != maint.DurationUnknown:
-		return bad("", "a duration of %s", r.Duration)
+		return bad("give none, or one that is not negative", "a duration of %s", r.Duration)
 	case r.MaxDefers < 0 || r.MaxDefers > maxDefers:
-		return bad("", "%d deferrals are not between 0 and %d", r.MaxDefers, maxDefers)
+		return bad("choose a number between", "%d deferrals are not between 0 and %d", r.MaxDefers, maxDefers)
 	case len(r.Description) > maxText:
-		return bad("", "the description has more than %d bytes", maxText)
+		return bad("make it shorter", "the description has more than %d bytes", maxText)
 	case phase <= 0:
 		return bad("give a later deadline", "the deadline, %s, is not after %s", show(deadline), show(opens))
 	case phase < SelfServicePhase && !r.Security:
 		return bad("give a later deadline, or say that it is for security", "owners have only %s to pick, less than %d days", phase.Round(time.Minute), SelfServicePhase/(24*time.Hour))
 	case deadline.Sub(now) > maxAhead:
-		return bad("", "the deadline, %s, is more than %d days ahead", show(deadline), maxAhead/(24*time.Hour))
+		return bad("give an earlier deadline", "the deadline, %s, is more than %d days ahead", show(deadline), maxAhead/(24*time.Hour))
 	case len(r.Guests) == 0:
-		return bad("", "it is for no guest")
+		return bad("name guests, or start some", "it is for no guest")
 	}
 	c := maint.Campaign{
 		ID: r.ID, Description: r.Description, Impact: r.Impact, Duration: r.Duration,

@@ -451,3 +451,30 @@ func TestDueInOrder(t *testing.T) {
 		t.Errorf("due: %s", got)
 	}
 }
+
+// A campaign that a guest brings and that Create would have refused is no campaign
+// here: its operations could never begin, or its deadline never come.
+func TestArriveInNoCampaign(t *testing.T) {
+	for name, spoil := range map[string]func(*maint.Campaign){
+		"no ID":                func(c *maint.Campaign) { c.ID = "" },
+		"an ID that is a path": func(c *maint.Campaign) { c.ID = "../x" },
+		"no such impact":       func(c *maint.Campaign) { c.Impact = "Explode" },
+		"a negative duration":  func(c *maint.Campaign) { c.Duration = -hour },
+		"deferrals without end": func(c *maint.Campaign) {
+			c.MaxDefers = 1 << 30
+		},
+		"two lines":        func(c *maint.Campaign) { c.Description = "a\nb" },
+		"a long text":      func(c *maint.Campaign) { c.Description = strings.Repeat("x", 1<<20) },
+		"no deadline ever": func(c *maint.Campaign) { c.Deadline = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC) },
+		"a year not in JSON": func(c *maint.Campaign) {
+			c.Deadline = time.Date(9999, 12, 31, 23, 59, 59, 0, time.FixedZone("", -23*3600))
+		},
+	} {
+		b := newBed(t, nil)
+		came := b.c.Guests["a"]
+		spoil(&b.c)
+		if c, err := campaign.Arrive(b.now, b.c, maint.EventGuest{UUID: "b", Name: "web-2"}, &came); err == nil {
+			t.Errorf("%s: taken over: %+v", name, c)
+		}
+	}
+}

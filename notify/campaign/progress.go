@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	"belay/agent/maint"
 )
@@ -134,6 +135,8 @@ func Arrive(now time.Time, c maint.Campaign, who maint.EventGuest, came *maint.G
 	switch {
 	case !c.Closed.IsZero():
 		return c, maint.Problemf(maint.CodeCampaign, "guest "+who.Name, "", "campaign %s is closed since %s", c.ID, show(c.Closed))
+	case !possible(now, c):
+		return c, maint.Problemf(maint.CodeBadRequest, "guest "+who.Name, "", "it brings a campaign that no host has made")
 	case who.UUID == "":
 		return c, maint.Problemf(maint.CodeBadRequest, "guest "+who.Name, "", "has no UUID")
 	case known && came == nil:
@@ -153,6 +156,14 @@ func Arrive(now time.Time, c maint.Campaign, who maint.EventGuest, came *maint.G
 	}
 	g.Guest = who.Name
 	return with(now, c, who.UUID, g), nil
+}
+
+// possible reports whether a campaign can be one that Create has made, on another
+// host, whose clock may differ.
+func possible(now time.Time, c maint.Campaign) bool {
+	return idForm.MatchString(string(c.ID)) && slices.Contains(maint.Impacts, c.Impact) && c.Deadline.Sub(now) <= maxAhead+24*time.Hour &&
+		(c.Duration >= 0 || c.Duration == maint.DurationUnknown) && c.MaxDefers >= 0 && c.MaxDefers <= maxDefers &&
+		len(c.Description) <= maxText && !strings.ContainsFunc(c.Description, unicode.IsControl) && len(c.By) <= maxText
 }
 
 // brought is the state that a guest came with, as far as it can be here: another
