@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"time"
 
 	"belay/agent/maint"
@@ -90,7 +91,7 @@ func opPath(id maint.OpID) string {
 	case "", ".", "..":
 		id = maint.OpID(strconv.Quote(string(id)))
 	}
-	return "/v1/ops/" + url.PathEscape(string(id))
+	return "/v1/ops/" + segment(string(id))
 }
 
 // Op asks for one operation.
@@ -121,7 +122,7 @@ func (c *Client) Replace(ctx context.Context, r maint.ReplaceRequest) (op maint.
 
 // ReplaceChoices asks what each method of that would cost a guest.
 func (c *Client) ReplaceChoices(ctx context.Context, guest string) (cs []maint.VMMChoice, err error) {
-	return cs, c.call(ctx, "GET", "/v1/guests/"+url.PathEscape(guest)+"/replacements", nil, &cs)
+	return cs, c.call(ctx, "GET", "/v1/guests/"+segment(guest)+"/replacements", nil, &cs)
 }
 
 // Clock asks for a guest's clock to be measured, or with "" for all.
@@ -173,7 +174,7 @@ func digit(b bool) string {
 	return "0"
 }
 
-func eventPath(id maint.EventID) string { return "/v1/events/" + url.PathEscape(string(id)) }
+func eventPath(id maint.EventID) string { return "/v1/events/" + segment(string(id)) }
 
 // Event looks one up.
 func (c *Client) Event(ctx context.Context, id maint.EventID) (e maint.ScheduledEvent, err error) {
@@ -211,7 +212,15 @@ func (c *Client) WatchEvents(ctx context.Context, all bool, f func([]maint.Sched
 	}
 }
 
-func campaignPath(id maint.CampaignID) string { return "/v1/campaigns/" + url.PathEscape(string(id)) }
+// segment is a text as a segment of a path: one or two dots would be steps in it.
+func segment(s string) string {
+	if s == "." || s == ".." {
+		return strings.ReplaceAll(s, ".", "%2E")
+	}
+	return url.PathEscape(s)
+}
+
+func campaignPath(id maint.CampaignID) string { return "/v1/campaigns/" + segment(string(id)) }
 
 // Campaigns lists maintenance campaigns, the oldest first.
 func (c *Client) Campaigns(ctx context.Context) (all []maint.Campaign, err error) {
@@ -250,17 +259,17 @@ func (c *Client) Check(ctx context.Context, a maint.Arrival) (ps []maint.Problem
 
 // Reserve asks a peer to keep room for a guest, or to keep it longer.
 func (c *Client) Reserve(ctx context.Context, a maint.Arrival) error {
-	return c.call(ctx, "PUT", "/v1/peer/reservations/"+url.PathEscape(string(a.Op)), a, nil)
+	return c.call(ctx, "PUT", "/v1/peer/reservations/"+segment(string(a.Op)), a, nil)
 }
 
 // Release gives that room up.
 func (c *Client) Release(ctx context.Context, op maint.OpID) error {
-	return c.call(ctx, "DELETE", "/v1/peer/reservations/"+url.PathEscape(string(op)), nil, nil)
+	return c.call(ctx, "DELETE", "/v1/peer/reservations/"+segment(string(op)), nil, nil)
 }
 
 // View asks what a peer has of a guest.
 func (c *Client) View(ctx context.Context, uuid string) (v maint.View, err error) {
-	return v, c.call(ctx, "GET", "/v1/peer/guests/"+url.PathEscape(uuid), nil, &v)
+	return v, c.call(ctx, "GET", "/v1/peer/guests/"+segment(uuid), nil, &v)
 }
 
 // Settle asks a peer to keep an arrived guest as the source did.
@@ -270,13 +279,13 @@ func (c *Client) Settle(ctx context.Context, s maint.Settlement) error {
 
 // CompletedJob asks a peer for the statistics of a guest's arrival.
 func (c *Client) CompletedJob(ctx context.Context, uuid string) (j maint.Job, err error) {
-	return j, c.call(ctx, "GET", "/v1/peer/guests/"+url.PathEscape(uuid)+"/job", nil, &j)
+	return j, c.call(ctx, "GET", "/v1/peer/guests/"+segment(uuid)+"/job", nil, &j)
 }
 
 // ArrivedClock asks a peer to put the clock of a guest right that has come
 // from here.
 func (c *Client) ArrivedClock(ctx context.Context, uuid string) (r maint.ClockReport, err error) {
-	return r, c.call(ctx, "POST", "/v1/peer/guests/"+url.PathEscape(uuid)+"/clock", nil, &r)
+	return r, c.call(ctx, "POST", "/v1/peer/guests/"+segment(uuid)+"/clock", nil, &r)
 }
 
 // Greeting asks a peer to introduce itself.

@@ -190,7 +190,7 @@ func (a *app) eventsAnswerCmd(verb, short, long string, do func(context.Context,
 	c := &cobra.Command{
 		Use: verb + " ID ...", Short: short, Long: long, ValidArgsFunction: a.completeEvents,
 		Args: func(c *cobra.Command, args []string) error {
-			if len(args) == 0 {
+			if len(args) == 0 || slices.Contains(args, "") {
 				return usage("%s needs an event ID", c.CommandPath())
 			}
 			return nil

@@ -118,6 +118,11 @@ func exactly(names ...string) cobra.PositionalArgs {
 		case len(args) > len(names):
 			return usage("%s: one argument too many: %q", c.CommandPath(), args[len(names)])
 		}
+		for i, arg := range args {
+			if arg == "" {
+				return usage("%s needs %s, not an empty one", c.CommandPath(), names[i])
+			}
+		}
 		return nil
 	}
 }
