@@ -21,12 +21,22 @@ func badRequest(field, remedy, format string, args ...any) error {
 }
 
 // checkReason refuses a reason that is not a line of text.
-func checkReason(reason string) error {
+func checkReason(reason string) error { return checkLine("reason", reason) }
+
+// checkEmergency refuses one for no reason.
+func checkEmergency(why string) error {
+	if why != "" && strings.TrimSpace(why) == "" {
+		return badRequest("emergency", "say why the guests' notice is waived", "has a blank reason")
+	}
+	return checkLine("emergency", why)
+}
+
+func checkLine(field, text string) error {
 	switch {
-	case len(reason) > maxReason:
-		return badRequest("reason", "make it shorter", "has %d bytes, more than %d", len(reason), maxReason)
-	case strings.ContainsFunc(reason, unicode.IsControl):
-		return badRequest("reason", "write it in one line", "has control characters")
+	case len(text) > maxReason:
+		return badRequest(field, "make it shorter", "has %d bytes, more than %d", len(text), maxReason)
+	case strings.ContainsFunc(text, unicode.IsControl):
+		return badRequest(field, "write it in one line", "has control characters")
 	}
 	return nil
 }

@@ -150,6 +150,9 @@ func (a *Agent) CreateCampaign(ctx context.Context, by string, r maint.CampaignR
 
 // checkAction refuses what an operation would be refused for anyway, months later.
 func (a *Agent) checkAction(by string, r maint.CampaignRequest) error {
+	if err := checkLine("description", r.Description); err != nil {
+		return err
+	}
 	given, emergency := 0, ""
 	var err error
 	do := actionFor(maint.Campaign{Description: r.Description, Action: r.Action}, "any")

@@ -1,7 +1,10 @@
 package agent_test
 
 import (
+	"context"
 	"errors"
+	"net"
+	"net/http"
 	"strings"
 	"testing"
 	"time"
@@ -53,5 +56,50 @@ func TestCampaignsThatCouldNotBegin(t *testing.T) {
 	r := maint.CampaignRequest{ID: "c", Description: strings.Repeat("x", 1000), Action: move(maint.MigrateRequest{Reason: "r"})}
 	if _, err := a.Client.CreateCampaign(ctx, r); err != nil {
 		t.Error(err)
+	}
+}
+
+// Notice is not waived for no reason.
+func TestBlankEmergency(t *testing.T) {
+	t.Parallel()
+	w := agenttest.New(t, quiet(t), telling, "a", "b")
+	a := w.Nodes[0]
+	ctx := ctxFor(t, patience)
+	a.Host.PutGuest("web-1")
+	r := holdAll
+	r.Emergency = " "
+	_, held := a.Client.Hold(ctx, r)
+	_, moved := a.Client.Migrate(ctx, maint.MigrateRequest{Guest: "web-1", To: "b", Emergency: "\u00a0"})
+	_, replaced := a.Client.Replace(ctx, maint.ReplaceRequest{Guest: "web-1", Emergency: "  "})
+	for _, err := range []error{held, moved, replaced} {
+		var p *maint.Problem
+		if !errors.As(err, &p) || p.Subject != "emergency" {
+			t.Errorf("%v", err)
+		}
+	}
+}
+
+// A moment that nobody has picked, as programs write it, is not taken for now.
+func TestBookNoMoment(t *testing.T) {
+	t.Parallel()
+	w := agenttest.New(t, quiet(t), telling, "a", "b")
+	a := w.Nodes[0]
+	ctx := ctxFor(t, patience)
+	a.Host.PutGuest("web-1")
+	awaitInventory(t, ctx, a, 1)
+	if _, err := a.Client.CreateCampaign(ctx, maint.CampaignRequest{ID: "c", Action: maint.CampaignAction{Migrate: &maint.MigrateRequest{To: "b"}}}); err != nil {
+		t.Fatal(err)
+	}
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", a.Config.API.Socket)
+	}
+	client := http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}
+	answer, err := client.Post("http://belayd/v1/campaigns/c/book", "application/json", strings.NewReader(`{"guest":"web-1","at":"0001-01-01T00:00:00Z"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer.Body.Close()
+	if c, err := a.Client.Campaign(ctx, "c"); answer.StatusCode != http.StatusBadRequest || err != nil || stateIn(c, "web-1") != maint.CampaignPending {
+		t.Errorf("%s: %+v, %v", answer.Status, c, err)
 	}
 }

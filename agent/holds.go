@@ -86,7 +86,7 @@ func (a *Agent) checkHold(r maint.HoldRequest) error {
 	case r.MaxPause < config.MinPause || r.MaxPause > most:
 		return badRequest("max_pause", fmt.Sprintf("choose one from %s to %s (hold.max_pause_limit)", config.MinPause, most), "%s is out of range", r.MaxPause)
 	}
-	return cmp.Or(checkReason(r.Reason), checkReason(r.Emergency), checkNames(r))
+	return cmp.Or(checkReason(r.Reason), checkEmergency(r.Emergency), checkNames(r))
 }
 
 // holdSteps wires the phases of a hold to the runner.

@@ -62,7 +62,7 @@ func (a *Agent) checkRequest(r maint.MigrateRequest) error {
 		return refuse(fmt.Sprintf("cannot migrate guest %s to %s", r.Guest, r.To),
 			maint.Problemf(maint.CodeSameHost, "host "+r.To, "name a peer", "is this host"))
 	}
-	return cmp.Or(checkReason(r.Reason), checkReason(r.Emergency))
+	return cmp.Or(checkReason(r.Reason), checkEmergency(r.Emergency))
 }
 
 // migrateSteps wires the phases of a migration to the runner.

@@ -41,7 +41,7 @@ func checkReplace(r maint.ReplaceRequest) error {
 	case r.MaxPause < 0 || r.MaxPause > maxTimeout:
 		return badRequest("max_pause", fmt.Sprintf("choose one up to %s", maxTimeout), "%s is out of range", r.MaxPause)
 	}
-	return cmp.Or(checkReason(r.Reason), checkReason(r.Emergency))
+	return cmp.Or(checkReason(r.Reason), checkEmergency(r.Emergency))
 }
 
 // errNotInTwin is why nothing is begun for a guest that is to be brought home only.

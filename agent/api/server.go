@@ -73,6 +73,23 @@ type Booking struct {
 	At    time.Time `json:"at,omitzero"` // none: now
 }
 
+// booking is a Booking as it comes: a moment that nobody has picked is written as
+// the year 1 elsewhere, and does not mean now.
+type booking struct {
+	Guest string     `json:"guest"`
+	At    *time.Time `json:"at"`
+}
+
+func (b booking) book(ctx context.Context, a Agent, by string, id maint.CampaignID) (any, error) {
+	var at time.Time
+	if b.At != nil {
+		if at = *b.At; at.IsZero() {
+			return nil, maint.Problemf(maint.CodeBadRequest, "at", "give a moment ahead, or none for now", "is the year 1")
+		}
+	}
+	return a.BookCampaign(ctx, by, id, b.Guest, at)
+}
+
 // Reason is the body of a request that wants nothing but a reason.
 type Reason struct {
 	Reason string `json:"reason,omitempty"`
@@ -179,7 +196,7 @@ func routes(a Agent) []route {
 		}},
 		{"GET", "/v1/campaigns/{id}", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Campaign(r.Context(), campaignID(r)) }},
 		{"POST", "/v1/campaigns/{id}/book", operators, func(r *http.Request, c Caller) (any, error) {
-			return with(r, func(q Booking) (any, error) { return a.BookCampaign(r.Context(), c.Name, campaignID(r), q.Guest, q.At) })
+			return with(r, func(q booking) (any, error) { return q.book(r.Context(), a, c.Name, campaignID(r)) })
 		}},
 		{"POST", "/v1/campaigns/{id}/defer", operators, func(r *http.Request, _ Caller) (any, error) {
 			return with(r, func(q Booking) (any, error) { return a.DeferCampaign(r.Context(), campaignID(r), q.Guest) })

@@ -190,7 +190,7 @@ func moment(what, text string, into *time.Time) error {
 		return nil
 	}
 	for _, form := range []string{time.RFC3339, "2006-01-02 15:04", "2006-01-02T15:04"} {
-		if t, err := time.ParseInLocation(form, text, time.Local); err == nil {
+		if t, err := time.ParseInLocation(form, text, time.Local); err == nil && !t.IsZero() { // the zero time is none
 			*into = t
 			return nil
 		}
