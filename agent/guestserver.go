@@ -282,6 +282,9 @@ const (
 	// how long.
 	addrsEvery   = 5 * time.Minute
 	addrsTimeout = 3 * time.Second
+	// maxAddrs bounds those of an interface: the guest says how many it has, and
+	// asks for them as often as it likes.
+	maxAddrs = 64
 )
 
 // followAddrs keeps up with the addresses of guests, for what they are told of
@@ -334,8 +337,8 @@ func addresses(answer json.RawMessage) map[string][]netip.Addr {
 	byMAC := make(map[string][]netip.Addr)
 	for _, i := range all {
 		for _, a := range i.Addrs {
-			if ip, err := netip.ParseAddr(a.IP); err == nil && !ip.IsLoopback() {
-				mac := strings.ToLower(i.MAC)
+			mac := strings.ToLower(i.MAC)
+			if ip, err := netip.ParseAddr(a.IP); err == nil && !ip.IsLoopback() && ip.Zone() == "" && len(byMAC[mac]) < maxAddrs {
 				byMAC[mac] = append(byMAC[mac], ip)
 			}
 		}
