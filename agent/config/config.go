@@ -374,6 +374,9 @@ func (c *Config) check() error {
 		bad("events.policy", "%q is none of %q, %q, %q", p, maint.PolicyAll, maint.PolicyAny, maint.PolicyHostOwner)
 	}
 	named := func(key string, guests []string) {
+		if len(guests) == 0 {
+			bad(key, "is for no guests; name some, or take it out")
+		}
 		for _, g := range guests {
 			if _, err := path.Match(g, ""); err != nil || g == "" {
 				bad(key, "%q is no name, pattern or UUID of guests", g)
@@ -381,10 +384,14 @@ func (c *Config) check() error {
 		}
 	}
 	for name, o := range c.Events.Owners {
+		if !isName(name) {
+			bad("events.owners", "%q is not a name: it is empty, or has spaces or control characters", name)
+			continue
+		}
 		named("events.owners."+name, o.Guests)
 	}
-	for _, w := range c.Events.Windows {
-		named("events.windows", w.Guests)
+	for i, w := range c.Events.Windows {
+		named(fmt.Sprintf("events.windows, number %d", i+1), w.Guests)
 	}
 	if c.Journal.Keep.Duration <= 0 {
 		bad("journal.keep", "must be longer than 0")
