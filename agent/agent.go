@@ -140,7 +140,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	for _, p := range a.peers {
 		helpers.Go(func() { p.greet(a.life, a.log) })
 	}
-	helpers.Go(func() { a.pruneDaily(a.life) })
+	helpers.Go(func() { a.pruneHourly(a.life) })
 
 	a.sweepLeashes()
 	a.resume()
@@ -267,8 +267,8 @@ func (a *Agent) runToEnd(ctx context.Context, op maint.Op) {
 	}
 }
 
-func (a *Agent) pruneDaily(ctx context.Context) {
-	t := time.NewTicker(24 * time.Hour)
+func (a *Agent) pruneHourly(ctx context.Context) {
+	t := time.NewTicker(time.Hour)
 	defer t.Stop()
 	for {
 		n, err := a.journal.Prune(time.Now().Add(-a.cfg.Journal.Keep.Duration))

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"path"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -38,9 +39,29 @@ func (a *Agent) decide(id maint.CampaignID, f func(now time.Time, c maint.Campai
 		if c, err = f(now, was); err != nil {
 			return maint.EventChange{}, err
 		}
-		return maint.EventChange{Campaigns: []maint.Campaign{c}}, nil
+		return change(was, c), nil
 	})
 	return c, err
+}
+
+// change is what makes one campaign of the other: where it is little, only that is
+// journaled.
+func change(was, now maint.Campaign) maint.EventChange {
+	some := make(map[string]maint.GuestCampaign)
+	for uuid, g := range now.Guests {
+		if was.Guests[uuid] != g {
+			some[uuid] = g
+		}
+	}
+	a, b := was, now
+	a.Guests, b.Guests = nil, nil
+	switch {
+	case len(was.Guests) != len(now.Guests) || !reflect.DeepEqual(a, b):
+		return maint.EventChange{Campaigns: []maint.Campaign{now}}
+	case len(some) == 0:
+		return maint.EventChange{}
+	}
+	return maint.EventChange{CampaignGuests: map[maint.CampaignID]map[string]maint.GuestCampaign{now.ID: some}}
 }
 
 // CheckWindows refuses a configuration whose windows cannot be read.

@@ -332,7 +332,9 @@ func (j *Journal) Health() error {
 }
 
 // Prune deletes the records of operations and scheduled events that ended before t,
-// and of reservations that lapsed before t. It returns how many records went.
+// and of reservations that lapsed before t. It makes one record of those about
+// scheduled events that are older than an hour: guests can cause many. It returns how
+// many records went.
 func (j *Journal) Prune(t time.Time) (int, error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -344,7 +346,7 @@ func (j *Journal) Prune(t time.Time) (int, error) {
 	}
 	// The destination has no other record of a move than its reservation:
 	// the live ones stay, of the others the records older than t go.
-	events := newCompaction(t)
+	events := newCompaction(t, time.Now().Add(-eventsApart))
 	stale := func(r maint.Record) bool {
 		if isReservation(r.Kind) {
 			res, held := j.reserved[r.Op]

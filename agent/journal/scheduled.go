@@ -27,17 +27,24 @@ func (j *Journal) foldScheduled(r maint.Record) error {
 	return nil
 }
 
+// eventsApart is for how long each change of scheduled events is kept by itself.
+const eventsApart = time.Hour
+
 // compaction makes one record of all those about scheduled events that are older
-// than a moment, without what ended before it.
+// than a moment, without what ended before another.
 type compaction struct {
+	ended  time.Time
 	before time.Time
 	state  maint.Scheduled // the fold of the old ones
 	old    []maint.Record
 	done   bool // one that is not old was met: what follows it is not either
 }
 
-func newCompaction(before time.Time) *compaction {
-	return &compaction{before: before, state: maint.NewScheduled()}
+func newCompaction(ended, before time.Time) *compaction {
+	if ended.After(before) {
+		before = ended
+	}
+	return &compaction{ended: ended, before: before, state: maint.NewScheduled()}
 }
 
 // add takes the next record.
@@ -60,7 +67,7 @@ func (c *compaction) record() (r maint.Record, there bool, err error) {
 	if len(c.old) == 0 {
 		return r, false, nil
 	}
-	forget(c.state, c.before)
+	forget(c.state, c.ended)
 	change := maint.EventChange{Events: slices.Collect(maps.Values(c.state.Events)), Incarnations: c.state.Incarnations,
 		Listeners: c.state.Listeners, Campaigns: slices.Collect(maps.Values(c.state.Campaigns))}
 	r = c.old[len(c.old)-1]

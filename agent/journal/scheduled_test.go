@@ -31,7 +31,7 @@ func TestScheduledSurvives(t *testing.T) {
 		some := func(what string) string { return fmt.Sprint(what, rapid.IntRange(0, 2).Draw(rt, what)) }
 		for range rapid.IntRange(1, 30).Draw(rt, "n") {
 			var c maint.EventChange
-			switch rapid.IntRange(0, 6).Draw(rt, "kind") {
+			switch rapid.IntRange(0, 7).Draw(rt, "kind") {
 			case 0:
 				c.Events = []maint.ScheduledEvent{{ID: maint.EventID(some("e")), State: maint.EventScheduled, Announced: now}}
 				c.Incarnations = map[string]uint64{some("g"): rapid.Uint64Range(1, 100).Draw(rt, "incarnation")}
@@ -46,10 +46,13 @@ func TestScheduledSurvives(t *testing.T) {
 			case 5:
 				c.Listeners = map[string][]maint.Listener{some("g"): nil}
 			case 6:
-				c.Campaigns = []maint.Campaign{{ID: maint.CampaignID(some("c")), Created: now}}
+				c.Campaigns = []maint.Campaign{{ID: maint.CampaignID(some("c")), Created: now, Guests: map[string]maint.GuestCampaign{some("g"): {Guest: "x"}}}}
 				if rapid.Bool().Draw(rt, "closed") {
 					c.Campaigns[0].Closed = now
 				}
+			}
+			if id := maint.CampaignID("c1"); c.Empty() && want.Campaigns[id].ID == id { // 7
+				c.CampaignGuests = map[maint.CampaignID]map[string]maint.GuestCampaign{id: {some("g"): {Defers: rapid.IntRange(1, 9).Draw(rt, "defers")}}}
 			}
 			if err := j.Append(maint.Record{Kind: maint.RecEvent, Data: data(c)}); err != nil {
 				rt.Fatal(err)

@@ -1,6 +1,9 @@
 package maint
 
-import "time"
+import (
+	"maps"
+	"time"
+)
 
 // EventID names a scheduled event: a UUID.
 type EventID string
@@ -156,6 +159,9 @@ type EventChange struct {
 	Incarnations map[string]uint64     `json:"incarnations,omitempty"`
 	Listeners    map[string][]Listener `json:"listeners,omitempty"` // an empty list: none any more
 	Campaigns    []Campaign            `json:"campaigns,omitempty"`
+	// CampaignGuests are where some guests are now, by UUID, in campaigns that are
+	// known.
+	CampaignGuests map[CampaignID]map[string]GuestCampaign `json:"campaign_guests,omitempty"`
 	// Gone are events that this host has no more to do with, and GuestsGone
 	// guests: they have moved.
 	Gone       []EventID `json:"gone,omitempty"`
@@ -164,7 +170,7 @@ type EventChange struct {
 
 // Empty reports whether nothing changes.
 func (c EventChange) Empty() bool {
-	return len(c.Events)+len(c.Incarnations)+len(c.Listeners)+len(c.Campaigns)+len(c.Gone)+len(c.GuestsGone) == 0
+	return len(c.Events)+len(c.Incarnations)+len(c.Listeners)+len(c.Campaigns)+len(c.CampaignGuests)+len(c.Gone)+len(c.GuestsGone) == 0
 }
 
 // NewScheduled is that nothing is scheduled.
@@ -195,6 +201,17 @@ func (s Scheduled) Fold(c EventChange) {
 	}
 	for _, k := range c.Campaigns {
 		s.Campaigns[k.ID] = k
+	}
+	for id, guests := range c.CampaignGuests {
+		k, known := s.Campaigns[id]
+		if !known {
+			continue
+		}
+		was := k.Guests // others may look at it
+		k.Guests = make(map[string]GuestCampaign, len(was))
+		maps.Copy(k.Guests, was)
+		maps.Copy(k.Guests, guests)
+		s.Campaigns[id] = k
 	}
 }
 
