@@ -162,8 +162,9 @@ func (b Board) Startable(now time.Time, id maint.EventID) (at time.Time, err err
 	}
 	at = e.NotBefore
 	// A clock that was set forward does not shorten the notice: Announced has
-	// a monotonic reading as long as belayd lives.
-	if least := e.Announced.Add(b.notice(e.Impact)); now.Before(least) && least.After(at) {
+	// a monotonic reading as long as belayd lives, which NotBefore has not.
+	least := e.Announced.Add(max(b.notice(e.Impact), e.NotBefore.Sub(e.Announced)))
+	if now.Before(least) && (least.After(at) || !now.Before(at)) {
 		at = least
 	}
 	if e.Approval != nil {

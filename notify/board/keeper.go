@@ -101,21 +101,19 @@ func (k *Keeper) Events(so func(maint.ScheduledEvent) bool) (all []maint.Schedul
 // cancelled meanwhile is an error.
 func (k *Keeper) Wait(ctx context.Context, ids []maint.EventID) error {
 	for {
-		var latest time.Time
+		var left time.Duration // moments are compared with now alone: not all have a monotonic reading
 		var errs []error
 		changed := k.See(func(b Board) {
+			now := k.now()
 			for _, id := range ids {
-				at, err := b.Startable(k.now(), id)
+				at, err := b.Startable(now, id)
 				errs = append(errs, err)
-				if at.After(latest) {
-					latest = at
-				}
+				left = max(left, at.Sub(now))
 			}
 		})
 		if err := errors.Join(errs...); err != nil {
 			return err
 		}
-		left := latest.Sub(k.now())
 		if left <= 0 {
 			return nil
 		}

@@ -1,0 +1,44 @@
+package board
+
+import (
+	"testing"
+	"time"
+	"unsafe"
+
+	"belay/agent/maint"
+)
+
+// setForward is t as a clock shows it that was set forward meanwhile: its monotonic
+// reading stays.
+func setForward(t *testing.T, at time.Time, by time.Duration) time.Time {
+	t.Helper()
+	// The first word of a Time that has a monotonic reading: a bit that says so, 33
+	// bits of seconds, 30 of nanoseconds (package time, type Time).
+	*(*uint64)(unsafe.Pointer(&at)) += uint64(by/time.Second) << 30
+	return at
+}
+
+// A clock that is set forward shortens no notice, be it the least or a longer one.
+func TestClockSetForward(t *testing.T) {
+	const hour = time.Hour
+	now := time.Now()
+	if jumped := setForward(t, now, hour); jumped.Sub(now) != 0 || jumped.Round(0).Sub(now.Round(0)) != hour {
+		t.Fatalf("%v and %v cannot tell anything", now, jumped)
+	}
+	for name, notice := range map[string]time.Duration{"the least notice": 15 * time.Minute, "a longer one": 40 * time.Minute} {
+		b := Board{Scheduled: maint.NewScheduled()}
+		c, err := b.Announce(now, Announcement{ID: "e", Impact: maint.ImpactFreeze, Guests: []maint.EventGuest{{UUID: "u", Name: "web-1"}}, NotBefore: now.Add(notice)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.Fold(c)
+		for _, passed := range []time.Duration{time.Second, notice - time.Second} {
+			if _, err := b.Start(setForward(t, now.Add(passed), hour), "e", maint.ImpactFreeze, nil); err == nil {
+				t.Errorf("%s: it starts after %s of %s", name, passed, notice)
+			}
+		}
+		if _, err := b.Start(setForward(t, now.Add(notice+time.Second), hour), "e", maint.ImpactFreeze, nil); err != nil {
+			t.Errorf("%s has passed: %v", name, err)
+		}
+	}
+}
