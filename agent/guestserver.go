@@ -37,8 +37,14 @@ type guestServer struct {
 
 	mu       sync.Mutex
 	problems map[string]error // what does not work, by what it is about
-	serial   map[string]context.CancelFunc
+	serial   map[string]serial
 	addrs    map[string]guestAddrs
+}
+
+// serial is a guest's virtio-serial channel that is served.
+type serial struct {
+	socket string // another for each QEMU that libvirt starts
+	end    context.CancelFunc
 }
 
 // guestAddrs is what a guest's agent has said of its interfaces.
@@ -63,7 +69,7 @@ func (a *Agent) ServeGuests(ctx context.Context) error {
 		<-ctx.Done()
 		return nil
 	}
-	s := &guestServer{agent: a, problems: make(map[string]error), serial: make(map[string]context.CancelFunc), addrs: make(map[string]guestAddrs)}
+	s := &guestServer{agent: a, problems: make(map[string]error), serial: make(map[string]serial), addrs: make(map[string]guestAddrs)}
 	var upstream *url.URL
 	if to := a.cfg.Events.Upstream; to != "" {
 		var err error
@@ -172,8 +178,8 @@ func (s *guestServer) conditions() (cs []maint.Condition) {
 // follow keeps up with which guests there are.
 func (s *guestServer) follow(ctx context.Context) {
 	defer func() {
-		for _, end := range s.serial {
-			end()
+		for _, c := range s.serial {
+			c.end()
 		}
 	}()
 	for ctx.Err() == nil {
@@ -215,16 +221,16 @@ func (s *guestServer) update(ctx context.Context, guests []maint.Guest) {
 		s.note("169.254.169.254", s.gate.Set(ctx, ports))
 	}
 	s.setCIDs(cids)
-	for uuid, end := range s.serial {
-		if sockets[uuid] == "" {
-			end()
+	for uuid, c := range s.serial {
+		if sockets[uuid] != c.socket {
+			c.end()
 			delete(s.serial, uuid)
 		}
 	}
 	for uuid, socket := range sockets {
-		if s.serial[uuid] == nil {
+		if _, served := s.serial[uuid]; !served {
 			on, end := context.WithCancel(ctx)
-			s.serial[uuid] = end
+			s.serial[uuid] = serial{socket, end}
 			go s.channels.Connect(on, uuid, socket)
 		}
 	}
