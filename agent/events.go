@@ -138,7 +138,12 @@ var descriptions = map[maint.OpKind]string{
 }
 
 // untold are the guests of an operation that run and that no event of it is about.
+// It is an error if one was cancelled: that ends the operation, also one that did not
+// live to see it.
 func (a *Agent) untold(ctx context.Context, op maint.Op) (missing []maint.EventGuest, err error) {
+	for _, e := range a.keeper.Events(func(e maint.ScheduledEvent) bool { return e.Op == op.ID && e.State == maint.EventCancelled }) {
+		return nil, maint.Problemf(maint.CodeEventState, "event "+string(e.ID), "begin the operation again", "was called off: %s", e.Note)
+	}
 	guests, err := a.hyp.Guests(ctx)
 	if err != nil {
 		return nil, err

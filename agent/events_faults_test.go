@@ -1,0 +1,46 @@
+package agent_test
+
+import (
+	"strings"
+	"sync"
+	"testing"
+
+	"belay/agent/agenttest"
+	"belay/agent/maint"
+)
+
+// An event that was cancelled ends its operation, also when belayd died before the
+// operation could see it: guests are not told anew.
+func TestCancelledForGood(t *testing.T) {
+	t.Parallel()
+	w := agenttest.New(t, quiet(t), telling, "a")
+	node := w.Nodes[0]
+	ctx := ctxFor(t, patience)
+	node.Host.PutGuest("web-1")
+	node.Stop()
+	var mu sync.Mutex
+	events, killed := 0, make(chan struct{})
+	node.Start(func(what string) {
+		if mu.Lock(); strings.HasPrefix(what, "after append event") {
+			if events++; events == 2 { // announced, cancelled
+				node.Kill()
+				close(killed)
+			}
+		}
+		mu.Unlock()
+	})
+	op, err := node.Client.Hold(ctx, holdAll)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := awaitEvents(t, ctx, node, many(1))
+	_, _ = node.Client.CancelEvent(ctx, first[0].ID, "not today") // belayd dies in it
+	<-killed
+	node.Restart()
+	if op = await(t, ctx, node, op.ID); op.Outcome != maint.OutcomeFailed || op.Held != nil || !strings.Contains(op.Problems[0].Reason, "not today") {
+		t.Errorf("%s: %+v, %+v", op.Outcome, op.Problems, op.Held)
+	}
+	if all, err := node.Client.Events(ctx, true); err != nil || len(all) != 1 {
+		t.Errorf("%v: %+v", err, all)
+	}
+}
