@@ -269,7 +269,8 @@ func (a *Agent) endOldEvents() {
 	}
 }
 
-// pausesOf is for how long each guest stood still in an operation, by UUID.
+// pausesOf is for how long each guest stood still in an operation, by UUID, where
+// that could be measured.
 func pausesOf(op maint.Op) map[string]time.Duration {
 	pauses := make(map[string]time.Duration)
 	switch {
@@ -279,9 +280,9 @@ func pausesOf(op maint.Op) map[string]time.Duration {
 				pauses[g.UUID] = g.Pause
 			}
 		}
-	case op.Replaced != nil:
+	case op.Replaced != nil && op.Replaced.Pause > 0:
 		pauses[op.GuestUUID] = op.Replaced.Pause
-	case op.Move != nil:
+	case op.Move != nil && op.Move.Downtime > 0:
 		pauses[op.GuestUUID] = op.Move.Downtime
 	}
 	return pauses
