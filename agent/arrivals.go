@@ -222,13 +222,11 @@ func (a *Agent) Settle(ctx context.Context, from string, s maint.Settlement) err
 		}
 		g.Persistent = true
 	}
-	if err := a.adopt(ctx, s); err != nil {
-		return err
-	}
+	var kept error
 	if g.Persistent && g.Autostart != s.Autostart {
-		return a.hyp.SetAutostart(ctx, s.GuestUUID, s.Autostart)
+		kept = a.hyp.SetAutostart(ctx, s.GuestUUID, s.Autostart)
 	}
-	return nil
+	return errors.Join(kept, a.adopt(ctx, s)) // how it is kept does not depend on its events
 }
 
 // defines reports whether xml is a definition of that guest and no other. A

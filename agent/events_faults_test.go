@@ -1,6 +1,7 @@
 package agent_test
 
 import (
+	"errors"
 	"strings"
 	"sync"
 	"testing"
@@ -42,5 +43,35 @@ func TestCancelledForGood(t *testing.T) {
 	}
 	if all, err := node.Client.Events(ctx, true); err != nil || len(all) != 1 {
 		t.Errorf("%v: %+v", err, all)
+	}
+}
+
+// A guest that has arrived is kept as it was, also where its events cannot be.
+func TestSettledWithoutEvents(t *testing.T) {
+	t.Parallel()
+	w := agenttest.New(t, quiet(t), telling, "a", "b")
+	source, target := w.Nodes[0], w.Nodes[1]
+	ctx := ctxFor(t, patience)
+	uuid := source.Host.PutGuest("web-1")
+	if err := source.Host.SetAutostart(ctx, uuid, true); err != nil {
+		t.Fatal(err)
+	}
+	target.Stop()
+	target.Start(func(what string) {
+		if what == "before Note" {
+			target.FailJournal(errors.New("no space left on device"))
+		}
+	})
+	r := toB
+	r.Emergency = "the host is on fire"
+	op, err := source.Client.Migrate(ctx, r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if op = await(t, ctx, source, op.ID); op.Outcome != maint.OutcomePartly {
+		t.Errorf("%s: %+v", op.Outcome, op.Problems)
+	}
+	if g, err := target.Host.Guest(ctx, uuid); err != nil || !g.Autostart || !g.Persistent {
+		t.Errorf("%v: it has arrived as %+v", err, g)
 	}
 }
