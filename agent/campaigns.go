@@ -3,6 +3,7 @@ package agent
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"path"
 	"reflect"
@@ -329,9 +330,11 @@ func (a *Agent) advance(ctx context.Context, c maint.Campaign, told map[string]s
 	}
 	for _, uuid := range running(c) {
 		op, known := a.journal.Op(c.Guests[uuid].Op)
-		_, arriving := a.journal.Reservation(c.Guests[uuid].Op)
+		r, arriving := a.journal.Reservation(c.Guests[uuid].Op)
 		switch {
-		case arriving: // another host's operation
+		case arriving && time.Now().Before(r.Expires): // another host's operation, which tells when it is over
+		case arriving: // it does not: the guest is here, or nothing would be known of it
+			keep(func(now time.Time, c maint.Campaign) (maint.Campaign, error) { return campaign.Done(now, c, uuid) })
 		case known && op.State != maint.OpEnded:
 		case known && (op.Outcome == maint.OutcomeDone || op.Outcome == maint.OutcomePartly):
 			keep(func(now time.Time, c maint.Campaign) (maint.Campaign, error) { return campaign.Done(now, c, uuid) })
@@ -346,6 +349,10 @@ func (a *Agent) advance(ctx context.Context, c maint.Campaign, told map[string]s
 		if !a.view.has(uuid, maint.GuestRunning) {
 			continue // it is off, or on another host, which knows
 		}
+		if do := c.Action.Migrate; do != nil && do.To == a.cfg.Host { // somebody else has moved it here
+			keep(func(now time.Time, c maint.Campaign) (maint.Campaign, error) { return campaign.Done(now, c, uuid) })
+			continue
+		}
 		op, err := a.beginFor(ctx, c, uuid)
 		if err != nil {
 			if told[uuid] != err.Error() {
@@ -354,9 +361,21 @@ func (a *Agent) advance(ctx context.Context, c maint.Campaign, told map[string]s
 			}
 			continue // tried again
 		}
-		keep(func(now time.Time, c maint.Campaign) (maint.Campaign, error) {
+		begun, err := a.decide(c.ID, func(now time.Time, c maint.Campaign) (maint.Campaign, error) {
 			return campaign.Begin(now, c, uuid, op.ID)
 		})
+		if err == nil {
+			c = begun
+			continue
+		}
+		a.log.Error("cannot go on with a campaign", "campaign", c.ID, "err", err)
+		// What cannot be written down is found the next time. Else it was put off
+		// or called off meanwhile.
+		if refused := (*maint.Problem)(nil); errors.As(err, &refused) {
+			if _, err := a.Abort(ctx, byCampaign+string(c.ID), op.ID); err != nil {
+				a.log.Error("cannot abort what a campaign has begun and does not want any more", "campaign", c.ID, "op", op.ID, "err", err)
+			}
+		}
 	}
 	return c
 }

@@ -5,8 +5,10 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"belay/agent/agenttest"
+	"belay/agent/api"
 	"belay/agent/maint"
 )
 
@@ -73,5 +75,53 @@ func TestSettledWithoutEvents(t *testing.T) {
 	}
 	if g, err := target.Host.Guest(ctx, uuid); err != nil || !g.Autostart || !g.Persistent {
 		t.Errorf("%v: it has arrived as %+v", err, g)
+	}
+}
+
+// A guest that is put off at the very moment that its operation is begun is left
+// alone until its next moment.
+func TestDeferredAsItBegins(t *testing.T) {
+	t.Parallel()
+	w := agenttest.New(t, quiet(t), telling, "a")
+	node := w.Nodes[0]
+	ctx := ctxFor(t, patience)
+	node.Host.PutGuest("web-1")
+	node.Stop()
+	var once sync.Once
+	deferred := make(chan error, 1)
+	node.Start(func(what string) {
+		if what == "before append accepted " {
+			once.Do(func() {
+				_, err := node.Client.DeferCampaign(ctx, "nic", "web-1")
+				deferred <- err
+			})
+		}
+	})
+	awaitInventory(t, ctx, node, 1)
+	if _, err := node.Client.CreateCampaign(ctx, maint.CampaignRequest{ID: "nic", MaxDefers: 1, Security: true, Deadline: time.Now().Add(time.Hour),
+		Action: maint.CampaignAction{Hold: &maint.HoldRequest{Step: holdAll.Step, MaxPause: holdAll.MaxPause}}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := node.Client.BookCampaign(ctx, "nic", api.Booking{Guest: "web-1"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-deferred; err != nil {
+		t.Fatal(err)
+	}
+	var op maint.Op
+	for op.ID == "" { // it is being admitted
+		ops, err := node.Client.Ops(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(ops) > 0 {
+			op = ops[0]
+		}
+	}
+	if op = await(t, ctx, node, op.ID); op.Outcome != maint.OutcomeAborted || op.Held != nil {
+		t.Errorf("%s: %+v, %+v", op.Outcome, op.Problems, op.Held)
+	}
+	if c, err := node.Client.Campaign(ctx, "nic"); err != nil || stateIn(c, "web-1") != maint.CampaignPending {
+		t.Errorf("%v: %+v", err, c)
 	}
 }
