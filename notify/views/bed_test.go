@@ -181,7 +181,7 @@ func started(e maint.ScheduledEvent) maint.ScheduledEvent {
 // generous are limits that tests about something else do not meet.
 func generous() Limits {
 	many := Rate{PerSecond: 1e9, Burst: 1e9}
-	return Limits{Get: many, Post: many, Poll: many}
+	return Limits{Get: many, Post: many, Poll: many, Keep: many}
 }
 
 func handler(t testing.TB, w *world, change ...func(*Config)) *Handler {

@@ -141,6 +141,37 @@ func TestRates(t *testing.T) {
 	})
 }
 
+// What is kept for long cannot be changed without end, and holds up nothing else.
+func TestKeptRates(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := handler(t, newWorld(), func(c *Config) { c.Limits = Limits{} })
+		post := func(path, body string) int {
+			return ask(h, "POST", ownPath+path, body, ours).StatusCode
+		}
+		begun, kept := time.Now(), 0
+		for time.Since(begun) < time.Hour {
+			for _, path := range []string{"listeners/register", "listeners/unregister"} {
+				if post(path, `{"name":"db","timeout":"90s"}`) != 429 {
+					kept++
+				}
+			}
+			time.Sleep(time.Second)
+		}
+		if kept < 90 || kept > 110 {
+			t.Errorf("in an hour %d changes were taken", kept)
+		}
+		post("maintenance/defer", `{"campaign":"nic"}`) // takes what has come by now
+		if got := post("maintenance/defer", `{"campaign":"nic"}`); got != 429 {
+			t.Errorf("another change was answered %d", got)
+		}
+		for _, path := range []string{"approve", "listeners/ready"} {
+			if got := post(path, `{"name":"db","event":"`+string(eventA)+`"}`); got == 429 {
+				t.Errorf("%s was held up", path)
+			}
+		}
+	})
+}
+
 // A guest that asks too often is held up, others are not, and Stop holds up nobody.
 func TestHeldUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -171,7 +202,7 @@ func TestHeldUp(t *testing.T) {
 
 func TestDefaultLimits(t *testing.T) {
 	l := (Limits{Parked: 3}).orDefault()
-	if l.Get != (Rate{5, 20}) || l.Poll != l.Get || l.Post != l.Get || l.Parked != 3 || l.Wait != 5*time.Minute {
+	if l.Get != (Rate{5, 20}) || l.Poll != l.Get || l.Post != l.Get || l.Keep != (Rate{1. / 60, 40}) || l.Parked != 3 || l.Wait != 5*time.Minute {
 		t.Errorf("the defaults are %+v", l)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"strings"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -12,8 +13,12 @@ import (
 // Limits are what one guest may take up. What is zero has its default.
 type Limits struct {
 	Get  Rate // requests that read; 5 a second, 20 at once
-	Post Rate // requests that change, and for tokens; 5 a second, 20 at once
+	Post Rate // requests to approve, that a program is ready, and for tokens; 5 a second, 20 at once
 	Poll Rate // long polls; 5 a second, 20 at once
+	// Keep is requests that the host keeps on disk for long, however often they are
+	// made: to register and unregister programs, and about moments; 1 a minute, 40 at
+	// once.
+	Keep Rate
 	// Parked is how many long polls may wait at a time; 10.
 	Parked int
 	// Wait is how long a long poll waits at most, whatever it asks for; 5 min.
@@ -33,6 +38,9 @@ func (l Limits) orDefault() Limits {
 			*r = Rate{PerSecond: 5, Burst: 20} // a crawl of one view's leaves comes at once
 		}
 	}
+	if l.Keep == (Rate{}) {
+		l.Keep = Rate{PerSecond: 1. / 60, Burst: 40} // twice the programs that a guest may have, and some
+	}
 	if l.Parked == 0 {
 		l.Parked = 10
 	}
@@ -49,11 +57,16 @@ const (
 	kindGet kind = iota
 	kindPost
 	kindPoll
+	kindKeep
 	kinds
 )
 
 func kindOf(r *http.Request, q *query) kind {
 	if r.Method != http.MethodGet {
+		switch strings.TrimPrefix(r.URL.Path, ownPath) {
+		case "listeners/register", "listeners/unregister", "maintenance/book", "maintenance/start", "maintenance/defer":
+			return kindKeep
+		}
 		return kindPost
 	}
 	if _, waits := q.get("wait"); waits || q.is("wait_for_change") {
@@ -76,7 +89,7 @@ func (h *Handler) clientOf(guest string) *client {
 	cl := h.clients[guest]
 	if cl == nil {
 		cl = &client{drained: make(chan struct{})}
-		for k, r := range [kinds]Rate{kindGet: h.limits.Get, kindPost: h.limits.Post, kindPoll: h.limits.Poll} {
+		for k, r := range [kinds]Rate{kindGet: h.limits.Get, kindPost: h.limits.Post, kindPoll: h.limits.Poll, kindKeep: h.limits.Keep} {
 			cl.buckets[k] = rate.NewLimiter(rate.Limit(r.PerSecond), r.Burst)
 		}
 		h.clients[guest] = cl
