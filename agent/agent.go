@@ -271,12 +271,14 @@ func (a *Agent) pruneHourly(ctx context.Context) {
 	t := time.NewTicker(time.Hour)
 	defer t.Stop()
 	for {
-		n, err := a.journal.Prune(time.Now().Add(-a.cfg.Journal.Keep.Duration))
+		before := time.Now().Add(-a.cfg.Journal.Keep.Duration)
+		n, err := a.journal.Prune(before)
 		if err != nil {
 			a.log.Warn("cannot prune the journal", "err", err)
 		} else if n > 0 {
 			a.log.Info("journal pruned", "records", n)
 		}
+		a.keeper.Forget(before)
 		select {
 		case <-t.C:
 		case <-ctx.Done():

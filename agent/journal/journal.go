@@ -374,7 +374,7 @@ func (j *Journal) Prune(t time.Time) (int, error) {
 		if err != nil {
 			return err
 		}
-		for _, seq := range events.replaced() {
+		for _, seq := range events.old {
 			keys = append(keys, key(seq))
 		}
 		inPlace, there, err := events.record()
@@ -403,7 +403,7 @@ func (j *Journal) Prune(t time.Time) (int, error) {
 	for id := range gone {
 		delete(j.ops, id)
 	}
-	forget(j.scheduled, t)
+	j.scheduled.Forget(t)
 	for id, res := range j.reserved {
 		if res.Expires.Before(t) {
 			delete(j.reserved, id)

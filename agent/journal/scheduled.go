@@ -36,8 +36,9 @@ type compaction struct {
 	ended  time.Time
 	before time.Time
 	state  maint.Scheduled // the fold of the old ones
-	old    []maint.Record
-	done   bool // one that is not old was met: what follows it is not either
+	old    []uint64        // their numbers
+	last   maint.Record    // the last of them
+	done   bool            // one that is not old was met: what follows it is not either
 }
 
 func newCompaction(ended, before time.Time) *compaction {
@@ -57,7 +58,7 @@ func (c *compaction) add(r maint.Record) error {
 		return err
 	}
 	c.state.Fold(change)
-	c.old = append(c.old, r)
+	c.old, c.last = append(c.old, r.Seq), r
 	return nil
 }
 
@@ -67,24 +68,10 @@ func (c *compaction) record() (r maint.Record, there bool, err error) {
 	if len(c.old) == 0 {
 		return r, false, nil
 	}
-	forget(c.state, c.ended)
+	c.state.Forget(c.ended)
 	change := maint.EventChange{Events: slices.Collect(maps.Values(c.state.Events)), Incarnations: c.state.Incarnations,
 		Listeners: c.state.Listeners, Campaigns: slices.Collect(maps.Values(c.state.Campaigns))}
-	r = c.old[len(c.old)-1]
+	r = c.last
 	r.Data, err = json.Marshal(change)
 	return r, !change.Empty(), err
-}
-
-// replaced are the numbers of the records in whose place it stands.
-func (c *compaction) replaced() (seqs []uint64) {
-	for _, r := range c.old {
-		seqs = append(seqs, r.Seq)
-	}
-	return seqs
-}
-
-// forget drops what ended before a moment.
-func forget(s maint.Scheduled, before time.Time) {
-	maps.DeleteFunc(s.Events, func(_ maint.EventID, e maint.ScheduledEvent) bool { return e.State.Over() && e.Ended.Before(before) })
-	maps.DeleteFunc(s.Campaigns, func(_ maint.CampaignID, k maint.Campaign) bool { return !k.Closed.IsZero() && k.Closed.Before(before) })
 }

@@ -215,6 +215,12 @@ func (s Scheduled) Fold(c EventChange) {
 	}
 }
 
+// Forget drops what ended before a moment.
+func (s Scheduled) Forget(before time.Time) {
+	maps.DeleteFunc(s.Events, func(_ EventID, e ScheduledEvent) bool { return e.State.Over() && e.Ended.Before(before) })
+	maps.DeleteFunc(s.Campaigns, func(_ CampaignID, k Campaign) bool { return !k.Closed.IsZero() && k.Closed.Before(before) })
+}
+
 // GuestEvents is what belongs to a guest and goes with it to another host.
 type GuestEvents struct {
 	UUID        string           `json:"uuid"`

@@ -77,6 +77,15 @@ func (k *Keeper) See(f func(Board)) <-chan struct{} {
 	return k.changed
 }
 
+// Forget drops what ended before a moment, as its store has.
+func (k *Keeper) Forget(before time.Time) {
+	k.deciding.Lock()
+	defer k.deciding.Unlock()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.board.Forget(before)
+}
+
 // Event gives one event.
 func (k *Keeper) Event(id maint.EventID) (e maint.ScheduledEvent, err error) {
 	k.See(func(b Board) { e, err = b.find(id) })
