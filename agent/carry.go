@@ -25,7 +25,16 @@ type carrying struct {
 
 func (c carrying) Settle(ctx context.Context, s maint.Settlement) error {
 	s.Events = c.agent.carried(s.GuestUUID)
-	return c.Destination.Settle(ctx, s)
+	err := c.Destination.Settle(ctx, s)
+	var p *maint.Problem
+	if s.Events != nil && errors.As(err, &p) && p.Code == maint.CodeBadRequest {
+		// An older belayd refuses what it does not know. The guest has moved: it
+		// is to be kept there as it was.
+		c.agent.log.Warn("a guest's events could not be given to its new host", "guest", s.GuestUUID, "op", s.Op, "err", err)
+		s.Events = nil
+		err = c.Destination.Settle(ctx, s)
+	}
+	return err
 }
 
 // carried is what goes with a guest, nil for nothing.
