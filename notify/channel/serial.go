@@ -8,6 +8,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"belay/notify/channel/wire"
 )
 
@@ -17,6 +19,11 @@ const (
 	// sessionPause is between a guest's sessions: one that begins them without
 	// end does not keep the host busy.
 	sessionPause = 200 * time.Millisecond
+	// mostRead is how much is read of what a guest sends, bytes a second, and
+	// burstRead as much at once: many times what its requests need, and so little
+	// that one which sends without end does not keep the host busy.
+	mostRead  = 1 << 20
+	burstRead = 1 << 18
 )
 
 // Connect serves the guest that is behind a virtio-serial channel's socket until
@@ -48,7 +55,7 @@ func (l *Listener) Connect(ctx context.Context, guest, socket string) {
 func (l *Listener) attend(ctx context.Context, guest string, t net.Conn) error {
 	defer t.Close()
 	defer context.AfterFunc(ctx, func() { t.Close() })()
-	for p := wire.NewPort(t); ; pause(ctx, sessionPause) {
+	for p := wire.NewPort(paced{t, ctx, rate.NewLimiter(mostRead, burstRead)}); ; pause(ctx, sessionPause) {
 		s, err := p.Accept()
 		if err != nil {
 			return err
@@ -62,6 +69,19 @@ func (l *Listener) attend(ctx context.Context, guest string, t net.Conn) error {
 			l.offer(&conn{Conn: c, l: l, guest: guest})
 		}
 	}
+}
+
+// paced is a transport of which no more is read than the limit allows.
+type paced struct {
+	net.Conn
+	ctx   context.Context
+	limit *rate.Limiter
+}
+
+func (c paced) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p[:min(len(p), c.limit.Burst())])
+	_ = c.limit.WaitN(c.ctx, n) // when ctx ends so does the transport
+	return n, err
 }
 
 func pause(ctx context.Context, d time.Duration) {
