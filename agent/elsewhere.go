@@ -220,12 +220,14 @@ func (a *Agent) bringHome(ctx context.Context) {
 	}
 }
 
-// awaitNone waits until no operation of a kind is open, and reports whether ctx
-// is still alive.
+// awaitNone waits until no operation of a kind is open, but for those that wait for
+// guests' notice, and reports whether ctx is still alive.
 func (a *Agent) awaitNone(ctx context.Context, kind maint.OpKind) bool {
 	for {
 		changed := a.journal.Changed()
-		if !slices.ContainsFunc(a.journal.Ops(), func(op maint.Op) bool { return op.Kind == kind && op.State != maint.OpEnded }) {
+		if !slices.ContainsFunc(a.journal.Ops(), func(op maint.Op) bool {
+			return op.Kind == kind && op.State != maint.OpEnded && op.Step != phaseAnnounce
+		}) {
 			return true
 		}
 		select {

@@ -80,6 +80,9 @@ func (a *Agent) admit(what string, op maint.Op) error {
 		if running.State == maint.OpEnded { // whoever watched it knows before the loop does
 			continue
 		}
+		if recovers(op) && running.Step == phaseAnnounce {
+			continue // that waits for it, see awaitRecoveries
+		}
 		if running.Kind == op.Kind {
 			same++
 		}
@@ -127,6 +130,10 @@ func (a *Agent) admit(what string, op maint.Op) error {
 	a.start(op)
 	return nil
 }
+
+// recovers reports whether an operation goes on with a guest that an earlier one has
+// left between two QEMUs or in the twin: that waits for nobody's notice.
+func recovers(op maint.Op) bool { return op.Kind == maint.OpReplace && !op.Told }
 
 // most is how many operations of a kind may run at once.
 func (a *Agent) most(k maint.OpKind) int {
