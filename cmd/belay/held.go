@@ -31,7 +31,7 @@ func stepRuns(op maint.Op) (runs []stepRun) {
 
 // printHeld tells what a hold did to each guest.
 func printHeld(w io.Writer, op maint.Op) {
-	if op.Held == nil {
+	if op.Held == nil || op.Outcome == maint.OutcomeBlocked {
 		return
 	}
 	if len(op.Held.Guests) > 0 {

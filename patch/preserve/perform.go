@@ -1,6 +1,7 @@
 package preserve
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -62,13 +63,13 @@ func (h *Hold) forgetting(record func(Outcome) error) func(Outcome) error {
 // hold is the pause from end to end. Nothing in it writes to disk.
 func (h *Hold) hold(ctx context.Context, order Order) (out Outcome, failure error) {
 	if err := h.Host.Warm(ctx, len(order.Guests)); err != nil {
-		return out, maint.Refuse("cannot hold "+h.what(), []maint.Problem{*maint.Problemf(maint.CodeHypervisorDown, "libvirt",
-			"see that it runs, and begin again", "cannot be reached, so nothing was paused: %v", err)})
+		return h.notBegun(order, maint.Problemf(maint.CodeHypervisorDown, "libvirt",
+			"see that it runs, and begin again", "cannot be reached, so nothing was paused: %v", err))
 	}
 	// Before the leash, whose time runs from its arming.
 	if err := h.Steps.Prepare(ctx, stepName(h.Op, "step"), h.Request.Step); err != nil {
-		return out, maint.Refuse("cannot hold "+h.what(), []maint.Problem{*maint.Problemf(maint.CodeStep, subject(h.Request.Step),
-			"see that processes can be started and /run has room, and begin again", "cannot be prepared, so nothing was paused: %v", err)})
+		return h.notBegun(order, maint.Problemf(maint.CodeStep, subject(h.Request.Step),
+			"see that processes can be started and /run has room, and begin again", "cannot be prepared, so nothing was paused: %v", err))
 	}
 	defer func() {
 		if out.Result.Step == nil { // nobody will begin it any more
@@ -79,8 +80,8 @@ func (h *Hold) hold(ctx context.Context, order Order) (out Outcome, failure erro
 	line, err := h.Leash.Arm(arm, order)
 	cancel()
 	if err != nil {
-		return out, maint.Refuse("cannot hold "+h.what(), []maint.Problem{*maint.Problemf(maint.CodeLeash, "leash",
-			"see 'belay doctor' for rung B", "cannot be armed, so nothing was paused: %v", err)})
+		return h.notBegun(order, maint.Problemf(maint.CodeLeash, "leash",
+			"see 'belay doctor' for rung B", "cannot be armed, so nothing was paused: %v", err))
 	}
 	p := newPause(h, line, order)
 	if failure = p.begin(ctx); failure == nil {
@@ -91,6 +92,15 @@ func (h *Hold) hold(ctx context.Context, order Order) (out Outcome, failure erro
 	}
 	out.Result.Guests, out.Leash = p.end(context.WithoutCancel(ctx))
 	return out, failure
+}
+
+// notBegun is a hold that was refused before anything was paused. Its record has the
+// guests: belayd may die before the refusal is written down.
+func (h *Hold) notBegun(order Order, why *maint.Problem) (out Outcome, err error) {
+	for _, m := range order.Guests {
+		out.Result.Guests = append(out.Result.Guests, maint.HeldGuest{Guest: m.Guest, UUID: m.UUID, Left: cmp.Or(m.Left, why.Subject+" "+why.Reason)})
+	}
+	return out, maint.Refuse("cannot hold "+h.what(), []maint.Problem{*why})
 }
 
 // service runs the step and sees that it worked.

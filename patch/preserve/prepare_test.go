@@ -100,6 +100,9 @@ func TestPreparedStepIsDismissed(t *testing.T) {
 					b.Errorf("armed: %v; %v", *armed, err)
 				}
 				b.allRun("web-1")
+				if told := b.out.Result.Guests; len(told) != 1 || c.arming != nil && !strings.Contains(told[0].Left, c.want) {
+					b.Errorf("the record has of the guests: %+v", told)
+				}
 				if waits, ran := b.steps.Prepared(), b.steps.Ran(); len(waits)+len(ran) > 0 {
 					b.Errorf("prepared: %v; ran %v", waits, ran)
 				}
