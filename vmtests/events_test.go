@@ -107,9 +107,16 @@ func fetch(ctx context.Context, n *cluster.Node, name, path, body string) (strin
 	return string(answer), err
 }
 
-// approve approves an event from inside a guest.
+// approve approves an event from inside a guest. That can be on its way to another
+// QEMU before its agent tells how that went: then the host's record counts.
 func approve(ctx context.Context, n *cluster.Node, name, id string) error {
 	_, err := fetch(ctx, n, name, azurePath, `{"StartRequests":[{"EventId":"`+id+`"}]}`)
+	if err == nil {
+		return nil
+	}
+	if e, _ := n.Client().Event(ctx, maint.EventID(id)); e.Approval != nil && e.Approval.By == "guest "+name {
+		return nil
+	}
 	return err
 }
 
