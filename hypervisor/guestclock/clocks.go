@@ -32,6 +32,8 @@ type Clocks struct {
 	lanes chan struct{} // calls under way
 	again chan struct{} // settings under way that are not a guest's first
 	now   func() moment
+	// longest bounds the wait for a setting's answer.
+	longest time.Duration
 }
 
 // New makes a Clocks that has up to atOnce calls under way. The host must be able
@@ -44,6 +46,8 @@ func New(host Host, atOnce int) *Clocks {
 		host:  host,
 		lanes: make(chan struct{}, atOnce),
 		again: make(chan struct{}, max(1, min(atOnce/2, runtime.NumCPU()))),
+		// Each guest's hwclock takes a CPU for up to a second.
+		longest: longestSet + time.Duration(atOnce-1)*time.Second/time.Duration(runtime.NumCPU()),
 		now: func() moment {
 			t := time.Now()
 			return moment{wall: t.Round(0), mono: t.Sub(epoch)}
@@ -91,7 +95,7 @@ func (c *Clocks) set(ctx context.Context, uuid string, coarse bool, ahead func()
 	if coarse {
 		err = c.host.SetGuestTime(ctx, uuid, to)
 	} else {
-		bounded, cancel := context.WithTimeout(ctx, longestSet)
+		bounded, cancel := context.WithTimeout(ctx, c.longest)
 		defer cancel()
 		_, err = c.host.AgentCommand(bounded, uuid, "guest-set-time", map[string]int64{"time": to.UnixNano()})
 	}
@@ -103,8 +107,8 @@ const (
 	// would otherwise keep a connection from those that live, until ctx ends.
 	firstAnswer = 5 * time.Second
 
-	// longestSet bounds the wait for a setting's answer: hwclock takes a second,
-	// more where it has to share the CPU. What came of it is measured in any case.
+	// longestSet bounds the wait for the answer to a setting that is alone: hwclock
+	// takes a second. What came of it is measured in any case.
 	longestSet = 3 * time.Second
 
 	// onPurpose is from where on a clock that is off is taken to be so on

@@ -288,7 +288,7 @@ func TestSettingIsBounded(t *testing.T) {
 		w.guest.lostAfter = w.guest.calls
 		begin := time.Now()
 		_, _, err := w.set(ctx, w.guest.known().UUID, b.Coarse, func() time.Duration { return 0 })
-		if took := time.Since(begin); err == nil || took != longestSet || w.guest.rtcResets != 0 {
+		if took := time.Since(begin); err == nil || took != w.longest || took < longestSet || w.guest.rtcResets != 0 {
 			t.Errorf("given up after %s: %v", took, err)
 		}
 	})
