@@ -69,6 +69,10 @@ func newWard(t *testing.T, n int) *ward {
 	if err := errors.Join(errs...); err != nil {
 		t.Fatal(err)
 	}
+	// An emulated guest on a busy machine boots with a clock that is behind.
+	if _, err := w.Client().SyncClock(ctx, ""); err != nil {
+		t.Fatal(err)
+	}
 	w.create(ctx, t, theirs)
 	if _, err := w.Virsh(ctx, "suspend", theirs); err != nil {
 		t.Fatal(err)
