@@ -35,7 +35,7 @@ func (a *Agent) decide(id maint.CampaignID, f func(now time.Time, c maint.Campai
 	err = a.keeper.Do(func(b board.Board, now time.Time) (maint.EventChange, error) {
 		was, known := b.Campaigns[id]
 		if !known {
-			return maint.EventChange{}, maint.Problemf(maint.CodeNotFound, "campaign "+string(id), "see 'belay maintenance list'", "is not one of host %s", a.cfg.Host)
+			return maint.EventChange{}, a.unknownCampaign(id)
 		}
 		if c, err = f(now, was); err != nil {
 			return maint.EventChange{}, err
@@ -113,14 +113,17 @@ func (a *Agent) Campaigns(context.Context) ([]maint.Campaign, error) {
 }
 
 // Campaign returns one.
-func (a *Agent) Campaign(ctx context.Context, id maint.CampaignID) (maint.Campaign, error) {
-	all, _ := a.Campaigns(ctx) // never fails
-	for _, c := range all {
-		if c.ID == id {
-			return c, nil
-		}
+func (a *Agent) Campaign(_ context.Context, id maint.CampaignID) (c maint.Campaign, err error) {
+	known := false
+	a.keeper.See(func(b board.Board) { c, known = b.Campaigns[id] })
+	if !known {
+		return c, a.unknownCampaign(id)
 	}
-	return maint.Campaign{}, maint.Problemf(maint.CodeNotFound, "campaign "+string(id), "see 'belay maintenance list'", "is not one of host %s", a.cfg.Host)
+	return c, nil
+}
+
+func (a *Agent) unknownCampaign(id maint.CampaignID) error {
+	return maint.Problemf(maint.CodeNotFound, "campaign "+string(id), "see 'belay maintenance list'", "is not one of host %s", a.cfg.Host)
 }
 
 // CreateCampaign announces work to the owners of guests, who pick the moment.

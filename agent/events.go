@@ -95,7 +95,10 @@ func (a *Agent) announce(ctx context.Context, op maint.Op, s *run.Scratch) error
 				return err
 			}
 		}
-		ids := a.openEvents(op.ID)
+		var ids []maint.EventID
+		for _, e := range a.openEvents(op.ID) {
+			ids = append(ids, e.ID)
+		}
 		if len(ids) == 0 || emergencyOf(op) != "" {
 			return nil
 		}
@@ -148,7 +151,7 @@ func (a *Agent) untold(ctx context.Context, op maint.Op) (missing []maint.EventG
 	if err != nil {
 		return nil, err
 	}
-	told := a.keeper.Events(func(e maint.ScheduledEvent) bool { return e.Op == op.ID && !e.State.Over() })
+	told := a.openEvents(op.ID)
 	for _, g := range guests {
 		concerned := g.UUID == op.GuestUUID || slices.Contains(op.Guests, g.UUID) || ofAll(op)
 		if !concerned || g.State != maint.GuestRunning && g.State != maint.GuestBlocked {
@@ -180,18 +183,15 @@ func (a *Agent) ownerOf(guests []maint.EventGuest) func(uuid string) string {
 }
 
 // openEvents are the events of an operation that are not over.
-func (a *Agent) openEvents(op maint.OpID) (ids []maint.EventID) {
-	for _, e := range a.keeper.Events(func(e maint.ScheduledEvent) bool { return e.Op == op && !e.State.Over() }) {
-		ids = append(ids, e.ID)
-	}
-	return ids
+func (a *Agent) openEvents(op maint.OpID) []maint.ScheduledEvent {
+	return a.keeper.Events(func(e maint.ScheduledEvent) bool { return e.Op == op && !e.State.Over() })
 }
 
 // startEvents has all events of an operation start together, right before guests
 // feel it. It is the last that can refuse, and does nothing when they have started:
 // guests may be held by then.
 func (a *Agent) startEvents(ctx context.Context, op maint.Op) error {
-	events := a.keeper.Events(func(e maint.ScheduledEvent) bool { return e.Op == op.ID && !e.State.Over() })
+	events := a.openEvents(op.ID)
 	if slices.ContainsFunc(events, func(e maint.ScheduledEvent) bool { return e.State == maint.EventStarted }) {
 		return nil
 	}
@@ -260,7 +260,7 @@ func emergencyOf(op maint.Op) string {
 // endEvents ends what an operation that is over has announced, with what was
 // measured of it.
 func (a *Agent) endEvents(op maint.Op) {
-	for _, e := range a.keeper.Events(func(e maint.ScheduledEvent) bool { return e.Op == op.ID && !e.State.Over() }) {
+	for _, e := range a.openEvents(op.ID) {
 		err := a.keeper.Do(func(b board.Board, now time.Time) (maint.EventChange, error) {
 			if e.State == maint.EventStarted {
 				return b.End(now, e.ID, pausesOf(op), string(op.Outcome))

@@ -16,20 +16,11 @@ import (
 )
 
 func (a *app) eventsCmd() *cobra.Command {
-	c := &cobra.Command{Use: "events", Short: "List, show, watch, approve and cancel guests' scheduled events",
+	return group(&cobra.Command{Use: "events", Short: "List, show, watch, approve and cancel guests' scheduled events",
 		Long: `Scheduled events are what guests are told will happen to them: what, when at the
 earliest, and for how long. They start when their notice has passed, or when
-somebody has approved them: in the guest, or here.`,
-		RunE: func(*cobra.Command, []string) error {
-			return usage("belay events needs one of list, show, watch, approve, cancel")
-		}}
-	c.Args = func(_ *cobra.Command, args []string) error {
-		if len(args) > 0 {
-			return usage("belay events has no %q; it has list, show, watch, approve, cancel", args[0])
-		}
-		return nil
-	}
-	c.AddCommand(a.eventsListCmd(), a.eventsShowCmd(), a.eventsWatchCmd(),
+somebody has approved them: in the guest, or here.`},
+		a.eventsListCmd(), a.eventsShowCmd(), a.eventsWatchCmd(),
 		a.eventsAnswerCmd("approve", "Have an event start as soon as it can, on behalf of the guests' owner", `Have an event start as soon as it can: its notice is waived on behalf of the guests'
 owner. Programs in the guests that have registered are still waited for.`,
 			func(ctx context.Context, id maint.EventID, reason string) (maint.ScheduledEvent, error) {
@@ -40,7 +31,6 @@ nothing done.`,
 			func(ctx context.Context, id maint.EventID, reason string) (maint.ScheduledEvent, error) {
 				return a.client().CancelEvent(ctx, id, reason)
 			}))
-	return c
 }
 
 func (a *app) eventsListCmd() *cobra.Command {

@@ -91,6 +91,25 @@ may go on, 70 nothing to do.`,
 	return root
 }
 
+// group makes a command of those below it: alone it does nothing.
+func group(c *cobra.Command, below ...*cobra.Command) *cobra.Command {
+	var verbs []string
+	for _, b := range below {
+		verbs = append(verbs, b.Name())
+	}
+	c.Args = func(c *cobra.Command, args []string) error {
+		if len(args) > 0 {
+			return usage("%s has no %q; it has %s", c.CommandPath(), args[0], list(verbs))
+		}
+		return nil
+	}
+	c.RunE = func(c *cobra.Command, _ []string) error {
+		return usage("%s needs one of %s", c.CommandPath(), list(verbs))
+	}
+	c.AddCommand(below...)
+	return c
+}
+
 // fixed completes a flag from a fixed list.
 func fixed(c *cobra.Command, flag string, values ...string) {
 	// Fails only for a flag that does not exist, which every test would show.

@@ -16,18 +16,10 @@ import (
 )
 
 func (a *app) maintenanceCmd() *cobra.Command {
-	const verbs = "list, show, create, book, start, defer, close"
-	c := &cobra.Command{Use: "maintenance", Short: "Maintenance for which guests' owners pick the moment",
+	return group(&cobra.Command{Use: "maintenance", Short: "Maintenance for which guests' owners pick the moment",
 		Long: `Maintenance that guests feel, in two phases: until its deadline the owner of each
-guest picks the moment, in the guest or here; at the deadline what is left is done.`,
-		RunE: func(*cobra.Command, []string) error { return usage("belay maintenance needs one of %s", verbs) }}
-	c.Args = func(_ *cobra.Command, args []string) error {
-		if len(args) > 0 {
-			return usage("belay maintenance has no %q; it has %s", args[0], verbs)
-		}
-		return nil
-	}
-	c.AddCommand(a.maintenanceListCmd(), a.maintenanceShowCmd(), a.maintenanceCreateCmd(), a.maintenanceBookCmd(),
+guest picks the moment, in the guest or here; at the deadline what is left is done.`},
+		a.maintenanceListCmd(), a.maintenanceShowCmd(), a.maintenanceCreateCmd(), a.maintenanceBookCmd(),
 		a.maintenanceGuestCmd("start", "Have a guest done now, instead of at a booked moment or the deadline",
 			func(ctx context.Context, id maint.CampaignID, guest string) (maint.Campaign, error) {
 				return a.client().BookCampaign(ctx, id, api.Booking{Guest: guest})
@@ -37,7 +29,6 @@ guest picks the moment, in the guest or here; at the deadline what is left is do
 				return a.client().DeferCampaign(ctx, id, guest)
 			}),
 		a.maintenanceCloseCmd())
-	return c
 }
 
 func (a *app) maintenanceListCmd() *cobra.Command {

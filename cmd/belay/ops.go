@@ -57,18 +57,8 @@ runs where it ran before. Ctrl-C detaches: the migration goes on.`,
 }
 
 func (a *app) opsCmd() *cobra.Command {
-	c := &cobra.Command{Use: "ops", Short: "List, show, watch and abort operations",
-		RunE: func(c *cobra.Command, _ []string) error {
-			return usage("belay ops needs one of list, show, watch, abort")
-		}}
-	c.Args = func(_ *cobra.Command, args []string) error {
-		if len(args) > 0 {
-			return usage("belay ops has no %q; it has list, show, watch, abort", args[0])
-		}
-		return nil
-	}
-	c.AddCommand(a.opsListCmd(), a.opsShowCmd(), a.opsWatchCmd(), a.opsAbortCmd())
-	return c
+	return group(&cobra.Command{Use: "ops", Short: "List, show, watch and abort operations"},
+		a.opsListCmd(), a.opsShowCmd(), a.opsWatchCmd(), a.opsAbortCmd())
 }
 
 func (a *app) opsListCmd() *cobra.Command {

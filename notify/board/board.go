@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"belay/agent/maint"
+	"belay/notify/campaign"
 )
 
 const (
@@ -189,7 +190,7 @@ func (b Board) Start(now time.Time, id maint.EventID, impact maint.Impact, emerg
 	if err != nil {
 		return maint.EventChange{}, err
 	}
-	if Weight(impact) > Weight(e.Impact) {
+	if !campaign.Fits(e.Impact, impact) {
 		return maint.EventChange{}, maint.Problemf(maint.CodeEventState, "event "+string(id), "announce that, with its own notice",
 			"was announced as %s, and would be %s", e.Impact, impact)
 	}
@@ -217,9 +218,6 @@ func clip(s string, n int) string {
 	}
 	return s[:n]
 }
-
-// Weight orders impacts by how much is lost.
-func Weight(i maint.Impact) int { return slices.Index(maint.Impacts, i) }
 
 // End has an event end that has started. pauses are what was measured, by UUID.
 func (b Board) End(now time.Time, id maint.EventID, pauses map[string]time.Duration, note string) (maint.EventChange, error) {
