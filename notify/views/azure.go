@@ -40,7 +40,8 @@ func azureEvents(c *call, _ string) answer {
 	if c.r.Method != http.MethodGet && c.r.Method != http.MethodPost {
 		return wrongMethod("GET, POST")
 	}
-	version, refused := azureRules(c, azureEventVersions(), http.StatusNotFound)
+	versions := azureEventVersions()
+	version, refused := azureRules(c, versions, http.StatusNotFound)
 	if refused != nil {
 		return *refused
 	}
@@ -52,7 +53,7 @@ func azureEvents(c *call, _ string) answer {
 		return azureError(http.StatusBadRequest, err.Error())
 	}
 	return c.document(known, wait, func(doc notify.Document) answer {
-		return numbered(doc.Incarnation, func() any { return azureDocumentOf(doc, c.guest, version) })
+		return c.numbered(versions[version], doc.Incarnation, func() any { return azureDocumentOf(doc, c.guest, version) })
 	})
 }
 

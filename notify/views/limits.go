@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -75,8 +76,9 @@ func kindOf(r *http.Request, q *query) kind {
 	return kindGet
 }
 
-// client is what a guest takes up. Handler.mu guards it.
+// client is what a guest takes up. Handler.mu guards it, but for last.
 type client struct {
+	last    atomic.Pointer[rendered]
 	buckets [kinds]*rate.Limiter
 	active  int           // requests that are being answered
 	parked  int           // of these, long polls that wait

@@ -18,7 +18,7 @@ import (
 )
 
 // listen serves guest A on a loopback address.
-func listen(t testing.TB, h *Handler, change ...func(*http.Server)) (addr string) {
+func listen(t testing.TB, h *Handler, change ...func(*Server)) (addr string) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -113,7 +113,7 @@ func TestServerRefuses(t *testing.T) {
 		}
 	}
 	// What the server says by itself has a guest's bytes escaped.
-	NewServer(h).ErrorLog.Print("a\nlevel=ERROR msg=forged")
+	NewServer(h).full.ErrorLog.Print("a\nlevel=ERROR msg=forged")
 	if got := strings.Count(log.String(), "\n"); got != 1 {
 		t.Errorf("the log has %d lines: %s", got, &log)
 	}
@@ -121,8 +121,8 @@ func TestServerRefuses(t *testing.T) {
 
 // TestLongPollOutlivesTimeouts: those of the server are for other requests.
 func TestLongPollOutlivesTimeouts(t *testing.T) {
-	addr := listen(t, handler(t, newWorld()), func(s *http.Server) {
-		s.ReadTimeout, s.WriteTimeout = 50*time.Millisecond, 50*time.Millisecond
+	addr := listen(t, handler(t, newWorld()), func(s *Server) {
+		s.full.ReadTimeout, s.full.WriteTimeout = 50*time.Millisecond, 50*time.Millisecond
 	})
 	begun := time.Now()
 	r, err := clientOf(t, addr).Do(fromOutside(t, "GET", azureNow+"&wait=200ms&incarnation=1", ours))

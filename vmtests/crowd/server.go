@@ -163,7 +163,7 @@ func (h *host) openBelay() error {
 		return err
 	}
 	server := views.NewServer(views.New(views.Config{Source: source{Keeper: h.keeper}}))
-	server.ConnContext = gate.ConnContext
+	server.Handler, server.ConnContext = h.counted(server.Handler), gate.ConnContext
 	h.serve(server, ln)
 	return nil
 }
@@ -183,9 +183,15 @@ func (h *host) openPlain(n int) error {
 	return nil
 }
 
-func (h *host) serve(s *http.Server, ln net.Listener) {
-	handler := s.Handler
-	s.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+// server is a views.Server or an http.Server.
+type server interface {
+	Serve(net.Listener) error
+	Close() error
+}
+
+// counted counts long polls.
+func (h *host) counted(handler http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if strings.Contains(r.URL.RawQuery, "wait=") {
 			h.mu.Lock()
 			h.polls++
@@ -197,6 +203,9 @@ func (h *host) serve(s *http.Server, ln net.Listener) {
 		}
 		handler.ServeHTTP(w, r)
 	})
+}
+
+func (h *host) serve(s server, ln net.Listener) {
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(ln) }()
 	h.closes = append(h.closes, func() error {
