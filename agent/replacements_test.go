@@ -7,6 +7,8 @@ import (
 	"io"
 	"log/slog"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -21,39 +23,60 @@ import (
 // oneGuest is a hypervisor with one guest.
 type oneGuest struct {
 	Hypervisor
+	mu    sync.Mutex
 	state maint.GuestState
 	err   error
 }
 
-func (h *oneGuest) Guest(context.Context, string) (maint.Guest, error) {
-	return maint.Guest{UUID: "u1", Name: "web-1", State: h.state}, h.err
+// is has the guest be in a state, and all calls fail with err.
+func (h *oneGuest) is(s maint.GuestState, err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.state, h.err = s, err
+}
+
+func (h *oneGuest) Guest(ctx context.Context, _ string) (maint.Guest, error) {
+	s, _, err := h.State(ctx, "")
+	return maint.Guest{UUID: "u1", Name: "web-1", State: s}, err
 }
 
 func (h *oneGuest) State(context.Context, string) (maint.GuestState, string, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	return h.state, "user", h.err
 }
 
 func (h *oneGuest) Resume(context.Context, string) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	if h.err == nil {
 		h.state = maint.GuestRunning
 	}
 	return h.err
 }
 
+// runs checks that the guest does.
+func (h *oneGuest) runs(t *testing.T) {
+	t.Helper()
+	if s, _, err := h.State(t.Context(), ""); s != maint.GuestRunning || err != nil {
+		t.Errorf("the guest is %s, %v", s, err)
+	}
+}
+
 func (h *oneGuest) Suspend(context.Context, string) error { return errors.New("not asked for") }
 
 // leashed is a replacement whose leash is armed, and whose belayd is alive.
-func leashed(t *testing.T) (l *pauseLeash, all *preservetest.Leashes, h *oneGuest, alive *bool) {
+func leashed(t *testing.T) (l *pauseLeash, all *preservetest.Leashes, h *oneGuest, alive *atomic.Bool) {
 	t.Helper()
-	h, alive = &oneGuest{state: maint.GuestRunning}, new(bool)
-	*alive = true
-	all = &preservetest.Leashes{Host: h, Alive: func() bool { return *alive }}
+	h, alive = &oneGuest{state: maint.GuestRunning}, new(atomic.Bool)
+	alive.Store(true)
+	all = &preservetest.Leashes{Host: h, Alive: alive.Load}
 	l = again(all, h)
 	l.a.cfg.Hold.MaxPause.Duration = time.Hour
 	if err := l.arm(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	h.state = maint.GuestPaused
+	h.is(maint.GuestPaused, nil)
 	return l, all, h, alive
 }
 
@@ -70,7 +93,7 @@ func armed(all *preservetest.Leashes) bool { return slices.Contains(all.Armed(),
 func TestLeashStaysWithAPausedGuest(t *testing.T) {
 	for name, strike := range map[string]func(h *oneGuest){
 		"paused":               func(*oneGuest) {},
-		"libvirt is not there": func(h *oneGuest) { h.err = maint.ErrHypervisorDown },
+		"libvirt is not there": func(h *oneGuest) { h.is(maint.GuestPaused, maint.ErrHypervisorDown) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -91,13 +114,13 @@ func TestLeashStaysWithAPausedGuest(t *testing.T) {
 				if events := l.rest(t.Context(), errors.New("it still cannot be resumed")); len(events) > 0 {
 					t.Errorf("it tells again: %v", events)
 				}
-				*alive = false
+				alive.Store(false)
 				time.Sleep(time.Minute)
-				h.err = nil
-				time.Sleep(time.Minute)
-				if h.state != maint.GuestRunning {
-					t.Errorf("the guest is %s", h.state)
+				if s, _, err := h.State(t.Context(), ""); err != nil {
+					h.is(s, nil)
 				}
+				time.Sleep(time.Minute)
+				h.runs(t)
 				l = again(all, h)
 				if err := l.takeUp(t.Context()); err != nil || l.line != nil || armed(all) {
 					t.Errorf("in the end: %v, %v, armed: %t", l.line, err, armed(all))
@@ -122,7 +145,7 @@ func TestLeashIsDisarmed(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				l, all, h, _ := leashed(t)
-				h.state, h.err = c.state, c.err
+				h.is(c.state, c.err)
 				if events := l.rest(t.Context(), c.failure); armed(all) || len(events) != 2 {
 					t.Errorf("armed: %t, %v", armed(all), events)
 				}
@@ -241,11 +264,9 @@ func TestLeashDoesNotLetGo(t *testing.T) {
 			t.Errorf("let go: %v, marks %v", err, l.line.Marks())
 		}
 		l.rest(t.Context(), errors.New("called off"))
-		*alive = false
+		alive.Store(false)
 		time.Sleep(time.Minute)
-		if h.state != maint.GuestRunning {
-			t.Errorf("the guest is %s", h.state)
-		}
+		h.runs(t)
 		_ = again(all, h).takeUp(t.Context())
 	})
 }
@@ -254,10 +275,11 @@ func TestLeashDoesNotLetGo(t *testing.T) {
 func TestLeashHasResumed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l, _, h, alive := leashed(t)
-		*alive = false
+		alive.Store(false)
 		time.Sleep(time.Minute)
-		if err := l.pass(t.Context()); err == nil || h.state != maint.GuestRunning {
-			t.Errorf("%v, the guest is %s", err, h.state)
+		if l.pass(t.Context()) == nil {
+			t.Error("the rest goes on")
 		}
+		h.runs(t)
 	})
 }
