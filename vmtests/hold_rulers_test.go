@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"testing"
 	"time"
 
 	"belay/agent/maint"
@@ -389,8 +390,15 @@ func stoodStill(r observer.Report) time.Duration {
 	if r.LargestGap.Open || r.LargestGap.Reboot {
 		return r.LargestGap.Length
 	}
+	if starved := r.LargestGap.Length - r.Standstill; starved > 50*time.Millisecond && (r.Standstill-acpiPMWraps).Abs() < 2*time.Millisecond {
+		return 0
+	}
 	return max(0, min(r.LargestGap.Length, r.Standstill))
 }
+
+// acpiPMWraps is after how long the clock of the guests begins anew: acpi_pm has 24 bits
+// and 3.579545 MHz. One that gets no CPU for as long misses that, and loses so much.
+const acpiPMWraps = (1 << 24) * time.Second / 3579545
 
 // clocks is what is said of the guests' clocks, and what heartbeats say: "web-1
 // -1s→0.2ms (0.3ms)".
@@ -475,4 +483,19 @@ func indent(v any) string {
 		return err.Error()
 	}
 	return string(b)
+}
+
+func TestStoodStill(t *testing.T) {
+	for _, test := range []struct{ gap, standstill, want time.Duration }{
+		{1050 * time.Millisecond, 1040 * time.Millisecond, 1040 * time.Millisecond},
+		{1040 * time.Millisecond, 1050 * time.Millisecond, 1040 * time.Millisecond},
+		{800 * time.Millisecond, -time.Millisecond, 0},                   // wanted for CPU
+		{5200 * time.Millisecond, acpiPMWraps - 100*time.Microsecond, 0}, // and for so long
+		{acpiPMWraps + 9*time.Millisecond, acpiPMWraps, acpiPMWraps},     // was paused for as long
+		{5200 * time.Millisecond, 5190 * time.Millisecond, 5190 * time.Millisecond},
+	} {
+		if got := stoodStill(observer.Report{LargestGap: observer.Gap{Length: test.gap}, Standstill: test.standstill}); got != test.want {
+			t.Errorf("gap %v, standstill %v: %v, want %v", test.gap, test.standstill, got, test.want)
+		}
+	}
 }
