@@ -41,7 +41,11 @@ func newKeeper(a *Agent) *board.Keeper {
 	for impact, d := range a.cfg.Events.Notice {
 		least[maint.Impact(impact)] = d.Duration
 	}
-	return board.New(eventsStore{a.journal}, a.journal.Scheduled(), least)
+	k := board.New(eventsStore{a.journal}, a.journal.Scheduled(), least)
+	if a.preserve.Boot.ID != "" {
+		k.Follow(a.preserve.Boot)
+	}
+	return k
 }
 
 // tell has an operation's guests be told of it, if this host tells guests.

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"belay/agent/boottime"
 	"belay/agent/maint"
 	"belay/patch/leash"
 	"belay/patch/preserve"
@@ -56,7 +57,7 @@ func (a *Agent) unlessHeld(what string, g maint.Guest) error {
 func (a *Agent) overdue(all []leash.Leftover) (cs []maint.Condition) {
 	for _, l := range all {
 		op, known := a.journal.Op(leashedOp(l.Op))
-		late := leash.Boottime() - l.Deadline
+		late := boottime.Now() - l.Deadline
 		if l.Void || !known || op.State == maint.OpEnded || late < overdueAfter {
 			continue
 		}

@@ -12,13 +12,15 @@ import (
 	"belay/agent/config"
 	"belay/agent/maint"
 	"belay/agent/run"
+	"belay/notify/board"
 	"belay/patch/preserve"
 	"belay/patch/vmm"
 )
 
 // Preserve is what rung B needs beside libvirt: a leash, a way to run what is
-// done to the host, and the guests' clocks.
+// done to the host, and the guests' clocks; and the host's boot, which rung C needs.
 type Preserve struct {
+	Boot   board.Boot // zero: the notice of events goes by the wall clock when belayd restarts
 	Leash  preserve.Leash
 	Steps  preserve.Steps
 	Clocks Clocks

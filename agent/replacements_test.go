@@ -13,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"belay/agent/boottime"
 	"belay/agent/journal"
 	"belay/agent/maint"
 	"belay/patch/leash"
@@ -237,7 +238,7 @@ func TestOverdueHold(t *testing.T) {
 		"ended":               {"hold-1", time.Minute, leash.Paused, false, false},
 		"the host has booted": {"hold-open", time.Minute, leash.Paused, true, false},
 	} {
-		l := leash.Leftover{Status: leash.Status{Op: c.op, Deadline: leash.Boottime() - c.late,
+		l := leash.Leftover{Status: leash.Status{Op: c.op, Deadline: boottime.Now() - c.late,
 			Guests: []leash.GuestStatus{{Guest: leash.Guest{UUID: "u1", Name: "web-1"}, Fate: c.fate}}}, Alive: true, Void: c.void}
 		a := &Agent{journal: j, view: newInventory(nil, slog.New(slog.DiscardHandler)), preserve: Preserve{Leash: remnants{left: []leash.Leftover{l}}}}
 		cs := a.conditions(&snapshot{})

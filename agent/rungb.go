@@ -9,10 +9,12 @@ import (
 	"slices"
 	"time"
 
+	"belay/agent/boottime"
 	"belay/agent/config"
 	"belay/agent/maint"
 	"belay/hypervisor"
 	"belay/hypervisor/guestclock"
+	"belay/notify/board"
 	"belay/patch/hoststep"
 	"belay/patch/leash"
 	"belay/patch/leash/launch"
@@ -47,6 +49,9 @@ func NewPreserve(cfg config.Config, hyp *hypervisor.Host, log *slog.Logger) Pres
 		Steps:  steps{hoststep.New(hoststep.Config{Dir: filepath.Join(cfg.RunDir, "steps"), Systemd: hoststep.ThisSystemd(), Log: log})},
 		Clocks: clocks{guestclock.New(hyp, clocksAtOnce)},
 		Places: vmm.Places{Lib: cfg.Libvirt.StateDir}, // the hook knows the other folders by their names
+	}
+	if id, err := boottime.ID(); err == nil {
+		p.Boot = board.Boot{ID: id, Since: boottime.Now}
 	}
 	if self, err := os.Executable(); err == nil {
 		second, away := newTwin(self, filepath.Join(cfg.StateDir, "twin.log"), log)

@@ -87,8 +87,14 @@ type ScheduledEvent struct {
 
 	Announced time.Time `json:"announced"`
 	// NotBefore is when it starts at the earliest, unless approved.
-	NotBefore time.Time      `json:"not_before"`
-	Approval  *EventApproval `json:"approval,omitempty"`
+	NotBefore time.Time `json:"not_before"`
+	// Boot is the boot of the host (boottime.ID) in which it was announced, or came
+	// here, and AnnouncedAt the time since then (CLOCK_BOOTTIME) that goes with
+	// Announced: a clock that is set while belayd restarts shortens no notice.
+	Boot        string        `json:"boot,omitempty"`
+	AnnouncedAt time.Duration `json:"announced_boottime_ns,omitempty"`
+
+	Approval *EventApproval `json:"approval,omitempty"`
 	// Emergency says who waived the notice, and why.
 	Emergency *EventApproval `json:"emergency,omitempty"`
 	// Listeners are the programs that are waited for before it starts.

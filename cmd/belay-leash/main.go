@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"belay/agent/boottime"
 	"belay/agent/maint"
 	"belay/hypervisor"
 	"belay/hypervisor/monitor"
@@ -62,7 +63,7 @@ func run(ctx context.Context, args, missing []string, stdout, stderr io.Writer) 
 	}
 	log, flush := newLog(stderr)
 	defer flush()
-	keeper := leash.Config{Dir: *dir, Op: maint.OpID(*op), Clock: leash.Boottime, Warnings: missing, Log: log,
+	keeper := leash.Config{Dir: *dir, Op: maint.OpID(*op), Clock: boottime.Now, Warnings: missing, Log: log,
 		Find:    func(g leash.Guest) (string, error) { return monitor.Find(*libDir, g.ID) },
 		Monitor: dialMonitor}
 	// Of a daemon that listens elsewhere it is not known which process it is.
@@ -83,7 +84,7 @@ func serve(ctx context.Context, c leash.Config, libvirt hypervisor.Config) error
 		return err
 	}
 	defer closeListener()
-	if c.Boot, err = leash.BootID(); err != nil {
+	if c.Boot, err = boottime.ID(); err != nil {
 		return err
 	}
 	host := hypervisor.New(libvirt)

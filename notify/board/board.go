@@ -30,6 +30,9 @@ type Board struct {
 	// Notice is the least that an event of an impact is announced before; nil,
 	// or shorter than maint.MinimumNotice, is that.
 	Notice map[maint.Impact]time.Duration
+	// announced has when events were by a clock that nobody can set, where
+	// Announced is from another belayd (Keeper.Follow).
+	announced map[maint.EventID]time.Time
 }
 
 // notice is the least there is for an impact.
@@ -164,7 +167,11 @@ func (b Board) Startable(now time.Time, id maint.EventID) (at time.Time, err err
 	at = e.NotBefore
 	// A clock that was set forward does not shorten the notice: Announced has
 	// a monotonic reading as long as belayd lives, which NotBefore has not.
-	least := e.Announced.Add(max(b.notice(e.Impact), e.NotBefore.Sub(e.Announced)))
+	announced, taken := b.announced[id]
+	if !taken {
+		announced = e.Announced
+	}
+	least := announced.Add(max(b.notice(e.Impact), e.NotBefore.Sub(e.Announced)))
 	if now.Before(least) && (least.After(at) || !now.Before(at)) {
 		at = least
 	}

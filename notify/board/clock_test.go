@@ -42,3 +42,36 @@ func TestClockSetForward(t *testing.T) {
 		}
 	}
 }
+
+// A clock that is set while no belayd lives shortens no notice either, as long as the
+// host stays up.
+func TestClockSetBetweenTwoBelayds(t *testing.T) {
+	now := time.Now()
+	since := 5 * time.Hour
+	boot := func(id string, passed time.Duration) Boot {
+		return Boot{ID: id, Since: func() time.Duration { return since + passed }}
+	}
+	for name, notice := range map[string]time.Duration{"the least notice": 15 * time.Minute, "a longer one": 40 * time.Minute} {
+		kept := &memory{t: t}
+		k := New(kept, maint.NewScheduled(), nil)
+		k.Follow(boot("this", 0))
+		announce(t, k, Announcement{ID: "e", Impact: maint.ImpactFreeze, Guests: []maint.EventGuest{web(1)}, NotBefore: now.Add(notice)})
+		for _, test := range []struct {
+			boot   string
+			passed time.Duration // in truth
+			starts bool
+		}{
+			{"this", time.Second, false},
+			{"this", notice - 2*time.Second, false},
+			{"this", notice + 2*time.Second, true},
+			{"another", time.Second, true}, // nobody can know
+		} {
+			next := New(&memory{t: t}, kept.again(), nil)
+			next.now = func() time.Time { return now.Round(0).Add(test.passed + time.Hour) }
+			next.Follow(boot(test.boot, test.passed))
+			if err := start(next, "e", maint.ImpactFreeze, nil); (err == nil) != test.starts {
+				t.Errorf("%s, after %s in boot %q: %v", name, test.passed, test.boot, err)
+			}
+		}
+	}
+}

@@ -22,6 +22,7 @@ type Store interface {
 type Keeper struct {
 	store Store
 	now   func() time.Time
+	boot  Boot // zero: not followed
 
 	deciding sync.Mutex // held until a decision is durable; who looks does not wait for the disk
 
@@ -42,6 +43,34 @@ func New(s Store, so maint.Scheduled, least map[maint.Impact]time.Duration) *Kee
 		waiting: make(map[string]chan struct{}), changed: make(chan struct{})}
 }
 
+// Boot is the host's, as all its processes know it.
+type Boot struct {
+	ID    string               // tells it from others (boottime.ID)
+	Since func() time.Duration // which nobody can set (boottime.Now)
+}
+
+// Follow has the notice of events go on by the time since boot under the next belayd,
+// as it does by the monotonic clock under this one: what is kept has moments of the
+// wall clock alone, which somebody may set meanwhile. It is to be called first.
+func (k *Keeper) Follow(b Boot) {
+	k.boot, k.board.announced = b, make(map[maint.EventID]time.Time)
+	now, since := k.now(), b.Since()
+	for id, e := range k.board.Events {
+		if e.State == maint.EventScheduled && e.Boot == b.ID {
+			k.board.announced[id] = now.Add(e.AnnouncedAt - since)
+		}
+	}
+}
+
+// stamp notes when the events of a change were announced, for the next belayd.
+func (k *Keeper) stamp(c maint.EventChange) {
+	for i := range c.Events {
+		if e := &c.Events[i]; k.boot.ID != "" && e.State == maint.EventScheduled && e.Boot != k.boot.ID {
+			e.Boot, e.AnnouncedAt = k.boot.ID, k.boot.Since()-k.now().Sub(e.Announced)
+		}
+	}
+}
+
 // Do has a decision made, kept and seen.
 func (k *Keeper) Do(decide func(b Board, now time.Time) (maint.EventChange, error)) error {
 	k.deciding.Lock()
@@ -50,6 +79,7 @@ func (k *Keeper) Do(decide func(b Board, now time.Time) (maint.EventChange, erro
 	if err != nil || c.Empty() {
 		return err
 	}
+	k.stamp(c)
 	if err := k.store.Append(c); err != nil {
 		return err
 	}

@@ -45,7 +45,12 @@ func TestItKillsBelayd(t *testing.T) {
 			if left, err := h.Leftover(t.Context(), "mig-1-step"); !left || err != nil {
 				t.Errorf("Leftover: %v, %v", left, err)
 			}
-			if now, err := h.Look(t.Context(), "mig-1-step"); err != nil || now.Output != "before\n" {
+			// What it wrote may still be on its way to its supervisor.
+			now, err := h.Look(t.Context(), "mig-1-step")
+			for end := time.Now().Add(10 * time.Second); err == nil && now.Output == "" && time.Now().Before(end); time.Sleep(time.Millisecond) {
+				now, err = h.Look(t.Context(), "mig-1-step")
+			}
+			if err != nil || now.Output != "before\n" {
 				t.Errorf("Look: %+v, %v", now, err)
 			}
 			if err := os.WriteFile(on, nil, 0o600); err != nil {

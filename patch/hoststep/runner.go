@@ -17,8 +17,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"belay/agent/boottime"
 	"belay/agent/maint"
-	"belay/patch/internal/linux"
 )
 
 // Transients run services that exist only while they run.
@@ -346,7 +346,7 @@ func (r *Runner) await(ctx context.Context, p place, s spec, env []string) maint
 	for range 3 { // its supervisor may just be starting, or be started again
 		begin := request{Ask: askBegin, Env: env}
 		if end, ok := ctx.Deadline(); ok {
-			begin.Until = max(linux.Boottime()+time.Until(end), time.Nanosecond)
+			begin.Until = max(boottime.Now()+time.Until(end), time.Nanosecond)
 		}
 		o, asked := p.ask(ctx, begin)
 		switch {

@@ -19,8 +19,8 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sys/unix"
 
+	"belay/agent/boottime"
 	"belay/agent/maint"
-	"belay/patch/internal/linux"
 )
 
 // SuperviseArg is the first argument of a program that is to call Supervise
@@ -225,7 +225,7 @@ func (s *supervisor) decide() (begun bool, err error) {
 	late := false
 	select {
 	case s.with = <-s.begin:
-		if late = s.with.Until > 0 && linux.Boottime() >= s.with.Until; late {
+		if late = s.with.Until > 0 && boottime.Now() >= s.with.Until; late {
 			c, why = claim{}, "its time was over when its supervisor was told to"
 		}
 	case q := <-s.end:
@@ -268,7 +268,7 @@ func (s *supervisor) run() {
 
 	var timeUp <-chan time.Time
 	if s.with.Until > 0 {
-		timeUp = time.After(s.with.Until - linux.Boottime())
+		timeUp = time.After(s.with.Until - boottime.Now())
 	}
 	q, status, ended := s.await(exited, timeUp)
 	if ended {

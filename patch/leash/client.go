@@ -9,6 +9,7 @@ import (
 	"net"
 	"time"
 
+	"belay/agent/boottime"
 	"belay/agent/maint"
 )
 
@@ -57,7 +58,7 @@ func (c *Client) arm(ctx context.Context, o Order) (*Line, error) {
 	if err := checkOp(o.Op); err != nil {
 		return nil, err
 	}
-	boot, err := BootID()
+	boot, err := boottime.ID()
 	if err != nil {
 		return nil, err
 	}
@@ -71,8 +72,8 @@ func (c *Client) arm(ctx context.Context, o Order) (*Line, error) {
 	if o.MaxPause <= 0 {
 		return nil, maint.Problemf(maint.CodeBadRequest, "leash "+string(o.Op), "", "a pause of %s", o.MaxPause)
 	}
-	s.Deadline = Boottime() + o.MaxPause
-	if err := s.check(Boottime()); err != nil {
+	s.Deadline = boottime.Now() + o.MaxPause
+	if err := s.check(boottime.Now()); err != nil {
 		return nil, err
 	}
 	if err := makeDir(c.Dir); err != nil {
@@ -100,7 +101,7 @@ func (c *Client) attach(ctx context.Context, op maint.OpID) (*Line, error) {
 	if err := checkOp(op); err != nil {
 		return nil, err
 	}
-	boot, err := BootID()
+	boot, err := boottime.ID()
 	if err != nil {
 		return nil, err
 	}

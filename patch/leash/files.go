@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"belay/agent/boottime"
 	"belay/agent/maint"
 	"belay/patch/internal/linux"
 )
@@ -174,12 +175,12 @@ func Listen(dir string, op maint.OpID) (l net.Listener, close func(), err error)
 		return fail(err)
 	}
 	var lock *os.File
-	for end := Boottime() + claimWait; ; time.Sleep(10 * time.Millisecond) {
+	for end := boottime.Now() + claimWait; ; time.Sleep(10 * time.Millisecond) {
 		lock, err = claim(dir, op)
 		if err == nil {
 			break
 		}
-		if !errors.Is(err, errClaimed) || Boottime() > end {
+		if !errors.Is(err, errClaimed) || boottime.Now() > end {
 			return fail(err)
 		}
 	}
@@ -219,7 +220,7 @@ func Leftovers(dir string) ([]Leftover, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot look for leashes: %w", err)
 	}
-	boot, err := BootID()
+	boot, err := boottime.ID()
 	if err != nil {
 		return nil, err
 	}
@@ -273,7 +274,7 @@ func Discard(dir string, op maint.OpID) error {
 	case err != nil:
 		return fmt.Errorf("cannot discard what the leash of %s has left: %w", op, err)
 	}
-	boot, err := BootID()
+	boot, err := boottime.ID()
 	if err != nil {
 		return err
 	}

@@ -25,7 +25,7 @@ type Config struct {
 	Find func(g Guest) (string, error)
 	// KillLibvirt kills libvirt's daemon, for an order that allows it.
 	KillLibvirt func() error
-	// Clock is Boottime.
+	// Clock is boottime.Now.
 	Clock func() time.Duration
 	// Keep is how long it waits to be disarmed when it has fired and every
 	// guest is seen to; then it ends and leaves its notes. 0 is 10 min.

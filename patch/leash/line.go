@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"belay/agent/boottime"
 	"belay/agent/maint"
 )
 
@@ -98,7 +99,7 @@ func (l *Line) introduce(ctx context.Context, conn net.Conn, do string) (*lines,
 	defer stop()
 	l.mu.Lock()
 	if do == doArm { // the launch is no part of the pause
-		l.s.Deadline = Boottime() + l.pause
+		l.s.Deadline = boottime.Now() + l.pause
 	}
 	l.ids++
 	req := request{ID: l.ids, Do: do, Order: l.s.clone()}
@@ -142,7 +143,7 @@ func (l *Line) introduce(ctx context.Context, conn net.Conn, do string) (*lines,
 
 // learn takes over what an answer tells. l.mu is held.
 func (l *Line) learn(r reply) {
-	l.answered = Boottime()
+	l.answered = boottime.Now()
 	if r.Status != nil {
 		s := r.Status.clone()
 		for i := range s.Guests { // the holder may know what the leash has not read yet
@@ -244,7 +245,7 @@ func (l *Line) watch(ended <-chan error) error {
 		case <-every.C:
 		}
 		l.mu.Lock()
-		quiet := Boottime() - l.answered
+		quiet := boottime.Now() - l.answered
 		l.mu.Unlock()
 		if quiet > l.silence {
 			return errDumb
@@ -375,7 +376,7 @@ func (l *Line) Status() Status {
 func (l *Line) Deadline() time.Time {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return time.Now().Add(l.s.Deadline - Boottime())
+	return time.Now().Add(l.s.Deadline - boottime.Now())
 }
 
 // Lost is closed when the pause is to end now: the leash has fired, or it died
@@ -398,7 +399,7 @@ func (l *Line) Check() error {
 	if l.err != nil {
 		return l.err
 	}
-	if quiet := Boottime() - l.answered; quiet > l.silence*2/3 {
+	if quiet := boottime.Now() - l.answered; quiet > l.silence*2/3 {
 		return fmt.Errorf("the leash of %s has not answered for %s", l.op, quiet.Round(time.Millisecond))
 	}
 	return nil

@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"testing"
 
+	"belay/agent/boottime"
 	"belay/agent/maint"
 )
 
@@ -52,7 +53,7 @@ func leashProcess(dir string, op maint.OpID) error {
 		return err
 	}
 	defer closeListener()
-	boot, err := BootID()
+	boot, err := boottime.ID()
 	if err != nil {
 		return err
 	}
@@ -60,7 +61,7 @@ func leashProcess(dir string, op maint.OpID) error {
 	if err != nil {
 		return err
 	}
-	k, err := NewKeeper(Config{Dir: filepath.Join(dir, "leash"), Op: op, Boot: boot, Host: filed(dir), Clock: Boottime,
+	k, err := NewKeeper(Config{Dir: filepath.Join(dir, "leash"), Op: op, Boot: boot, Host: filed(dir), Clock: boottime.Now,
 		Warnings: warnings, Log: slog.New(slog.NewTextHandler(log, nil)).With("pid", os.Getpid()),
 		Monitor: func(context.Context, string) (Monitor, error) { return nil, errors.New("there is none") }})
 	if err != nil {

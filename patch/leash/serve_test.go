@@ -12,6 +12,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"belay/agent/boottime"
 	"belay/agent/maint"
 )
 
@@ -96,7 +97,7 @@ func FuzzRequests(f *testing.F) {
 	}
 	dir := f.TempDir()
 	f.Fuzz(func(t *testing.T, sent []byte) {
-		k, err := NewKeeper(Config{Dir: dir, Op: testOp, Boot: "boot-1", Host: newWorld(a, b), Clock: Boottime, Log: slog.New(slog.DiscardHandler)})
+		k, err := NewKeeper(Config{Dir: dir, Op: testOp, Boot: "boot-1", Host: newWorld(a, b), Clock: boottime.Now, Log: slog.New(slog.DiscardHandler)})
 		if err != nil {
 			t.Fatal(err)
 		}

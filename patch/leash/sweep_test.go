@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"testing"
 
+	"belay/agent/boottime"
 	"belay/agent/maint"
 )
 
@@ -87,7 +88,7 @@ func TestSweep(t *testing.T) {
 // The notes of a dead leash stay as long as it had something left to do.
 func TestDiscardRefuses(t *testing.T) {
 	t.Parallel()
-	boot, err := BootID()
+	boot, err := boottime.ID()
 	if err != nil {
 		t.Fatal(err)
 	}

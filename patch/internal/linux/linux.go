@@ -6,20 +6,9 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
-
-// Boottime is the time since the boot, suspensions included (CLOCK_BOOTTIME). All
-// processes of a boot agree on it, and nobody can set it.
-func Boottime() time.Duration {
-	var t unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
-		panic(fmt.Sprintf("clock_gettime: %v", err)) // Linux has had it since 2.6.39
-	}
-	return time.Duration(t.Nano())
-}
 
 // ReadFile reads a file of at most that many bytes. What is not a file, a pipe
 // say, does not hold the reader up: it is an error.
