@@ -5,9 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
+	"belay/agent/config"
 	"belay/agent/maint"
 	"belay/agent/run"
 	"belay/migrate"
@@ -38,6 +40,12 @@ func (a *Agent) Migrate(ctx context.Context, by string, r maint.MigrateRequest) 
 	if r.BandwidthMiBs == 0 {
 		r.BandwidthMiBs = a.cfg.Migration.BandwidthMiBs
 	}
+	if r.MaxPause == 0 {
+		r.MaxPause = a.cfg.Migration.MaxPause.Duration
+	}
+	if r.Allow == nil {
+		r.Allow = a.cfg.Migration.Allow
+	}
 	now := time.Now()
 	op := maint.Op{ID: newOpID("mig", now), Kind: maint.OpMigrate, Guest: g.Name, GuestUUID: g.UUID,
 		Peer: p.name, By: by, Reason: r.Reason, Deadline: now.Add(r.Timeout), Migrate: &r}
@@ -56,11 +64,18 @@ func (a *Agent) checkRequest(r maint.MigrateRequest) error {
 		return bad("to", "name a peer", "is empty")
 	case r.Timeout < 0 || r.Timeout > maxTimeout:
 		return bad("timeout", fmt.Sprintf("choose one up to %s", maxTimeout), "%s is out of range", r.Timeout)
+	case r.MaxPause < 0 || r.MaxPause > config.MaxMigrationPause:
+		return bad("max_pause", fmt.Sprintf("choose one up to %s", config.MaxMigrationPause), "%s is out of range", r.MaxPause)
 	case r.BandwidthMiBs > 1<<20:
 		return bad("bandwidth", "it is in MiB/s; 0 means no limit", "%d MiB/s is out of range", r.BandwidthMiBs)
 	case r.To == a.cfg.Host:
 		return refuse(fmt.Sprintf("cannot migrate guest %s to %s", r.Guest, r.To),
 			maint.Problemf(maint.CodeSameHost, "host "+r.To, "name a peer", "is this host"))
+	}
+	for _, m := range r.Allow {
+		if !slices.Contains(maint.AllMeans, m) {
+			return bad("allow", fmt.Sprintf("choose of %v", maint.AllMeans), "%q is none of the means", m)
+		}
 	}
 	return cmp.Or(checkReason(r.Reason), checkEmergency(r.Emergency))
 }
@@ -76,6 +91,7 @@ func (a *Agent) migrateSteps(op maint.Op) []run.Step {
 		Source: source{a.hyp}, Destination: carrying{p.to, a}, Log: a.log.With("op", op.ID),
 		Params: maint.MoveParams{DestURI: p.cfg.LibvirtURI, MigrateURI: p.cfg.MigrateURI,
 			TLS: a.cfg.Migration.TLS, BandwidthMiBs: op.Migrate.BandwidthMiBs},
+		MaxPause: op.Migrate.MaxPause, Allow: op.Migrate.Allow,
 		Deadline: op.Deadline,
 		Progress: func(j maint.Job) {
 			a.progress.Store(op.ID, j)

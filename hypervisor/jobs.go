@@ -151,6 +151,8 @@ func jobOf(kind int32, params []libvirt.TypedParam) maint.Job {
 			pageSize = n
 		case libvirt.DomainJobMemoryIteration:
 			job.Iteration = n
+		case libvirt.DomainJobAutoConvergeThrottle:
+			job.SlowedPercent = int(n)
 		}
 	}
 	job.DirtyPerSecond = dirtyPages * pageSize

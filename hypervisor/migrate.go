@@ -2,6 +2,8 @@ package hypervisor
 
 import (
 	"context"
+	"math"
+	"time"
 
 	"github.com/digitalocean/go-libvirt"
 
@@ -72,6 +74,12 @@ func moveFlags(p maint.MoveParams) libvirt.DomainMigrateFlags {
 	if p.TLS {
 		flags |= libvirt.MigrateTLS
 	}
+	if p.Parallel > 0 {
+		flags |= libvirt.MigrateParallel
+	}
+	if p.Slow {
+		flags |= libvirt.MigrateAutoConverge
+	}
 	return flags
 }
 
@@ -91,5 +99,41 @@ func moveParams(p maint.MoveParams) []libvirt.TypedParam {
 			Value: *libvirt.NewTypedParamValueUllong(p.BandwidthMiBs),
 		})
 	}
+	if p.Parallel > 0 {
+		params = append(params, libvirt.TypedParam{
+			Field: libvirt.MigrateParamParallelConnections,
+			Value: *libvirt.NewTypedParamValueInt(int32(p.Parallel)),
+		})
+	}
 	return params
+}
+
+// SetMaxDowntime lets the domain's running migration end with a pause of so long, in
+// whole milliseconds, at least one. libvirt puts back what was before when that has
+// ended. It wraps maint.ErrNoGuest.
+//
+// Source: virDomainMigrateSetMaxDowntime.
+func (h *Host) SetMaxDowntime(ctx context.Context, uuid string, d time.Duration) error {
+	return h.onDomain(ctx, uuid, func(s *session, dom libvirt.Domain) error {
+		_, err := call(s, "DomainMigrateSetMaxDowntime", func(l *libvirt.Libvirt) (struct{}, error) {
+			return struct{}{}, l.DomainMigrateSetMaxDowntime(dom, uint64(max(1, d.Milliseconds())), 0)
+		})
+		return err
+	})
+}
+
+// maxSpeed is the greatest bandwidth that libvirt takes, MiB/s.
+const maxSpeed = math.MaxInt64 >> 20
+
+// LiftBandwidth takes the limit off the bandwidth of the domain's running migration.
+// It wraps maint.ErrNoGuest.
+//
+// Source: virDomainMigrateSetMaxSpeed.
+func (h *Host) LiftBandwidth(ctx context.Context, uuid string) error {
+	return h.onDomain(ctx, uuid, func(s *session, dom libvirt.Domain) error {
+		_, err := call(s, "DomainMigrateSetMaxSpeed", func(l *libvirt.Libvirt) (struct{}, error) {
+			return struct{}{}, l.DomainMigrateSetMaxSpeed(dom, maxSpeed, 0)
+		})
+		return err
+	})
 }

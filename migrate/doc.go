@@ -10,6 +10,10 @@
 //	verify     exactly one running copy; definition and autostart settled
 //	finish     give up the reservation, write down what was measured
 //
+// Whether a copy comes to its end is for convergence to see to: it starts with a short
+// pause, raises it as what the guest writes demands, and then does what the operator
+// has allowed.
+//
 // What happened is never concluded from an error code: Classify looks at both
 // hosts. Nothing here can destroy, stop or restart a guest; the interfaces it
 // is given have no such call.

@@ -22,6 +22,9 @@ type Engine interface {
 	// the migration goes on.
 	Migrate(ctx context.Context, uuid string, p maint.MoveParams) error
 	AbortJob(ctx context.Context, uuid string) error
+	// SetMaxDowntime and LiftBandwidth change the migration that runs.
+	SetMaxDowntime(ctx context.Context, uuid string, d time.Duration) error
+	LiftBandwidth(ctx context.Context, uuid string) error
 }
 
 // Describer tells what a guest is made of and how its copy gets on.
@@ -90,7 +93,11 @@ type Migration struct {
 	Source      Source
 	Destination Destination
 	Params      maint.MoveParams // Persist is set from the guest itself
-	Log         *slog.Logger
+	// MaxPause is the longest pause that the copy may end with, and Allow what else may
+	// be done for it to end.
+	MaxPause time.Duration
+	Allow    []maint.Means
+	Log      *slog.Logger
 	// Deadline is when the operation was to be over. An agent that comes back
 	// after it sees a copy through, but begins none. Zero is none.
 	Deadline time.Time

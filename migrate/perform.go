@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"belay/agent/maint"
@@ -39,6 +41,11 @@ const (
 	// question to QEMU's main loop, in the middle of the guest's switch-over
 	// too: not often.
 	pollEvery = 500 * time.Millisecond
+	// pollFirst is the same until the copy has begun: the pause it may end with must be
+	// set before it ends.
+	pollFirst = 50 * time.Millisecond
+	// connections is by how many memory is sent where one is not enough.
+	connections = 4
 	// lookFirst is the pause before both hosts are looked at again.
 	lookFirst = 50 * time.Millisecond
 )
@@ -49,6 +56,10 @@ const (
 type attempt struct {
 	Number int  `json:"number"`
 	Over   bool `json:"over,omitempty"`
+	// Means are those with which it is begun, and Again how many copies were cancelled
+	// to be begun anew with more.
+	Means []maint.Means `json:"means,omitempty"`
+	Again int           `json:"again,omitempty"`
 }
 
 // ours reports whether a copy that is running can be the one begun here.
@@ -75,6 +86,7 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 	}
 	defer m.renew(detach, b.Arrival)()
 	begun := false
+	var c *convergence // of the copy that was begun or found
 	for {
 		var now Situation
 		var err error
@@ -103,9 +115,14 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 				}
 			}
 			begun = true
-			m.watch(ctx, detach, nil)
+			c = m.converge(a.Means)
+			_ = m.watch(ctx, detach, nil, c, s) // both hosts tell
 			continue
 		case NotMoved:
+			if c != nil && c.again { // it was given up for a better one
+				a.Means, a.Again = append(a.Means, c.used...), a.Again+1
+				begun, c = false, nil
+			}
 		case Off:
 			return maint.Problemf(maint.CodeGuestOff, "guest "+m.Guest, "start it where it is wanted",
 				"was shut down or stopped on %s while it was to be moved", m.From)
@@ -113,7 +130,7 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 			return m.unsettled(now)
 		}
 		if ctx.Err() != nil {
-			return m.cancelled(ctx)
+			return m.cancelled(ctx, c)
 		}
 		if late := !m.Deadline.IsZero() && time.Now().After(m.Deadline); late && !begun {
 			return maint.Problemf(maint.CodeTimeout, "guest "+m.Guest, "try again",
@@ -123,7 +140,7 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 			return maint.Problemf(maint.CodeFailed, "guest "+m.Guest, "see the libvirt and QEMU logs of both hosts, then try again",
 				"the copy to %s ended without success; the guest runs on %s as before", m.To, m.From)
 		}
-		if a.Number >= maxAttempts {
+		if a.Number-a.Again >= maxAttempts {
 			return maint.Problemf(maint.CodeFailed, "guest "+m.Guest, "see the libvirt and QEMU logs of both hosts, then try again",
 				"%d copies to %s were begun and none succeeded; the guest runs on %s as before", a.Number, m.To, m.From)
 		}
@@ -135,8 +152,14 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 		if err := s.Save(a); err != nil {
 			return err
 		}
-		moveErr := m.copy(ctx, detach, s)
+		c = m.converge(a.Means)
+		moveErr := m.copy(ctx, detach, s, a, c)
 		begun = true
+		if c.slowed > 0 {
+			if err := s.Note("the guest was slowed down by up to %d %% for the copy", c.slowed); err != nil {
+				return err
+			}
+		}
 		if moveErr != nil && !lostSight(moveErr) {
 			a.Over = true
 			if err := s.Save(a); err != nil {
@@ -147,9 +170,9 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 		if err != nil {
 			return err
 		}
-		if now == NotMoved && moveErr != nil {
+		if now == NotMoved && moveErr != nil && !c.again {
 			if ctx.Err() != nil {
-				return m.cancelled(ctx)
+				return m.cancelled(ctx, c)
 			}
 			return maint.Problemf(maint.CodeFailed, "guest "+m.Guest, m.remedy(), "the copy to %s failed: %v; the guest runs on %s as before", m.To, moveErr, m.From)
 		}
@@ -172,7 +195,7 @@ func (m *Migration) untouched(ctx context.Context) error {
 	})
 	switch {
 	case ctx.Err() != nil:
-		return m.cancelled(ctx)
+		return m.cancelled(ctx, nil)
 	case errors.Is(err, maint.ErrNoGuest):
 		return maint.Problemf(maint.CodeUnknownGuest, "guest "+m.Guest, "find out who removed it or moved it away",
 			"has gone from %s before the copy to %s was begun", m.From, m.To)
@@ -226,7 +249,7 @@ func (m *Migration) Cancel(ctx context.Context, s Scratch) error {
 			if !a.ours() {
 				return nil
 			}
-			m.watch(abortCtx, ctx, nil)
+			_ = m.watch(abortCtx, ctx, nil, nil, s) // both hosts tell
 		default:
 			return m.unsettled(now)
 		}
@@ -234,21 +257,30 @@ func (m *Migration) Cancel(ctx context.Context, s Scratch) error {
 }
 
 // copy runs one peer-to-peer migration and watches it to its end.
-func (m *Migration) copy(ctx, detach context.Context, s Scratch) error {
+func (m *Migration) copy(ctx, detach context.Context, s Scratch, a attempt, c *convergence) error {
 	g, err := m.Source.Guest(ctx, m.UUID)
 	if err != nil {
 		return err
 	}
+	p := m.params(g.Persistent)
+	if slices.Contains(a.Means, maint.MeansParallel) {
+		p.Parallel = connections
+	}
+	if slices.Contains(a.Means, maint.MeansBandwidth) {
+		p.BandwidthMiBs = 0
+	}
+	p.Slow = slices.Contains(a.Means, maint.MeansSlow)
 	done := make(chan error, 1)
-	go func() { done <- m.Source.Migrate(detach, m.UUID, m.params(g.Persistent)) }()
-	return m.watch(ctx, detach, done)
+	go func() { done <- m.Source.Migrate(detach, m.UUID, p) }()
+	return m.watch(ctx, detach, done, c, s)
 }
 
-// watch follows the running copy until it ends, and cancels it when ctx ends.
-// done delivers Migrate's result; nil when the Migrate of an agent that was
-// killed is being watched: then the job itself is.
-func (m *Migration) watch(ctx, detach context.Context, done <-chan error) error {
-	tick := time.NewTicker(pollEvery)
+// watch follows the running copy until it ends, sees to it that it does, and cancels
+// it when ctx ends, or for one that is to be better (c.again). done delivers
+// Migrate's result; nil when the Migrate of an agent that was killed is being watched:
+// then the job itself is. A nil c leaves the copy as it is.
+func (m *Migration) watch(ctx, detach context.Context, done <-chan error, c *convergence, s Scratch) error {
+	tick := time.NewTicker(pollFirst)
 	defer tick.Stop()
 	stop, cancelled := ctx.Done(), false
 	for {
@@ -263,7 +295,7 @@ func (m *Migration) watch(ctx, detach context.Context, done <-chan error) error 
 			continue // the job's end takes its time
 		case <-tick.C:
 		}
-		if cancelled {
+		if cancelled || c != nil && c.again {
 			m.abort(detach)
 		}
 		lookCtx, cancel := context.WithTimeout(detach, lookTimeout)
@@ -272,9 +304,49 @@ func (m *Migration) watch(ctx, detach context.Context, done <-chan error) error 
 		switch {
 		case err == nil && job.Active && job.Operation == jobOut: // not what came after it
 			m.Progress(job)
+			if c != nil && !c.again && !cancelled {
+				m.tune(detach, c, job, s)
+			}
+			tick.Reset(pollEvery)
 		case done == nil: // the job is gone, or libvirt is: look at both hosts
 			return err
 		}
+	}
+}
+
+// tune does what has to be done for a copy to come to its end. What libvirt refuses of
+// it, the copy goes on without.
+func (m *Migration) tune(ctx context.Context, c *convergence, job maint.Job, s Scratch) {
+	d := c.next(job)
+	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
+	var err error
+	did := ""
+	if d.pause > 0 {
+		err = m.Source.SetMaxDowntime(ctx, m.UUID, d.pause)
+		did = fmt.Sprintf("it may end with a pause of %s", round(d.pause))
+	}
+	switch d.means {
+	case "":
+	case maint.MeansBandwidth:
+		err = errors.Join(err, m.Source.LiftBandwidth(ctx, m.UUID))
+		did += ", and the limit of its bandwidth is lifted"
+	case maint.MeansParallel:
+		did += fmt.Sprintf(", and it is begun anew, by %d connections", connections)
+	case maint.MeansSlow:
+		did += ", and it is begun anew, with the guest slowed down as far as it must be"
+	}
+	if err != nil {
+		m.Log.Warn("cannot change the copy that runs", "guest", m.Guest, "err", err)
+		did += fmt.Sprintf(" (refused by libvirt: %v)", err)
+	}
+	if d.why != "" {
+		if err := s.Note("the copy does not get on: %s; %s", d.why, strings.TrimPrefix(did, ", and ")); err != nil {
+			m.Log.Error("cannot note what is done to the copy", "guest", m.Guest, "err", err)
+		}
+	}
+	if c.again {
+		m.abort(ctx)
 	}
 }
 
@@ -346,11 +418,17 @@ func (m *Migration) look(ctx context.Context) (here, there *maint.View) {
 	return here, <-remote
 }
 
-func (m *Migration) cancelled(ctx context.Context) error {
+// cancelled is the end of an operation whose time is over, or that is not wanted any
+// more. c is of its last copy, nil where there is none.
+func (m *Migration) cancelled(ctx context.Context, c *convergence) error {
 	if errors.Is(context.Cause(ctx), context.DeadlineExceeded) {
-		return maint.Problemf(maint.CodeTimeout, "guest "+m.Guest,
+		p := maint.Problemf(maint.CodeTimeout, "guest "+m.Guest,
 			"allow more time (--timeout) or bandwidth, or move it when it writes less memory",
 			"the copy to %s did not finish in time and was cancelled; the guest runs on %s as before", m.To, m.From)
+		if c != nil && c.stuck != "" {
+			p.Reason, p.Remedy = p.Reason+": "+c.stuck, c.remedy()
+		}
+		return p
 	}
 	return maint.Problemf(maint.CodeAborted, "guest "+m.Guest, "",
 		"the operation was aborted; the guest runs on %s as before", m.From)

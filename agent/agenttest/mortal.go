@@ -3,6 +3,7 @@ package agenttest
 import (
 	"context"
 	"encoding/json"
+	"time"
 
 	"belay/agent"
 	"belay/agent/maint"
@@ -56,6 +57,16 @@ func (m mortalHost) Migrate(ctx context.Context, uuid string, p maint.MoveParams
 func (m mortalHost) AbortJob(ctx context.Context, uuid string) error {
 	defer m.around("AbortJob")()
 	return m.Hypervisor.AbortJob(ctx, uuid)
+}
+
+func (m mortalHost) SetMaxDowntime(ctx context.Context, uuid string, d time.Duration) error {
+	defer m.around("SetMaxDowntime")()
+	return m.Hypervisor.SetMaxDowntime(ctx, uuid, d)
+}
+
+func (m mortalHost) LiftBandwidth(ctx context.Context, uuid string) error {
+	defer m.around("LiftBandwidth")()
+	return m.Hypervisor.LiftBandwidth(ctx, uuid)
 }
 
 func (m mortalHost) Job(ctx context.Context, uuid string) (maint.Job, error) {

@@ -149,7 +149,14 @@ type Migration struct {
 	Timeout       Duration `toml:"timeout"`
 	BandwidthMiBs uint64   `toml:"bandwidth_mib_s"` // MiB/s; 0 for no limit
 	TLS           bool     `toml:"tls"`             // encrypt guest memory on the wire
+	// MaxPause is the longest pause that a copy may end with, and Allow what may be done
+	// for one that does not end otherwise.
+	MaxPause Duration      `toml:"max_pause"`
+	Allow    []maint.Means `toml:"allow"`
 }
+
+// MaxMigrationPause is the longest that a migration's pause may be allowed to be.
+const MaxMigrationPause = time.Minute
 
 // Journal says how long history is kept.
 type Journal struct {
@@ -175,7 +182,7 @@ func defaults() Config {
 		Access:    Access{Operators: []string{"@libvirt"}, Viewers: []string{"*"}},
 		Libvirt:   Libvirt{URI: "qemu:///system", StateDir: "/var/lib/libvirt/qemu"},
 		Limits:    Limits{MemoryReserve: Size{512 << 20}, MigrationsOut: 4, MigrationsIn: 4},
-		Migration: Migration{Timeout: Duration{30 * time.Minute}},
+		Migration: Migration{Timeout: Duration{30 * time.Minute}, MaxPause: Duration{300 * time.Millisecond}},
 		Hold: Hold{MaxPause: Duration{10 * time.Second}, MaxPauseLimit: Duration{5 * time.Minute},
 			LeashSilence: Duration{3 * time.Second}, CommandsBy: "root"},
 		Events:  Events{Policy: string(maint.PolicyAll)},
@@ -338,6 +345,14 @@ func (c *Config) check() error {
 	}
 	if c.Migration.BandwidthMiBs > maxBandwidth {
 		bad("migration.bandwidth_mib_s", "%d is out of range; it is in MiB/s, 0 means no limit", c.Migration.BandwidthMiBs)
+	}
+	if p := c.Migration.MaxPause.Duration; p < time.Millisecond || p > MaxMigrationPause {
+		bad("migration.max_pause", "%s is not between 1ms and %s", p, MaxMigrationPause)
+	}
+	for _, m := range c.Migration.Allow {
+		if !slices.Contains(maint.AllMeans, m) {
+			bad("migration.allow", "%q is none of %v", m, maint.AllMeans)
+		}
 	}
 	if limit := c.Hold.MaxPauseLimit.Duration; limit < MinPause || limit > maxPause {
 		bad("hold.max_pause_limit", "%s is not between %s and %s", limit, MinPause, maxPause)

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"belay/agent/maint"
 )
 
 // files writes a configuration into a fresh folder and returns its main file,
@@ -53,7 +55,7 @@ func TestDefaults(t *testing.T) {
 		Access:    Access{Operators: []string{"@libvirt"}, Viewers: []string{"*"}},
 		Libvirt:   Libvirt{URI: "qemu:///system", StateDir: "/var/lib/libvirt/qemu"},
 		Limits:    Limits{MemoryReserve: Size{512 << 20}, MigrationsOut: 4, MigrationsIn: 4},
-		Migration: Migration{Timeout: Duration{30 * time.Minute}},
+		Migration: Migration{Timeout: Duration{30 * time.Minute}, MaxPause: Duration{300 * time.Millisecond}},
 		Hold: Hold{MaxPause: Duration{10 * time.Second}, MaxPauseLimit: Duration{5 * time.Minute},
 			LeashSilence: Duration{3 * time.Second}, CommandsBy: "root"},
 		Events:  Events{Policy: "all"},
@@ -95,6 +97,8 @@ migrations_in = 8
 [migration]
 timeout = "1h30m"
 bandwidth_mib_s = 500
+max_pause = "1s"
+allow = ["parallel", "slow"]
 tls = true
 [hold]
 max_pause = "5s"
@@ -141,9 +145,10 @@ libvirt_uri = "qemu+ssh://root@host-c/system"
 		TLS: TLS{CA: "/ca.pem", Cert: "/cert.pem", Key: "/key.pem"},
 		Access: Access{Operators: []string{"ada", "@ops"}, Viewers: []string{},
 			OperatorCerts: []string{"ops-laptop"}, ViewerCerts: []string{"wall"}},
-		Libvirt:   Libvirt{Socket: "/run/libvirt/virtqemud-sock", URI: "qemu:///session", StateDir: "/qemu"},
-		Limits:    Limits{GuestMemory: Size{64 << 30}, MemoryReserve: Size{1 << 40}, MigrationsOut: 1, MigrationsIn: 8},
-		Migration: Migration{Timeout: Duration{90 * time.Minute}, BandwidthMiBs: 500, TLS: true},
+		Libvirt: Libvirt{Socket: "/run/libvirt/virtqemud-sock", URI: "qemu:///session", StateDir: "/qemu"},
+		Limits:  Limits{GuestMemory: Size{64 << 30}, MemoryReserve: Size{1 << 40}, MigrationsOut: 1, MigrationsIn: 8},
+		Migration: Migration{Timeout: Duration{90 * time.Minute}, BandwidthMiBs: 500, TLS: true,
+			MaxPause: Duration{time.Second}, Allow: []maint.Means{maint.MeansParallel, maint.MeansSlow}},
 		Hold: Hold{MaxPause: Duration{5 * time.Second}, MaxPauseLimit: Duration{30 * time.Second},
 			LeashSilence: Duration{2 * time.Second}, KillLibvirt: Duration{4 * time.Second}, CommandsBy: "operators", Leash: "/usr/libexec/leash"},
 		Events: Events{Enabled: true, Policy: "any", Wake: "/etc/belay/wake", Upstream: "http://127.0.0.1:8775", IMDSv1: true, EC2ShowsFreeze: true,
@@ -353,6 +358,8 @@ func TestRefusals(t *testing.T) {
 		{"negative port", "[api]\nmetrics='localhost:-1'", `configuration: api.metrics: "localhost:-1" is not host:port`},
 		{"long socket", "[api]\nsocket='/" + strings.Repeat("x", 107) + "'", "has 108 bytes, a unix socket's path can have 107"},
 		{"host with a line end", `host="a\nb"`, `configuration: host: "a\nb" has spaces or control characters`},
+		{"long pause", "[migration]\nmax_pause='2m'", "configuration: migration.max_pause: 2m0s is not between 1ms and 1m0s"},
+		{"unknown means", "[migration]\nallow=['prayer']", `configuration: migration.allow: "prayer" is none of [bandwidth parallel slow]`},
 		{"much bandwidth", "[migration]\nbandwidth_mib_s=1048577", "configuration: migration.bandwidth_mib_s: 1048577 is out of range"},
 		{"peer without a name", strings.Replace(peer, "host-b", `""`, 1), `configuration: peers: "" is not a name`},
 		{"peer with a line end", strings.Replace(peer, "host-b", `"b\u001b[2J"`, 1), `configuration: peers: "b\x1b[2J" is not a name`},

@@ -153,6 +153,9 @@ type Job struct {
 	BytesPerSecond uint64        `json:"bytes_per_second"`
 	DirtyPerSecond uint64        `json:"dirty_bytes_per_second"` // page rate × page size
 	Iteration      uint64        `json:"iteration"`              // passes over memory
+	// SlowedPercent is by how much the guest's vCPUs are slowed down for the copy
+	// (auto-converge).
+	SlowedPercent int `json:"slowed_percent,omitempty"`
 }
 
 // MoveParams says how a live migration is to be performed
@@ -169,6 +172,11 @@ type MoveParams struct {
 	TLSName string `json:"tls_name,omitempty"`
 	// BandwidthMiBs limits the memory stream, in MiB/s; 0 is no limit.
 	BandwidthMiBs uint64 `json:"bandwidth_mib_s,omitempty"`
+	// Parallel is by how many connections memory is sent; 0 is one.
+	Parallel int `json:"parallel,omitempty"`
+	// Slow has QEMU slow the guest's vCPUs down, more and more, while it writes more
+	// than can be sent (auto-converge).
+	Slow bool `json:"slow,omitempty"`
 	// SameHost says that source and destination are on one host: a disk that
 	// is opened through the host's page cache, or is a local file, is then the
 	// same for both (VIR_MIGRATE_UNSAFE).

@@ -53,10 +53,30 @@ type MigrateRequest struct {
 	Timeout time.Duration `json:"timeout_ns,omitempty"`
 	// BandwidthMiBs limits the memory stream, in MiB/s; 0 is no limit.
 	BandwidthMiBs uint64 `json:"bandwidth_mib_s,omitempty"`
-	Reason        string `json:"reason,omitempty"`
+	// MaxPause is the longest pause that the copy may end with, as far as can be
+	// foreseen. 0 is the host's default.
+	MaxPause time.Duration `json:"max_pause_ns,omitempty"`
+	// Allow is what may be done to a copy that does not come to its end otherwise;
+	// nil is the host's default, and empty nothing.
+	Allow  []Means `json:"allow"`
+	Reason string  `json:"reason,omitempty"`
 	// Emergency waives the guest's notice, and says why.
 	Emergency string `json:"emergency,omitempty"`
 }
+
+// Means is what may be done to a copy that does not come to its end because the guest
+// writes faster than the network takes it.
+type Means string
+
+// The means, in the order in which they are tried: the least impact on the guest first.
+const (
+	MeansBandwidth Means = "bandwidth" // lift the limit of the copy's bandwidth
+	MeansParallel  Means = "parallel"  // copy again, by several connections
+	MeansSlow      Means = "slow"      // copy again, and slow the guest's vCPUs down
+)
+
+// AllMeans are all, in order.
+var AllMeans = []Means{MeansBandwidth, MeansParallel, MeansSlow}
 
 // Op is an operation: the fold of its records.
 type Op struct {

@@ -17,6 +17,7 @@ import (
 func (a *app) migrateCmd() *cobra.Command {
 	var r maint.MigrateRequest
 	var detach bool
+	var allow []string
 	var wait time.Duration
 	c := &cobra.Command{
 		Use: "migrate GUEST --to HOST", Short: "Live-migrate a guest to a peer host", Args: exactly("a GUEST (name or UUID)"),
@@ -31,6 +32,12 @@ runs where it ran before. Ctrl-C detaches: the migration goes on.`,
 				return err
 			}
 			r.Guest = args[0]
+			if c.Flags().Changed("allow") {
+				r.Allow = []maint.Means{}
+				for _, m := range allow {
+					r.Allow = append(r.Allow, maint.Means(m))
+				}
+			}
 			if r.To == "" {
 				return usage("belay migrate needs --to HOST")
 			}
@@ -48,6 +55,8 @@ runs where it ran before. Ctrl-C detaches: the migration goes on.`,
 	f.StringVar(&r.To, "to", "", "the peer host, as belayd's configuration names it")
 	f.DurationVar(&r.Timeout, "timeout", 0, "cancel the copy after this time, the guest stays (default: belayd's migration.timeout)")
 	f.Uint64Var(&r.BandwidthMiBs, "bandwidth", 0, "limit for the memory stream in MiB/s (default: belayd's migration.bandwidth_mib_s)")
+	f.DurationVar(&r.MaxPause, "max-pause", 0, "longest pause that the copy may end with; it ends with a shorter one if the guest writes little enough (default: belayd's migration.max_pause)")
+	f.StringSliceVar(&allow, "allow", nil, "what may be done if the guest writes faster than the network takes it, tried in this order: bandwidth (lift the limit), parallel (copy anew by several connections), slow (copy anew and slow the guest down) (default: belayd's migration.allow)")
 	f.StringVar(&r.Reason, "reason", "", "why, for the record")
 	emergencyFlag(f, &r.Emergency)
 	f.BoolVar(&detach, "detach", false, "print the operation's ID and return at once")

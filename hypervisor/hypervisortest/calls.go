@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"belay/agent/maint"
 	"belay/hypervisor"
@@ -205,6 +206,29 @@ func (h *Host) AbortJob(ctx context.Context, uuid string) error {
 			return struct{}{}, fmt.Errorf("cannot abort the job of %s: %w", g.Name, hypervisor.ErrIncoming)
 		}
 		return struct{}{}, h.failed("DomainAbortJob", 0, "no job to abort", maint.ErrNoJob)
+	})
+	return err
+}
+
+// SetMaxDowntime lets the guest's migration end with a pause of so long.
+func (h *Host) SetMaxDowntime(ctx context.Context, uuid string, d time.Duration) error {
+	_, err := onGuest(ctx, h, "SetMaxDowntime", uuid, func(g *guest) (struct{}, error) {
+		if g.out != nil {
+			g.out.pause = d
+		}
+		return struct{}{}, nil
+	})
+	return err
+}
+
+// LiftBandwidth takes the limit off the guest's migration, which goes on also if it
+// was held.
+func (h *Host) LiftBandwidth(ctx context.Context, uuid string) error {
+	_, err := onGuest(ctx, h, "LiftBandwidth", uuid, func(g *guest) (struct{}, error) {
+		if g.out != nil {
+			g.out.params.BandwidthMiBs, g.out.lifted = 0, true
+		}
+		return struct{}{}, nil
 	})
 	return err
 }

@@ -79,6 +79,7 @@ func Contract(t *testing.T, env Env) {
 		{"MovePaused", testMovePaused},
 		{"MoveNowhere", testMoveNowhere},
 		{"MoveNameTaken", testMoveNameTaken},
+		{"MidCopyTuned", testMidCopyTuned},
 		{"MidCopyAbort", testMidCopyAbort},
 		{"MidCopyCallerLeaves", testMidCopyCallerLeaves},
 		{"MidCopyDestinationQEMUKilled", testMidCopyDestinationQEMUKilled},

@@ -96,6 +96,8 @@ func testUnknownGuest(t *testing.T, env Env) {
 			"AbortJob":         func() error { return h.AbortJob(ctx, uuid) },
 			"DryRun":           func() error { return h.DryRun(ctx, uuid, maint.MoveParams{DestURI: env.B.URI()}) },
 			"Migrate":          func() error { return h.Migrate(ctx, uuid, maint.MoveParams{DestURI: env.B.URI()}) },
+			"SetMaxDowntime":   func() error { return h.SetMaxDowntime(ctx, uuid, time.Second) },
+			"LiftBandwidth":    func() error { return h.LiftBandwidth(ctx, uuid) },
 			"SetAutostart":     func() error { return h.SetAutostart(ctx, uuid, true) },
 			"SetNote":          func() error { return h.SetNote(ctx, uuid, "x") },
 			"Note":             func() error { _, err := h.Note(ctx, uuid); return err },

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	"belay/agent/maint"
 	"belay/hypervisor"
@@ -52,9 +53,21 @@ func testMove(t *testing.T, env Env) {
 	w.want(t, "b started migrated", "a suspended migrated", "b resumed migrated", "a stopped migrated")
 
 	// and back, over the definition's absence
-	must(t, env.B.Hypervisor().Migrate(ctx, uuid, maint.MoveParams{DestURI: env.A.URI(), Persist: true}))
+	must(t, env.B.Hypervisor().Migrate(ctx, uuid, maint.MoveParams{DestURI: env.A.URI(), Persist: true, Parallel: 2, Slow: true}))
 	wantState(t, env.A, uuid, maint.GuestRunning, "migrated")
 	wantGone(t, env.B, uuid)
+}
+
+// testMidCopyTuned: a copy that a limit holds comes to its end when that is lifted.
+func testMidCopyTuned(t *testing.T, env Env) {
+	h, ctx := env.A.Hypervisor(), t.Context()
+	uuid := newGuest(t, env, "tuned")
+	m := startMove(t, env, uuid)
+	must(t, h.SetMaxDowntime(ctx, uuid, 200*time.Millisecond))
+	must(t, h.LiftBandwidth(ctx, uuid))
+	must(t, m.wait(t))
+	wantState(t, env.B, uuid, maint.GuestRunning, "migrated")
+	wantGone(t, env.A, uuid)
 }
 
 func testMoveTransient(t *testing.T, env Env) {

@@ -24,6 +24,8 @@ type Hypervisor interface {
 	DryRun(ctx context.Context, uuid string, p maint.MoveParams) error
 	Migrate(ctx context.Context, uuid string, p maint.MoveParams) error
 	AbortJob(ctx context.Context, uuid string) error
+	SetMaxDowntime(ctx context.Context, uuid string, d time.Duration) error
+	LiftBandwidth(ctx context.Context, uuid string) error
 	Job(ctx context.Context, uuid string) (maint.Job, error)
 	CompletedJob(ctx context.Context, uuid string) (maint.Job, error)
 	SetAutostart(ctx context.Context, uuid string, on bool) error

@@ -23,8 +23,12 @@ type migration struct {
 	phase      Phase
 	pass       int
 	started    time.Time
-	wasPaused  bool // it arrives paused, too
-	sourceGone bool // its QEMU died on the source: nothing to go back to
+	pause      time.Duration // with which it may end
+	lifted     bool          // it is not held any more
+	slowed     int           // the guest, per cent
+	sent, left uint64        // bytes, at the end of the last pass
+	wasPaused  bool          // it arrives paused, too
+	sourceGone bool          // its QEMU died on the source: nothing to go back to
 
 	err  error
 	over bool
@@ -109,6 +113,7 @@ func (h *Host) begin(uuid string, p maint.MoveParams) (*migration, error) {
 	m := &migration{
 		src: h, dst: dst, uuid: uuid, params: p, copy: h.w.copy,
 		phase: PhaseCopying, pass: 1, started: time.Now(),
+		pause: 300 * time.Millisecond, left: g.MemoryBytes, // QEMU's default
 		wasPaused: g.State == maint.GuestPaused,
 		done:      make(chan struct{}),
 	}
@@ -133,7 +138,7 @@ func reachable(a, b *Host) bool { return !a.cut && !b.cut }
 func (m *migration) run() {
 	m.src.w.entered(m.uuid, PhaseCopying)
 	for {
-		if !m.wait(m.copy.Step) {
+		if !m.wait(m.takes()) {
 			return
 		}
 		if m.passDone() {
@@ -173,11 +178,56 @@ func (m *migration) wait(d time.Duration) bool {
 	}
 }
 
+// takes is how long a pass over memory does.
+func (m *migration) takes() time.Duration {
+	m.src.w.mu.Lock()
+	defer m.src.w.mu.Unlock()
+	if m.copy.Writes == (Writes{}) {
+		return m.copy.Step
+	}
+	return max(time.Millisecond, seconds(m.left, m.network()))
+}
+
+// network is how many bytes a second it takes.
+func (m *migration) network() uint64 {
+	n := m.copy.Writes.Network
+	if m.params.Parallel > 1 {
+		n *= 2
+	}
+	if limit := m.params.BandwidthMiBs << 20; limit > 0 {
+		n = min(n, limit)
+	}
+	return n
+}
+
+func seconds(bytes, perSecond uint64) time.Duration {
+	return time.Duration(float64(bytes) / float64(perSecond) * float64(time.Second))
+}
+
+// writes is how many bytes a second the guest does.
+func (m *migration) writes() uint64 {
+	return m.copy.Writes.PerSecond * uint64(100-m.slowed) / 100
+}
+
 // passDone counts a pass over memory and says whether it was the last.
 func (m *migration) passDone() bool {
 	m.src.w.mu.Lock()
 	defer m.src.w.mu.Unlock()
-	if !m.src.hold && m.pass >= m.copy.Passes {
+	held := m.src.hold && !m.lifted
+	if m.copy.Writes == (Writes{}) {
+		if !held && m.pass >= m.copy.Passes {
+			return true
+		}
+		m.pass++
+		return false
+	}
+	written := min(m.copy.Writes.WorkingSet, uint64(seconds(m.left, m.network()).Seconds()*float64(m.writes())))
+	if m.params.Slow && m.pass > 1 && written > m.left/2 {
+		m.slowed = min(99, max(20, m.slowed+10)) // QEMU's cpu-throttle-initial, -increment
+	}
+	m.sent, m.left = m.sent+m.left, written
+	if rest := seconds(m.left, m.network()); !held && rest <= m.pause {
+		m.copy.Blackout = rest
 		return true
 	}
 	m.pass++
@@ -281,13 +331,21 @@ func (m *migration) finish(err error) {
 // later one a quarter of the one before.
 func (m *migration) stats() maint.Job {
 	total := m.src.guests[m.uuid].MemoryBytes
+	elapsed := time.Since(m.started)
+	if m.copy.Writes != (Writes{}) {
+		return maint.Job{
+			Active: true, Operation: "migration out", State: "unbounded",
+			Elapsed: elapsed, Setup: time.Millisecond, Downtime: m.pause,
+			MemoryTotal: total, MemorySent: m.sent, MemoryLeft: m.left, Iteration: uint64(m.pass),
+			BytesPerSecond: m.network(), DirtyPerSecond: m.writes(), SlowedPercent: m.slowed,
+		}
+	}
 	var sent uint64
 	left := total
 	for range m.pass {
 		sent += left
 		left /= 4
 	}
-	elapsed := time.Since(m.started)
 	job := maint.Job{
 		Active: true, Operation: "migration out", State: "unbounded",
 		Elapsed: elapsed, Setup: time.Millisecond, Downtime: m.copy.Blackout,

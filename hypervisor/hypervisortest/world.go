@@ -30,6 +30,17 @@ type Copy struct {
 	Passes   int           // over memory, before the guest is suspended; 3
 	Step     time.Duration // each pass; 100 ms
 	Blackout time.Duration // suspended to resumed; 50 ms
+
+	// Writes, unless zero, has the copy depend on what the guest writes instead: it
+	// ends when a pass leaves no more than can be sent in the longest pause.
+	Writes Writes
+}
+
+// Writes is what a guest writes while it is copied, and what takes it.
+type Writes struct {
+	PerSecond  uint64 // bytes
+	WorkingSet uint64 // bytes
+	Network    uint64 // takes so many bytes a second; by several connections twice as many
 }
 
 // Call is a call to a host, for OnCall.
@@ -84,6 +95,7 @@ func (w *World) SetCopy(c Copy) {
 		Passes:   cmp.Or(c.Passes, 3),
 		Step:     cmp.Or(c.Step, 100*time.Millisecond),
 		Blackout: cmp.Or(c.Blackout, 50*time.Millisecond),
+		Writes:   c.Writes,
 	}
 }
 

@@ -1,0 +1,138 @@
+package migrate
+
+import (
+	"fmt"
+	"slices"
+	"time"
+
+	"belay/agent/maint"
+)
+
+const (
+	// firstPause is the pause that a copy may end with at first. Most guests write so
+	// little that it does, a pass or two later than with a longer one.
+	firstPause = 50 * time.Millisecond
+	// getsOn is how much a pass over the guest's memory leaves, at most, of what the one
+	// before did, where the copy gets on.
+	getsOn = 0.9
+	// spare is kept between what a pass leaves behind and what a pause has room for,
+	// and growth is by how much the pause is raised at least.
+	spare, growth = 1.25, 1.5
+	// patience is for how long a copy is watched at least before more is done.
+	patience = 1500 * time.Millisecond
+)
+
+// convergence sees to it that one copy comes to its end: that a pass over the guest's
+// memory leaves no more behind than can be sent while the guest is paused. It starts
+// with a short pause, and raises it only as what the guest writes shows that it must, up
+// to the longest allowed; then it does what else is allowed, one after the other.
+//
+// It is told the copy's statistics, in order, and decides; it does nothing by itself.
+type convergence struct {
+	maxPause time.Duration
+	allowed  []maint.Means // what may still be done, the least impact first
+	used     []maint.Means // what was done to this copy, or is to be done to the next
+	again    bool          // it is cancelled, to be begun anew
+
+	pause  time.Duration // the longest that the copy may end with now; 0: not set yet
+	passes []pass        // that have been seen since something was done last
+	since  time.Duration // when that was, by the copy's clock
+	slowed int           // the most that the guest was slowed by, per cent
+	stuck  string        // why it does not end as it is, for people
+}
+
+// pass is one over the guest's memory.
+type pass struct {
+	number uint64
+	left   uint64 // the most that was seen to be left in it, bytes
+}
+
+// decision is what to do to a copy.
+type decision struct {
+	pause time.Duration // not 0: let it end with a pause of so long
+	means maint.Means   // not "": do that
+	why   string        // with the numbers; "" where nothing is to be done
+}
+
+// converge is for a copy that is begun with some means already. Others are tried in the
+// order of maint.AllMeans.
+func (m *Migration) converge(with []maint.Means) *convergence {
+	c := &convergence{maxPause: m.MaxPause}
+	limited := m.Params.BandwidthMiBs > 0 && !slices.Contains(with, maint.MeansBandwidth)
+	for _, means := range maint.AllMeans {
+		switch {
+		case !slices.Contains(m.Allow, means) || slices.Contains(with, means):
+		case means == maint.MeansBandwidth && !limited:
+		case means == maint.MeansParallel && limited && !slices.Contains(c.allowed, maint.MeansBandwidth):
+			// More connections bring no more through a limit.
+		default:
+			c.allowed = append(c.allowed, means)
+		}
+	}
+	return c
+}
+
+// next is told the copy as it is now.
+func (c *convergence) next(j maint.Job) decision {
+	c.slowed = max(c.slowed, j.SlowedPercent)
+	if c.pause == 0 {
+		c.pause = min(firstPause, c.maxPause)
+		return decision{pause: c.pause}
+	}
+	// The first pass is over all memory, and says nothing of what the guest writes.
+	if j.Iteration < 2 || j.BytesPerSecond == 0 {
+		return decision{}
+	}
+	if n := len(c.passes); n > 0 && c.passes[n-1].number == j.Iteration {
+		c.passes[n-1].left = max(c.passes[n-1].left, j.MemoryLeft)
+		return decision{}
+	}
+	c.passes = append(c.passes, pass{j.Iteration, j.MemoryLeft})
+	n := len(c.passes)
+	if n < 3 || j.Elapsed-c.since < patience { // the latest has only begun
+		return decision{}
+	}
+	c.passes = c.passes[n-3:]
+	first, second := c.passes[0].left, c.passes[1].left
+	if float64(second) < getsOn*float64(first) {
+		c.stuck = ""
+		return decision{}
+	}
+	least := min(first, second)
+	needs := time.Duration(float64(least) / float64(j.BytesPerSecond) * float64(time.Second))
+	c.stuck = fmt.Sprintf("it writes %s/s and the network takes %s/s, so that each pass over its memory leaves at least %s, which take %s",
+		mib(j.DirtyPerSecond), mib(j.BytesPerSecond), mib(least), round(needs))
+	if c.slowed > 0 {
+		c.stuck += fmt.Sprintf(", although it is slowed by %d %%", c.slowed)
+	}
+	var d decision
+	if c.pause < c.maxPause {
+		d.pause = min(c.maxPause, max(time.Duration(spare*float64(needs)), time.Duration(growth*float64(c.pause))))
+		c.pause = d.pause
+	}
+	// A pause that would have to be longer than the longest need not be tried.
+	if (d.pause == 0 || needs > c.maxPause) && len(c.allowed) > 0 {
+		d.means, c.allowed = c.allowed[0], c.allowed[1:]
+		c.used, c.again = append(c.used, d.means), d.means != maint.MeansBandwidth
+	}
+	if d == (decision{}) {
+		return d // it may write less later; the operation's time ends it
+	}
+	d.why, c.passes, c.since = c.stuck, nil, j.Elapsed
+	return d
+}
+
+// remedy is for a copy that did not come to its end in time.
+func (c *convergence) remedy() string {
+	return fmt.Sprintf("allow a longer pause (--max-pause, now %s) or more means (--allow, of %v), or move it when it writes less", round(c.maxPause), maint.AllMeans)
+}
+
+func mib(bytes uint64) string { return fmt.Sprintf("%.1f MiB", float64(bytes)/(1<<20)) }
+
+// round leaves a duration as many digits as people want.
+func round(d time.Duration) time.Duration {
+	if d > 10*time.Second {
+		return d.Round(time.Second)
+	}
+	return d.Round(time.Millisecond)
+}
