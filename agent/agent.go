@@ -73,6 +73,7 @@ type Journal interface {
 	Reservation(id maint.OpID) (maint.Reservation, bool)
 	Records(id maint.OpID) ([]maint.Record, error)
 	Scheduled() maint.Scheduled
+	Cordon() *maint.Cordon
 	Changed() <-chan struct{}
 	Health() error
 	Prune(before time.Time) (int, error)

@@ -25,7 +25,7 @@ const maxName = 255
 
 // Greeting introduces this host to a peer.
 func (a *Agent) Greeting(context.Context) (api.Greeting, error) {
-	return api.Greeting{Host: a.view.last.Load().host, Version: a.version, Now: time.Now()}, nil
+	return api.Greeting{Host: a.view.last.Load().host, Version: a.version, Now: time.Now(), Cordoned: a.journal.Cordon() != nil}, nil
 }
 
 // Check lists why a guest cannot come here.
@@ -46,6 +46,10 @@ func (a *Agent) Check(ctx context.Context, from string, r maint.Arrival) ([]main
 	room := migrate.Room{Host: host, Guests: guests, Reservations: kept,
 		MemoryLimit: a.cfg.Limits.GuestMemory.Bytes, MemoryReserve: a.cfg.Limits.MemoryReserve.Bytes}
 	ps := migrate.CheckArrival(ctx, r, room, a.hyp)
+	if c := a.journal.Cordon(); c != nil {
+		ps = append(ps, *maint.Problemf(maint.CodeCordoned, "host "+a.cfg.Host, "choose another host, or have it take guests in again (belay uncordon, there)",
+			"takes no guests in: it was cordoned by %s at %s%s", c.By, c.Since.Format(time.RFC3339), because(c.Reason)))
+	}
 	all, _ := a.elsewhere()
 	for _, e := range all {
 		if !e.Open && (e.is(r.Guest) || e.is(r.GuestUUID)) {

@@ -68,7 +68,7 @@ func (p *peer) ask(ctx context.Context) maint.PeerStatus {
 	if err != nil {
 		s.Error = err.Error()
 	} else {
-		s.OK, s.HostUUID, s.Version = true, g.Host.UUID, g.Version
+		s.OK, s.HostUUID, s.Version, s.Cordoned = true, g.Host.UUID, g.Version, g.Cordoned
 		// The peer read its clock half a round trip ago, give or take that.
 		s.ClockOffset = g.Now.Sub(begun.Add(s.Latency / 2))
 	}

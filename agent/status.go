@@ -17,7 +17,7 @@ func (a *Agent) Status(context.Context) (maint.Status, error) {
 	now := time.Now()
 	s := maint.Status{Version: a.version, Since: a.since, Now: now, Host: snap.host,
 		Guests: make(map[maint.GuestState]int), Operations: []maint.Op{}, Peers: []maint.PeerStatus{},
-		Reservations: a.journal.Reservations(now), Conditions: a.conditions(snap)}
+		Reservations: a.journal.Reservations(now), Cordon: a.journal.Cordon(), Conditions: a.conditions(snap)}
 	s.Host.Name = a.cfg.Host
 	if s.Reservations == nil {
 		s.Reservations = []maint.Reservation{}

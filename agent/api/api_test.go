@@ -45,6 +45,8 @@ var endpoints = []struct {
 	{"POST", "/v1/campaigns/{id}/book", `{"guest":"web-1","at":"2026-12-01T02:00:00Z"}`, "operator", "BookCampaign ID web-1 false me"},
 	{"POST", "/v1/campaigns/{id}/defer", `{"guest":"web-1"}`, "operator", "DeferCampaign ID web-1"},
 	{"POST", "/v1/campaigns/{id}/close", "", "operator", "CloseCampaign ID"},
+	{"PUT", "/v1/cordon", `{"reason":"disk"}`, "operator", "Cordon disk me"},
+	{"DELETE", "/v1/cordon", "", "operator", "Uncordon me"},
 	{"GET", "/v1/clocks", "", "viewer operator", "Clock "},
 	{"POST", "/v1/clocks", "", "operator", "SyncClock  me"},
 	{"POST", "/v1/ops/{id}/abort", "", "operator", "Abort ID me"},

@@ -140,6 +140,16 @@ func (c *Client) Abort(ctx context.Context, id maint.OpID) (op maint.Op, err err
 	return op, c.call(ctx, "POST", opPath(id)+"/abort", nil, &op)
 }
 
+// Cordon has the host take no guests in.
+func (c *Client) Cordon(ctx context.Context, reason string) (k maint.Cordon, err error) {
+	return k, c.call(ctx, "PUT", "/v1/cordon", Reason{reason}, &k)
+}
+
+// Uncordon has it take guests in again.
+func (c *Client) Uncordon(ctx context.Context) error {
+	return c.call(ctx, "DELETE", "/v1/cordon", nil, nil)
+}
+
 // Watch calls f with the operation now and after every change until it has
 // ended, then returns it as it ended.
 func (c *Client) Watch(ctx context.Context, id maint.OpID, f func(maint.Op)) (maint.Op, error) {

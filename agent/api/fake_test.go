@@ -86,6 +86,12 @@ func (f *fakeAgent) Migrate(_ context.Context, by string, r maint.MigrateRequest
 	return maint.Op{ID: "mig-1", By: by, Guest: r.Guest, Peer: r.To}, f.called("Migrate", by)
 }
 
+func (f *fakeAgent) Cordon(_ context.Context, by, reason string) (maint.Cordon, error) {
+	return maint.Cordon{By: by, Reason: reason}, f.called("Cordon "+reason, by)
+}
+
+func (f *fakeAgent) Uncordon(_ context.Context, by string) error { return f.called("Uncordon", by) }
+
 func (f *fakeAgent) Hold(_ context.Context, by string, r maint.HoldRequest) (maint.Op, error) {
 	return maint.Op{ID: "hold-1", By: by, Hold: &r}, f.called("Hold", by)
 }

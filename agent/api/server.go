@@ -42,6 +42,9 @@ type Operations interface {
 	// cost it, and what stands in the way.
 	ReplaceChoices(ctx context.Context, guest string) ([]maint.VMMChoice, error)
 	Abort(ctx context.Context, by string, id maint.OpID) (maint.Op, error)
+	// Cordon has the host take no guests in, until Uncordon. Either may be done over.
+	Cordon(ctx context.Context, by, reason string) (maint.Cordon, error)
+	Uncordon(ctx context.Context, by string) error
 }
 
 // Events are the guests' scheduled events.
@@ -121,6 +124,8 @@ type Greeting struct {
 	Host    maint.Host `json:"host"`
 	Version string     `json:"version"`
 	Now     time.Time  `json:"now"`
+	// Cordoned: the host takes no guests in.
+	Cordoned bool `json:"cordoned,omitempty"`
 }
 
 // Agent is everything that the API serves.
@@ -202,6 +207,10 @@ func routes(a Agent) []route {
 			return with(r, func(q Booking) (any, error) { return a.DeferCampaign(r.Context(), campaignID(r), q.Guest) })
 		}},
 		{"POST", "/v1/campaigns/{id}/close", operators, func(r *http.Request, _ Caller) (any, error) { return a.CloseCampaign(r.Context(), campaignID(r)) }},
+		{"PUT", "/v1/cordon", operators, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q Reason) (any, error) { return a.Cordon(r.Context(), c.Name, q.Reason) })
+		}},
+		{"DELETE", "/v1/cordon", operators, func(r *http.Request, c Caller) (any, error) { return nil, a.Uncordon(r.Context(), c.Name) }},
 		{"GET", "/v1/clocks", viewers, func(r *http.Request, _ Caller) (any, error) {
 			return a.Clock(r.Context(), r.URL.Query().Get("guest"))
 		}},

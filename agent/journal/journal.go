@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/binary"
 	"encoding/json"
@@ -34,6 +35,7 @@ type Journal struct {
 	ops       map[maint.OpID]*maint.Op
 	reserved  map[maint.OpID]maint.Reservation
 	scheduled maint.Scheduled
+	cordon    *maint.Cordon // nil: the host takes guests in
 	last      uint64
 	changed   chan struct{} // closed and replaced at every append
 	failed    error         // the last append's error, nil when it worked
@@ -170,7 +172,12 @@ func (j *Journal) Append(recs ...maint.Record) error {
 			}
 			continue
 		}
-		if isReservation(recs[i].Kind) {
+		if recs[i].Kind == maint.RecCordoned {
+			if err := json.Unmarshal(recs[i].Data, new(maint.Cordon)); err != nil {
+				return fmt.Errorf("cannot read a cordon: %w", err)
+			}
+		}
+		if isReservation(recs[i].Kind) || isCordon(recs[i].Kind) {
 			continue
 		}
 		op := trial[recs[i].Op]
@@ -218,6 +225,10 @@ func isReservation(k maint.RecordKind) bool {
 	return k == maint.RecReserved || k == maint.RecReleased
 }
 
+func isCordon(k maint.RecordKind) bool {
+	return k == maint.RecCordoned || k == maint.RecUncordoned
+}
+
 // apply folds one durable record into the state. j.mu is held, or j is not
 // shared yet.
 func (j *Journal) apply(r maint.Record) error {
@@ -234,6 +245,16 @@ func (j *Journal) apply(r maint.Record) error {
 		return nil
 	case maint.RecEvent:
 		return j.foldScheduled(r)
+	case maint.RecCordoned:
+		c := new(maint.Cordon)
+		if err := json.Unmarshal(r.Data, c); err != nil {
+			return fmt.Errorf("cordon of this host: %w", err)
+		}
+		j.cordon = c
+		return nil
+	case maint.RecUncordoned:
+		j.cordon = nil
+		return nil
 	}
 	op := j.ops[r.Op]
 	if op == nil {
@@ -297,6 +318,13 @@ func (j *Journal) Reservation(id maint.OpID) (maint.Reservation, bool) {
 	return r, ok
 }
 
+// Cordon returns why the host takes no guests in; nil: it does.
+func (j *Journal) Cordon() *maint.Cordon {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.cordon // never changed
+}
+
 // Records returns the records of an operation, oldest first; of all when id
 // is "".
 func (j *Journal) Records(id maint.OpID) ([]maint.Record, error) {
@@ -346,6 +374,7 @@ func (j *Journal) Prune(t time.Time) (int, error) {
 	}
 	// The destination has no other record of a move than its reservation:
 	// the live ones stay, of the others the records older than t go.
+	var lastCordon uint64 // the one that says how it is now stays
 	events := newCompaction(t, time.Now().Add(-eventsApart))
 	stale := func(r maint.Record) bool {
 		if isReservation(r.Kind) {
@@ -357,7 +386,7 @@ func (j *Journal) Prune(t time.Time) (int, error) {
 	n := 0
 	err := j.db.Update(func(tx *bbolt.Tx) error {
 		b := tx.Bucket(bucket)
-		var keys [][]byte // deleting under a cursor makes it skip
+		var keys, cordons [][]byte // deleting under a cursor makes it skip
 		err := b.ForEach(func(k, v []byte) error {
 			var r maint.Record
 			if err := json.Unmarshal(v, &r); err != nil {
@@ -366,13 +395,24 @@ func (j *Journal) Prune(t time.Time) (int, error) {
 			if r.Kind == maint.RecEvent {
 				return events.add(r)
 			}
-			if stale(r) {
+			switch {
+			case isCordon(r.Kind):
+				if r.Time.Before(t) {
+					cordons = append(cordons, slices.Clone(k))
+				}
+				lastCordon = r.Seq
+			case stale(r):
 				keys = append(keys, slices.Clone(k))
 			}
 			return nil
 		})
 		if err != nil {
 			return err
+		}
+		for _, k := range cordons {
+			if !bytes.Equal(k, key(lastCordon)) {
+				keys = append(keys, k)
+			}
 		}
 		for _, seq := range events.old {
 			keys = append(keys, key(seq))

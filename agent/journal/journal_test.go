@@ -251,3 +251,55 @@ func TestFullDisk(t *testing.T) {
 	}
 	j.Close()
 }
+
+// Whether the host takes guests in outlives restarts, and what is pruned.
+func TestCordon(t *testing.T) {
+	dir := t.TempDir()
+	reopen := func(j *Journal) *Journal {
+		t.Helper()
+		if err := j.Close(); err != nil {
+			t.Fatal(err)
+		}
+		j, err := Open(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return j
+	}
+	j, err := Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c := j.Cordon(); c != nil {
+		t.Fatalf("a new journal has %+v", c)
+	}
+	for i, reason := range []string{"disks", "fans", "", "cables"} {
+		r := maint.Record{Kind: maint.RecUncordoned}
+		if reason != "" {
+			r = maint.Record{Kind: maint.RecCordoned, Data: data(maint.Cordon{By: "root", Reason: reason})}
+		}
+		if err := j.Append(r); err != nil {
+			t.Fatal(err)
+		}
+		for _, prune := range []bool{false, true} {
+			if prune {
+				if _, err := j.Prune(time.Now().Add(time.Hour)); err != nil {
+					t.Fatal(err)
+				}
+				if all, err := j.Records(""); err != nil || len(all) != 1 {
+					t.Errorf("%d: %d records are left, %v", i, len(all), err)
+				}
+			}
+			j = reopen(j)
+			if c := j.Cordon(); (c == nil) != (reason == "") || c != nil && c.Reason != reason {
+				t.Errorf("%d, pruned %t: %+v, want %q", i, prune, c, reason)
+			}
+		}
+	}
+	if err := j.Append(maint.Record{Kind: maint.RecCordoned, Data: []byte("[]")}); err == nil {
+		t.Error("what cannot be read is written down")
+	}
+	if err := j.Close(); err != nil {
+		t.Fatal(err)
+	}
+}

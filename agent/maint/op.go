@@ -163,6 +163,8 @@ const (
 	RecReserved   RecordKind = "reserved"    // room kept for an arriving guest; Data is the Reservation
 	RecReleased   RecordKind = "released"    // that room was given up
 	RecEvent      RecordKind = "event"       // scheduled events; Data is the EventChange
+	RecCordoned   RecordKind = "cordoned"    // the host takes no guests in; Data is the Cordon
+	RecUncordoned RecordKind = "uncordoned"  // and does again; By asked for it
 )
 
 // Record is one line of the journal: a fact or an intent, on disk before

@@ -37,6 +37,7 @@ const (
 	CodeHypervisorDown   Code = "libvirt-unreachable"
 	CodeBusy             Code = "guest-busy"
 	CodeHostBusy         Code = "host-busy"
+	CodeCordoned         Code = "cordoned"
 	CodeGuestOff         Code = "guest-off"
 	CodeGuestPaused      Code = "guest-paused"
 	CodeGuestState       Code = "guest-state"

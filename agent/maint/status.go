@@ -13,8 +13,18 @@ type Status struct {
 	Operations   []Op               `json:"operations"`
 	Reservations []Reservation      `json:"reservations"`
 	Peers        []PeerStatus       `json:"peers"`
+	// Cordon says why the host takes no guests in; nil: it does.
+	Cordon *Cordon `json:"cordon,omitempty"`
 	// Conditions are what is wrong with this host now; empty is healthy.
 	Conditions []Condition `json:"conditions"`
+}
+
+// Cordon says that a host takes no guests in. Those that are there, or on their way,
+// are left alone.
+type Cordon struct {
+	Since  time.Time `json:"since"`
+	By     string    `json:"by"` // "root", "cert:ops-laptop"
+	Reason string    `json:"reason,omitempty"`
 }
 
 // PeerStatus is how a peer was last found.
@@ -29,6 +39,8 @@ type PeerStatus struct {
 	ClockOffset time.Duration `json:"clock_offset_ns,omitempty"`
 	HostUUID    string        `json:"host_uuid,omitempty"`
 	Version     string        `json:"version,omitempty"`
+	// Cordoned: it takes no guests in.
+	Cordoned bool `json:"cordoned,omitempty"`
 }
 
 // Condition is something that is wrong with a host for the time being.

@@ -38,8 +38,11 @@ func printStatus(w io.Writer, s maint.Status) {
 	row(w, "guests", dash(strings.Join(guests, ", ")))
 	for _, p := range s.Peers {
 		state := "answers in " + span(p.Latency)
-		if !p.OK {
+		switch {
+		case !p.OK:
 			state = p.Error
+		case p.Cordoned:
+			state += ", takes no guests in (cordoned)"
 		}
 		row(w, "peer", fmt.Sprintf("%s (%s): %s", p.Name, p.Address, state))
 	}
@@ -48,6 +51,9 @@ func printStatus(w io.Writer, s maint.Status) {
 	}
 	for _, r := range s.Reservations {
 		row(w, "expected", fmt.Sprintf("%s from %s, %s", r.Guest, r.From, bytes(r.MemoryBytes)))
+	}
+	if c := s.Cordon; c != nil {
+		row(w, "cordoned", fmt.Sprintf("takes no guests in since %s, by %s%s", clock(c.Since), c.By, because(c.Reason)))
 	}
 	if len(s.Conditions) == 0 {
 		row(w, "health", "good")

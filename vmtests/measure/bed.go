@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"time"
 
+	"belay/agent/maint"
 	"belay/vmtests/cluster"
 	"belay/vmtests/guest"
 	"belay/vmtests/lab"
@@ -72,6 +73,10 @@ type Bed struct {
 	Guest    *guest.Guest
 	Observer *observer.Observer
 	Bin      cluster.Binaries
+	// BandwidthMiBs limits the moves by either tool; 0 is no limit.
+	BandwidthMiBs uint64
+	// Allow is what Belay may do for a guest that writes too fast.
+	Allow []maint.Means
 
 	at    int // index in Cluster.Nodes of the host where the guest is
 	first Proof

@@ -52,7 +52,14 @@ func (b *Bed) Belay(ctx context.Context) (Move, error) {
 	return b.move(ctx, Belay, func(ctx context.Context, from, to *cluster.Node, m *Move) error {
 		var op maint.Op
 		begin := time.Now()
-		err := from.BelayJSON(ctx, &op, "migrate", b.name(), "--to", to.Name)
+		args := []string{"migrate", b.name(), "--to", to.Name}
+		if b.BandwidthMiBs > 0 {
+			args = append(args, "--bandwidth", fmt.Sprint(b.BandwidthMiBs))
+		}
+		for _, means := range b.Allow {
+			args = append(args, "--allow", string(means))
+		}
+		err := from.BelayJSON(ctx, &op, args...)
 		m.Total = time.Since(begin)
 		switch {
 		case err != nil:
@@ -76,7 +83,11 @@ func VirshArgs(guest, destination string) []string {
 func (b *Bed) Virsh(ctx context.Context) (Move, error) {
 	return b.move(ctx, Virsh, func(ctx context.Context, from, to *cluster.Node, m *Move) error {
 		begin := time.Now()
-		_, err := from.Virsh(ctx, VirshArgs(b.name(), to.PeerURI(b.Lab.TLS))...)
+		args := VirshArgs(b.name(), to.PeerURI(b.Lab.TLS))
+		if b.BandwidthMiBs > 0 {
+			args = append(args, "--bandwidth", fmt.Sprint(b.BandwidthMiBs))
+		}
+		_, err := from.Virsh(ctx, args...)
 		m.Total = time.Since(begin)
 		if err != nil {
 			return err
@@ -148,4 +159,18 @@ func (m *Move) parse(stats string) error {
 		set(n)
 	}
 	return nil
+}
+
+// Abort ends a migration that a tool has left behind, and returns when there is none.
+func (b *Bed) Abort(ctx context.Context) error {
+	_, _ = b.At().Virsh(ctx, "domjobabort", b.name()) // it may have ended by itself
+	for {
+		out, err := b.At().Virsh(ctx, "domjobinfo", b.name())
+		if err != nil || strings.Contains(out, "None") {
+			return err
+		}
+		if err := pause(ctx, 100*time.Millisecond); err != nil {
+			return err
+		}
+	}
 }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"time"
 
+	"belay/agent/maint"
 	"belay/vmtests/cluster"
 	"belay/vmtests/lab"
 	"belay/vmtests/measure"
@@ -14,14 +15,16 @@ import (
 // loads are what the guest does while it is moved.
 func loads() []load {
 	return []load{
-		{"idle guest (heartbeats only)", 0},
-		{"guest that dirties 20 MiB/s", 20},
+		{"idle guest (heartbeats only)", 0, 0},
+		{"guest that dirties 20 MiB/s", 20, 0},
+		{"guest that dirties 60 % of a bandwidth of 40 MiB/s", 24, 40},
 	}
 }
 
 type load struct {
-	name string
-	rate float64 // MiB/s
+	name      string
+	rate      float64 // MiB/s
+	bandwidth uint64  // MiB/s; 0: no limit
 }
 
 // workingSet is what the guest dirties, MiB.
@@ -42,6 +45,7 @@ func benchMigrate(ctx context.Context, bin cluster.Binaries, rounds int) (err er
 		if err := b.Dirty(ctx, l.rate, workingSet); err != nil {
 			return err
 		}
+		b.BandwidthMiBs = l.bandwidth
 		heading("live migration, %s, %d moves by each, alternating, medians (min to max)", l.name, rounds)
 		if _, err := b.Virsh(ctx); err != nil { // warms both hosts up
 			return err
@@ -70,5 +74,46 @@ func benchMigrate(ctx context.Context, bin cluster.Binaries, rounds int) (err er
 		}
 		line("proved after", "boot ID, memory checksums, one copy, definition")
 	}
-	return nil
+	return benchTooFast(ctx, b)
+}
+
+const (
+	// tooFast is what a guest dirties, and slowLink what takes it, MiB/s.
+	tooFast, slowLink = 60, 20
+	// given is how long each tool has for that.
+	given = 2 * time.Minute
+)
+
+// benchTooFast moves a guest that writes faster than the network takes it: virsh in the
+// time given, and Belay with the guest slowed down.
+func benchTooFast(ctx context.Context, b *measure.Bed) error {
+	if err := b.Dirty(ctx, tooFast, workingSet); err != nil {
+		return err
+	}
+	b.BandwidthMiBs, b.Allow = slowLink, []maint.Means{maint.MeansSlow}
+	heading("a guest that dirties %d MiB/s over %d MiB/s, each tool once, %s given", tooFast, slowLink, given)
+	in, cancel := context.WithTimeout(ctx, given)
+	defer cancel()
+	switch m, err := b.Virsh(in); {
+	case err == nil:
+		line(measure.Virsh, "moved it in %s, outage %s", m.Total.Round(time.Millisecond), m.Outage.Round(time.Millisecond))
+	case in.Err() == nil:
+		return err
+	default:
+		line(measure.Virsh, "has not moved it")
+		if err := b.Abort(ctx); err != nil {
+			return err
+		}
+	}
+	m, err := b.Belay(ctx)
+	if err != nil {
+		return err
+	}
+	line(measure.Belay, "moved it in %s, outage %s", m.Total.Round(time.Millisecond), m.Outage.Round(time.Millisecond))
+	for _, s := range m.Op.Steps {
+		for _, n := range s.Notes {
+			line("  as it says", "%s", n)
+		}
+	}
+	return b.Prove(ctx)
 }
