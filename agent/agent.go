@@ -88,6 +88,7 @@ type Agent struct {
 	log     *slog.Logger
 	hyp     Hypervisor
 	journal Journal
+	turns   turns
 	peers   map[string]*peer
 	since   time.Time
 	metrics *metrics
@@ -120,7 +121,7 @@ type liveOp struct{ abort context.CancelCauseFunc }
 func New(cfg config.Config, version string, hyp Hypervisor, j Journal, b Preserve, tlsConfig *tls.Config, log *slog.Logger) *Agent {
 	a := &Agent{cfg: cfg, version: version, log: log, hyp: hyp, journal: j, preserve: b,
 		since: time.Now(), requests: make(chan func()),
-		peers: make(map[string]*peer), live: make(map[maint.OpID]*liveOp)}
+		peers: make(map[string]*peer), live: make(map[maint.OpID]*liveOp), turns: turns{taken: make(map[maint.OpID]bool)}}
 	a.life, a.endLife = context.WithCancel(context.Background())
 	a.keeper = newKeeper(a)
 	a.view = newInventory(hyp, log)

@@ -81,7 +81,10 @@ func (a *Agent) told(op maint.Op, effect string, steps []run.Step) []run.Step {
 		if err := look(ctx, s); err != nil {
 			return err
 		}
-		return a.announce(ctx, op, s)
+		if err := a.announce(ctx, op, s); err != nil {
+			return err
+		}
+		return a.turn(ctx, op)
 	}}}, steps...)
 }
 

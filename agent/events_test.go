@@ -403,3 +403,81 @@ func awaitInventory(t *testing.T, ctx context.Context, n *agenttest.Node, guests
 		}
 	}
 }
+
+// Many guests can have their notice at once, and are moved as many at a time as may be.
+func TestTurns(t *testing.T) {
+	t.Parallel()
+	w := agenttest.New(t, quiet(t), func(c *config.Config) { telling(c); c.Limits.MigrationsOut = 1 }, "a", "b")
+	node := w.Nodes[0]
+	ctx := ctxFor(t, patience)
+	var ops []maint.OpID
+	for _, name := range []string{"web-1", "web-2", "web-3"} {
+		node.Host.PutGuest(name)
+		op, err := node.Client.Migrate(ctx, maint.MigrateRequest{Guest: name, To: "b"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ops = append(ops, op.ID)
+	}
+	events := awaitEvents(t, ctx, node, many(3))
+	node.Host.HoldCopies()
+	started := func(n int) func([]maint.ScheduledEvent) bool {
+		return func(all []maint.ScheduledEvent) bool {
+			return len(slices.DeleteFunc(slices.Clone(all), func(e maint.ScheduledEvent) bool { return e.State != maint.EventStarted })) == n
+		}
+	}
+	for _, e := range events {
+		if _, err := node.Client.ApproveEvent(ctx, e.ID, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	awaitEvents(t, ctx, node, started(1))
+	node.Kill()
+	node.Restart()
+	awaitEvents(t, ctx, node, started(1))
+	waiting, copying := 0, 0
+	for _, id := range ops {
+		op, err := node.Client.Op(ctx, id)
+		if err != nil || op.State != maint.OpRunning {
+			t.Fatalf("%+v, %v", op, err)
+		}
+		if op.Step == "announce" {
+			waiting++
+		} else {
+			copying++
+		}
+	}
+	if waiting != 2 || copying != 1 {
+		t.Errorf("%d wait for their turn, and %d are being moved", waiting, copying)
+	}
+	node.Host.ReleaseCopies()
+	for _, id := range ops {
+		if op := await(t, ctx, node, id); op.Outcome != maint.OutcomeDone {
+			t.Errorf("%s: %s: %+v", op.Guest, op.Outcome, op.Problems)
+		}
+	}
+	if n := most(w, ops); n != 1 {
+		t.Errorf("%d were moved at a time", n)
+	}
+}
+
+// most is how many of the operations were at work at a time, after their notice.
+func most(w *agenttest.World, ops []maint.OpID) (n int) {
+	var spans [][2]time.Time
+	for _, id := range ops {
+		op, err := w.Nodes[0].Client.Op(context.Background(), id)
+		if err == nil && len(op.Steps) > 1 {
+			spans = append(spans, [2]time.Time{op.Steps[1].Started, op.Ended})
+		}
+	}
+	for _, s := range spans {
+		at := 0
+		for _, o := range spans {
+			if !o[0].After(s[0]) && o[1].After(s[0]) {
+				at++
+			}
+		}
+		n = max(n, at)
+	}
+	return n
+}

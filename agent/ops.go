@@ -74,7 +74,6 @@ func (a *Agent) admit(what string, op maint.Op) error {
 	if a.life.Err() != nil {
 		return maint.Problemf(maint.CodeShuttingDown, "belayd on "+a.cfg.Host, "try again in a moment", "is shutting down")
 	}
-	same := 0
 	for id := range a.live {
 		running, _ := a.journal.Op(id)
 		if running.State == maint.OpEnded { // whoever watched it knows before the loop does
@@ -82,9 +81,6 @@ func (a *Agent) admit(what string, op maint.Op) error {
 		}
 		if recovers(op) && running.Step == phaseAnnounce {
 			continue // that waits for it, see awaitRecoveries
-		}
-		if running.Kind == op.Kind {
-			same++
 		}
 		if about := inCommon(op, running); about != "" {
 			return refuse(what, maint.Problemf(maint.CodeBusy, about,
@@ -107,8 +103,11 @@ func (a *Agent) admit(what string, op maint.Op) error {
 			}
 		}
 	}
+	a.turns.mu.Lock()
+	same := a.atWork(op.Kind)
+	a.turns.mu.Unlock()
 	switch most := a.most(op.Kind); {
-	case same < most:
+	case same < most, op.Told: // it waits for its turn, see turn
 	case op.Kind == maint.OpMigrate:
 		return refuse(what, maint.Problemf(maint.CodeHostBusy, "host "+a.cfg.Host,
 			"wait for one to end (belay ops list), or raise limits.migrations_out",
