@@ -176,11 +176,11 @@ func (b Board) Startable(now time.Time, id maint.EventID) (at time.Time, err err
 		at = least
 	}
 	if e.Approval != nil {
-		at = e.Announced
+		at = now
 	}
 	for _, w := range e.Listeners {
-		if w.Ready.IsZero() && w.Until.After(at) {
-			at = w.Until
+		if until := announced.Add(w.Until.Sub(e.Announced)); w.Ready.IsZero() && until.After(at) {
+			at = until
 		}
 	}
 	return at, nil

@@ -75,3 +75,63 @@ func TestClockSetBetweenTwoBelayds(t *testing.T) {
 		}
 	}
 }
+
+// Who is to start by an approval, or when a program has had its time, does so by the
+// time that has passed, however the clock was set while no belayd lived.
+func TestClockSetBetweenTwoBelaydsOfListener(t *testing.T) {
+	now := time.Now()
+	for _, set := range []time.Duration{time.Hour, -24 * time.Hour} {
+		for _, test := range []struct {
+			wait, passed time.Duration // 0: there is no program
+			starts       bool
+		}{
+			{0, time.Minute, true},
+			{30 * time.Minute, 29 * time.Minute, false},
+			{30 * time.Minute, 31 * time.Minute, true},
+		} {
+			kept := &memory{t: t}
+			k := New(kept, maint.NewScheduled(), nil)
+			k.Follow(Boot{ID: "this", Since: func() time.Duration { return time.Hour }})
+			if test.wait > 0 {
+				if err := k.Listen(t.Context(), web(1).UUID, maint.Listener{Name: "db", Timeout: test.wait}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			announce(t, k, Announcement{ID: "e", Impact: maint.ImpactFreeze, Guests: []maint.EventGuest{web(1)}})
+			next := New(&memory{t: t}, kept.again(), nil)
+			next.now = func() time.Time { return now.Round(0).Add(test.passed + set) }
+			next.Follow(Boot{ID: "this", Since: func() time.Duration { return time.Hour + test.passed }})
+			if err := next.Approve(t.Context(), web(1).UUID, "e"); err != nil {
+				t.Fatal(err)
+			}
+			if err := start(next, "e", maint.ImpactFreeze, nil); (err == nil) != test.starts {
+				t.Errorf("the clock was set by %s, %s of %s have passed: %v", set, test.passed, test.wait, err)
+			}
+		}
+	}
+}
+
+// A clock that is far behind after a boot, until it is put right, holds up no event
+// for longer than its notice.
+func TestClockBehindAfterBoot(t *testing.T) {
+	now := time.Now()
+	kept := &memory{t: t}
+	k := New(kept, maint.NewScheduled(), nil)
+	k.Follow(Boot{ID: "before", Since: func() time.Duration { return time.Hour }})
+	if err := k.Listen(t.Context(), web(1).UUID, maint.Listener{Name: "db", Timeout: time.Minute}); err != nil {
+		t.Fatal(err)
+	}
+	announce(t, k, Announcement{ID: "e", Impact: maint.ImpactFreeze, Guests: []maint.EventGuest{web(1)}})
+	k = New(kept, kept.again(), nil)
+	k.now = func() time.Time { return time.Unix(0, 0) }
+	k.Follow(Boot{ID: "this", Since: func() time.Duration { return time.Minute }})
+	if err := k.Ready(t.Context(), web(1).UUID, "db", "e"); err != nil {
+		t.Fatal(err)
+	}
+	k = New(kept, kept.again(), nil)
+	k.now = func() time.Time { return now.Round(0).Add(17 * time.Minute) }
+	k.Follow(Boot{ID: "this", Since: func() time.Duration { return 17 * time.Minute }})
+	if err := start(k, "e", maint.ImpactFreeze, nil); err != nil {
+		t.Error(err)
+	}
+}

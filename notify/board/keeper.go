@@ -66,7 +66,8 @@ func (k *Keeper) Follow(b Boot) {
 func (k *Keeper) stamp(c maint.EventChange) {
 	for i := range c.Events {
 		if e := &c.Events[i]; k.boot.ID != "" && e.State == maint.EventScheduled && e.Boot != k.boot.ID {
-			e.Boot, e.AnnouncedAt = k.boot.ID, k.boot.Since()-k.now().Sub(e.Announced)
+			// One of another boot, or host, goes by a clock that may have been ahead.
+			e.Boot, e.AnnouncedAt = k.boot.ID, k.boot.Since()-max(k.now().Sub(e.Announced), 0)
 		}
 	}
 }
