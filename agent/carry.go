@@ -94,10 +94,13 @@ func (a *Agent) adopt(ctx context.Context, s maint.Settlement) error {
 	}
 	// An operation of this host announces what it does, and waits for that; nobody
 	// else adds to it. What no operation has announced nobody would end.
-	g.Events = slices.DeleteFunc(slices.Clone(g.Events), func(e maint.ScheduledEvent) bool {
+	events := slices.DeleteFunc(slices.Clone(g.Events), func(e maint.ScheduledEvent) bool {
 		_, own := a.journal.Op(e.Op)
 		return !e.State.Over() && (own || e.Op == "")
 	})
+	if len(events) < len(g.Events) {
+		g.Events, g.Incarnation = events, g.Incarnation+1 // it knows its document with them
+	}
 	return a.keeper.Do(func(b board.Board, now time.Time) (maint.EventChange, error) { return b.Adopt(now, g), nil })
 }
 

@@ -2,8 +2,10 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"log/slog"
 	"testing"
+	"time"
 
 	"belay/agent/config"
 	"belay/agent/journal"
@@ -42,5 +44,33 @@ func TestSettleOnOlderHost(t *testing.T) {
 	to := &older{}
 	if err := (carrying{to, a}).Settle(t.Context(), maint.Settlement{Op: "mig-1", GuestUUID: "u"}); err != nil || to.settled != 1 {
 		t.Errorf("%v, settled %d times", err, to.settled)
+	}
+}
+
+// A guest that comes back without an event of an operation of this host does not find
+// the number under which another host has shown it that.
+func TestArrivesWithoutOwnEvents(t *testing.T) {
+	w := hypervisortest.NewWorld()
+	defer w.Close()
+	j, err := journal.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer j.Close()
+	op, err := json.Marshal(maint.Op{ID: "hold-1", Kind: maint.OpHold})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := j.Append(maint.Record{Kind: maint.RecAccepted, Op: "hold-1", Data: op}); err != nil {
+		t.Fatal(err)
+	}
+	a := New(config.Config{Host: "a"}, "test", w.AddHost("a", hypervisortest.HostOptions{}), j, Preserve{}, nil, slog.New(slog.DiscardHandler))
+	events := &maint.GuestEvents{UUID: "u", Incarnation: 7, Events: []maint.ScheduledEvent{{ID: "e", Impact: maint.ImpactFreeze, State: maint.EventScheduled,
+		Op: "hold-1", Guests: []maint.EventGuest{{UUID: "u", Name: "web-1"}}, Announced: time.Now()}}}
+	if err := a.adopt(t.Context(), maint.Settlement{Op: "mig-1", GuestUUID: "u", Events: events}); err != nil {
+		t.Fatal(err)
+	}
+	if d, _ := a.keeper.Document("u"); len(d.Events) > 0 || d.Incarnation == events.Incarnation {
+		t.Errorf("it is shown %+v, and knows %d with an event", d, events.Incarnation)
 	}
 }

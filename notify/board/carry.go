@@ -47,7 +47,7 @@ func only(e maint.ScheduledEvent, guest string) maint.ScheduledEvent {
 // known better here stays.
 func (b Board) Adopt(now time.Time, g maint.GuestEvents) maint.EventChange {
 	c := maint.EventChange{Incarnations: make(map[string]uint64)}
-	open := false
+	open := len(b.open()[g.UUID]) > 0 // it was told here before its own came
 	if g.Incarnation > maxIncarnation {
 		g.Incarnation = 0 // no host has counted that far
 	}

@@ -101,3 +101,21 @@ func TestAdoptedIncarnationGoesOn(t *testing.T) {
 		}
 	}
 }
+
+// A guest that was told something here before its document came does not find that
+// under the number that it knows.
+func TestAdoptedAfterAnnouncement(t *testing.T) {
+	t.Parallel()
+	now := time.Now()
+	b := Board{Scheduled: maint.NewScheduled()}
+	c, err := b.Announce(now, Announcement{ID: "e", Impact: maint.ImpactFreeze, Guests: []maint.EventGuest{web(1)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.Fold(c)
+	known := b.incarnation(web(1).UUID) + 1000 // by a clock that is ahead
+	b.Fold(b.Adopt(now, maint.GuestEvents{UUID: web(1).UUID, Incarnation: known}))
+	if got := b.incarnation(web(1).UUID); got <= known {
+		t.Errorf("it knows %d with no event, and is shown %d with one", known, got)
+	}
+}
