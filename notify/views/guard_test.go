@@ -138,6 +138,21 @@ func TestRates(t *testing.T) {
 			want(t, ask(h, "GET", azureNow, ""), 400, "*")
 		}
 		want(t, serve(h, get()), 429, "*")
+		// What is not here is counted as well, apart from what is.
+		time.Sleep(time.Second)
+		for range 2 {
+			want(t, ask(h, "GET", "/nowhere", ""), 404, "*")
+			r := get()
+			r.Host = "evil.example"
+			want(t, serve(h, r), 403, "*")
+		}
+		want(t, ask(h, "PUT", "/nowhere", ""), 404, "*")
+		begun := time.Now()
+		want(t, ask(h, "GET", "/nowhere", ""), 429, "*")
+		if time.Since(begun) != heldUp {
+			t.Errorf("one too many for what is not here is answered after %s", time.Since(begun))
+		}
+		want(t, serve(h, get()), 200, "*")
 	})
 }
 

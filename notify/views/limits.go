@@ -13,7 +13,7 @@ import (
 
 // Limits are what one guest may take up. What is zero has its default.
 type Limits struct {
-	Get  Rate // requests that read; 5 a second, 20 at once
+	Get  Rate // requests that read and, apart from these, for what is not here; 5 a second, 20 at once
 	Post Rate // requests to approve, that a program is ready, and for tokens; 5 a second, 20 at once
 	Poll Rate // long polls; 5 a second, 20 at once
 	// Keep is requests that the host keeps on disk for long, however often they are
@@ -59,6 +59,7 @@ const (
 	kindPost
 	kindPoll
 	kindKeep
+	kindNone // for what is not here: as many as those that read, and not at their cost
 	kinds
 )
 
@@ -91,7 +92,7 @@ func (h *Handler) clientOf(guest string) *client {
 	cl := h.clients[guest]
 	if cl == nil {
 		cl = &client{drained: make(chan struct{})}
-		for k, r := range [kinds]Rate{kindGet: h.limits.Get, kindPost: h.limits.Post, kindPoll: h.limits.Poll, kindKeep: h.limits.Keep} {
+		for k, r := range [kinds]Rate{kindGet: h.limits.Get, kindPost: h.limits.Post, kindPoll: h.limits.Poll, kindKeep: h.limits.Keep, kindNone: h.limits.Get} {
 			cl.buckets[k] = rate.NewLimiter(rate.Limit(r.PerSecond), r.Burst)
 		}
 		h.clients[guest] = cl

@@ -117,18 +117,14 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refuse(http.StatusNotFound, "not found").write(w, r)
 		return
 	}
-	if !ourHost(r.Host) {
-		refuse(http.StatusForbidden, "this is not the host that was asked for: ask "+notify.Address).write(w, r)
-		return
-	}
 	theirs := h.upstream != nil && !claimed(r.URL.Path)
 	v := route(r)
-	if v == nil && !theirs {
-		refuse(http.StatusNotFound, "not found").write(w, r)
-		return
-	}
 	q, err := parseQuery(r.URL.RawQuery)
-	cl, draining, admitted := h.admit(guest, kindOf(r, &q))
+	k, stray := kindOf(r, &q), !ourHost(r.Host)
+	if stray || v == nil && !theirs {
+		k = kindNone
+	}
+	cl, draining, admitted := h.admit(guest, k)
 	defer h.leave(cl)
 	if draining {
 		w.Header().Set("Connection", "close")
@@ -138,9 +134,15 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.holdUp(r.Context())
 		busy().write(w, r)
 		return
+	case stray:
+		refuse(http.StatusForbidden, "this is not the host that was asked for: ask "+notify.Address).write(w, r)
+		return
 	case theirs:
 		r.Body = http.MaxBytesReader(w, r.Body, upstreamBody)
 		h.upstream.ServeHTTP(w, r)
+		return
+	case v == nil:
+		refuse(http.StatusNotFound, "not found").write(w, r)
 		return
 	case err != nil:
 		refuse(http.StatusBadRequest, err.Error()).write(w, r)
