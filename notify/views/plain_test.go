@@ -285,3 +285,22 @@ func TestEndOnFastPath(t *testing.T) {
 		})
 	}
 }
+
+// unable is a listener that cannot accept.
+type unable struct{ net.Listener }
+
+func (unable) Accept() (net.Conn, error) { return nil, errors.ErrUnsupported }
+
+// TestServeClosesListener: nobody waits for one that is served no longer.
+func TestServeClosesListener(t *testing.T) {
+	in, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := NewServer(handler(t, newWorld())).Serve(unable{in}); !errors.Is(err, errors.ErrUnsupported) {
+		t.Errorf("it ends with %v", err)
+	}
+	if err := in.Close(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("the listener was open: %v", err)
+	}
+}

@@ -68,14 +68,15 @@ func NewServer(h *Handler) *Server {
 }
 
 // Serve answers who comes by a listener, until Shutdown or Close: then its error is
-// http.ErrServerClosed.
+// http.ErrServerClosed. It closes the listener.
 func (s *Server) Serve(in net.Listener) error {
 	s.mu.Lock()
 	ended := s.ended
 	s.in = append(s.in, in)
 	s.mu.Unlock()
+	defer in.Close()
 	if ended {
-		return errors.Join(http.ErrServerClosed, in.Close())
+		return http.ErrServerClosed
 	}
 	odd := &begun{addr: in.Addr(), conns: make(chan net.Conn), closed: make(chan struct{})}
 	var full sync.WaitGroup
