@@ -20,6 +20,8 @@ const (
 	plainHead = 2 << 10
 	// plainHeaders is how many headers it has at most.
 	plainHeaders = 16
+	// plainKept is how much of an answer's room is kept for the next at most, bytes.
+	plainKept = 4 << 10
 	// lingerTime is for how long a connection that we close takes in what was sent:
 	// closed with that unread, it would be reset, and the answer lost.
 	lingerTime = 500 * time.Millisecond
@@ -226,5 +228,8 @@ func (a *plainAnswer) send(to net.Conn) error {
 	_, err := a.out.WriteTo(to)
 	clear(a.header)
 	a.status, a.body = 0, a.body[:0]
+	if a.out.Cap() > plainKept {
+		a.body, a.out = nil, bytes.Buffer{}
+	}
 	return err
 }

@@ -286,6 +286,24 @@ func TestEndOnFastPath(t *testing.T) {
 	}
 }
 
+// TestLongAnswerIsNotKept: what waits for the next request holds no room for such as
+// the last.
+func TestLongAnswerIsNotKept(t *testing.T) {
+	here, there := net.Pipe()
+	defer here.Close()
+	go func() { _, _ = io.Copy(io.Discard, there) }()
+	a := plainAnswer{header: make(http.Header)}
+	for _, test := range []struct{ long, most int }{{100, plainKept}, {1 << 20, 0}} {
+		refuse(http.StatusOK, strings.Repeat("x", test.long)).write(&a, new(http.Request))
+		if err := a.send(here); err != nil {
+			t.Fatal(err)
+		}
+		if kept := max(cap(a.body), a.out.Cap()); kept > test.most {
+			t.Errorf("of an answer of %d bytes %d are kept", test.long, kept)
+		}
+	}
+}
+
 // unable is a listener that cannot accept.
 type unable struct{ net.Listener }
 
