@@ -20,9 +20,13 @@ type answer struct {
 	json   func() []byte // makes the body, when it is known to be needed
 	ctype  string
 	etag   string // as in the header; "": it has none
-	allow  string // the methods, with 405
-	retry  bool   // ask again in a second
-	close  bool   // and end the connection
+	// number is that of a document, and numbered says that there is one: the answer to
+	// the same request is the same until the guest's document has another.
+	number   uint64
+	numbered bool
+	allow    string // the methods, with 405
+	retry    bool   // ask again in a second
+	close    bool   // and end the connection
 }
 
 // refuse answers with a reason for people to read.
@@ -51,7 +55,8 @@ func (c *call) numbered(form string, incarnation uint64, content func() any) ans
 		}
 		return last.body
 	}
-	return answer{status: http.StatusOK, json: body, ctype: typeJSON, etag: strconv.Quote(strconv.FormatUint(incarnation, 10))}
+	return answer{status: http.StatusOK, json: body, ctype: typeJSON, etag: strconv.Quote(strconv.FormatUint(incarnation, 10)),
+		number: incarnation, numbered: true}
 }
 
 // rendered is a document as a guest was shown it.

@@ -66,16 +66,19 @@ func (s *Server) converse(conn net.Conn) (rest net.Conn) {
 			c.n = n
 			end = c.end()
 		}
-		if end < 0 || !c.understand(c.buf[:end]) {
+		again := end > 0 && string(c.buf[:end]) == c.head
+		if end < 0 || !again && !c.understand(c.buf[:end]) {
 			return c.rest()
 		}
 		c.n = copy(c.buf[:], c.buf[end:c.n])
-		s.Handler.ServeHTTP(&c.w, c.r)
-		closes := c.w.header.Get("Connection") == "close"
+		if !again || c.w.same == nil || !c.w.same() {
+			c.w.clear()
+			s.Handler.ServeHTTP(&c.w, c.r)
+		}
 		if conn.SetWriteDeadline(time.Now().Add(answerTime)) != nil || c.w.send(conn) != nil {
 			return nil
 		}
-		if closes {
+		if c.w.closes {
 			if closeWrite(conn) == nil && s.await(conn, lingerTime) {
 				_, _ = io.Copy(io.Discard, conn) // until the guest hangs up, or the time is over
 			}
@@ -99,11 +102,8 @@ func (c *plainConn) rest() net.Conn {
 	return &begunConn{Conn: c.Conn, read: bytes.Clone(c.buf[:c.n])}
 }
 
-// understand reads the head of a request, unless it is that of the last.
+// understand reads the head of a request.
 func (c *plainConn) understand(head []byte) bool {
-	if string(head) == c.head {
-		return true
-	}
 	c.head = string(head)
 	return c.parse(c.head)
 }
@@ -180,7 +180,10 @@ type plainAnswer struct {
 	header http.Header
 	status int
 	body   []byte
-	out    bytes.Buffer
+	out    bytes.Buffer // all of it, as it was sent
+	date   time.Time    // in out
+	closes bool         // the connection
+	same   func() bool  // not nil: it is the answer again, if that says so
 }
 
 func (a *plainAnswer) Header() http.Header { return a.header }
@@ -200,18 +203,50 @@ func (a *plainAnswer) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// send sends the answer, and makes room for the next.
+func (a *plainAnswer) keep(same func() bool) { a.same = same }
+
+// clear makes room for another answer.
+func (a *plainAnswer) clear() {
+	clear(a.header)
+	a.status, a.body, a.same = 0, a.body[:0], nil
+	a.out.Reset()
+	if a.out.Cap() > plainKept {
+		a.body, a.out = nil, bytes.Buffer{}
+	}
+}
+
+const plainDate = "Date: "
+
+// send sends the answer, or what was sent once more.
 func (a *plainAnswer) send(to net.Conn) error {
 	if a.status == 0 {
 		return errors.New("the request was not answered")
 	}
-	a.out.Reset()
+	now := time.Now().UTC().Truncate(time.Second)
+	switch {
+	case a.out.Len() == 0:
+		a.write(now)
+	case !now.Equal(a.date):
+		all := a.out.Bytes()
+		now.AppendFormat(all[:bytes.Index(all, []byte(plainDate))+len(plainDate)], http.TimeFormat) // which is as long
+		a.date = now
+	}
+	_, err := to.Write(a.out.Bytes())
+	if a.same == nil || a.out.Len() > plainKept {
+		a.clear()
+	}
+	return err
+}
+
+// write makes the answer what is sent.
+func (a *plainAnswer) write(now time.Time) {
+	a.date, a.closes = now, a.header.Get("Connection") == "close"
 	a.out.WriteString("HTTP/1.1 ")
 	a.out.WriteString(strconv.Itoa(a.status))
 	a.out.WriteByte(' ')
 	a.out.WriteString(http.StatusText(a.status))
-	a.out.WriteString("\r\nDate: ")
-	a.out.Write(time.Now().UTC().AppendFormat(a.out.AvailableBuffer(), http.TimeFormat))
+	a.out.WriteString("\r\n" + plainDate)
+	a.out.Write(now.AppendFormat(a.out.AvailableBuffer(), http.TimeFormat))
 	a.out.WriteString("\r\n")
 	for name, values := range a.header {
 		for _, v := range values {
@@ -225,11 +260,4 @@ func (a *plainAnswer) send(to net.Conn) error {
 	}
 	a.out.WriteString("\r\n")
 	a.out.Write(a.body)
-	_, err := a.out.WriteTo(to)
-	clear(a.header)
-	a.status, a.body = 0, a.body[:0]
-	if a.out.Cap() > plainKept {
-		a.body, a.out = nil, bytes.Buffer{}
-	}
-	return err
 }

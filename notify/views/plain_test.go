@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"belay/agent/maint"
 	"belay/notify"
 )
 
@@ -125,6 +126,10 @@ func TestBothPaths(t *testing.T) {
 		s, c, in := talk(t, handler(t, busyWorld()))
 		fmt.Fprint(c, request+"\r\n")
 		status, fast := answered(t, in)
+		fmt.Fprint(c, request+"\r\n")
+		if _, again := answered(t, in); again != fast {
+			t.Errorf("%s: answered\n%s\nand then\n%s", request, fast, again)
+		}
 		if s.fast() != 1 {
 			t.Errorf("it has left the fast path: %s", request)
 		}
@@ -320,5 +325,75 @@ func TestServeClosesListener(t *testing.T) {
 	}
 	if err := in.Close(); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("the listener was open: %v", err)
+	}
+}
+
+// TestAskedAgain: the same request has the same answer, until the document is another,
+// and counts.
+func TestAskedAgain(t *testing.T) {
+	w := newWorld()
+	now := noon
+	h := handler(t, w, func(c *Config) {
+		c.Limits.Get = Rate{PerSecond: 1e-9, Burst: 6}
+		c.Now = func() time.Time { return now }
+	})
+	_, c, in := talk(t, h)
+	var last string
+	for i, test := range []struct {
+		before  func()
+		another bool
+		status  int
+	}{
+		{func() {}, true, 200},
+		{func() {}, false, 200},
+		{func() { w.show(guestA, freeze()) }, true, 200},
+		{func() {}, false, 200},
+		{func() { w.show(guestB, with(freeze(), maint.ImpactReboot)) }, false, 200},
+		{func() { w.show(guestA) }, true, 200},
+		{func() {}, true, 429},
+		{func() {}, false, 429},
+	} {
+		test.before()
+		fmt.Fprint(c, rawGet+"\r\n")
+		status, said := answered(t, in)
+		if status != test.status || (said != last) != test.another {
+			t.Errorf("request %d: %s, after %s", i, said, last)
+		}
+		last = said
+	}
+}
+
+// TestDateOfTheSameAnswer: it is dated anew each second.
+func TestDateOfTheSameAnswer(t *testing.T) {
+	to, from := net.Pipe()
+	defer from.Close()
+	a := plainAnswer{header: http.Header{"Etag": {"Date: x"}}, status: 200, body: []byte("Date: y")}
+	a.keep(func() bool { return true })
+	read := make(chan string)
+	go func() {
+		in := bufio.NewReader(from)
+		for range 2 {
+			r, err := http.ReadResponse(in, nil)
+			if err != nil {
+				read <- err.Error()
+				continue
+			}
+			body, _ := io.ReadAll(io.LimitReader(in, 7)) // no Content-Length was set
+			read <- r.Header.Get("Date") + " " + r.Header.Get("Etag") + " " + string(body)
+		}
+	}()
+	for _, want := range []time.Time{time.Now(), time.Now()} {
+		if a.out.Len() > 0 {
+			a.date = a.date.Add(-time.Hour) // it was sent then
+			a.out.Reset()
+			a.write(a.date)
+		}
+		go func() { _ = a.send(to) }()
+		got := <-read
+		stamp, rest, _ := strings.Cut(got, " GMT ")
+		date, err := http.ParseTime(stamp + " GMT")
+		if err != nil || date.Sub(want).Abs() > 2*time.Second || rest != "Date: x Date: y" {
+			t.Errorf("%q, %v", got, err)
+		}
 	}
 }

@@ -156,7 +156,26 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			c.unpark()
 		}
 	}()
-	v(c, r.URL.Path).write(w, r)
+	a := v(c, r.URL.Path)
+	a.write(w, r)
+	if keep, can := w.(keeper); can && a.numbered && k == kindGet && !draining {
+		keep.keep(func() bool { return h.same(guest, a.number) })
+	}
+}
+
+// keeper is a ResponseWriter that gives its answer once more when the same request comes
+// by the same connection and same, which counts as that request, says so.
+type keeper interface{ keep(same func() bool) }
+
+// same reports whether a guest's document is still that one, and lets a request for it
+// in.
+func (h *Handler) same(guest string, number uint64) bool {
+	if doc, _ := h.source.Document(guest); doc.Incarnation != number {
+		return false
+	}
+	cl, draining, admitted := h.admit(guest, kindGet)
+	h.leave(cl)
+	return admitted && !draining
 }
 
 // ourHost reports whether a request was meant for a metadata service. A page
