@@ -388,8 +388,12 @@ func TestDateOfTheSameAnswer(t *testing.T) {
 			a.out.Reset()
 			a.write(a.date)
 		}
-		go func() { _ = a.send(to) }()
+		sent := make(chan error)
+		go func() { sent <- a.send(to) }()
 		got := <-read
+		if err := <-sent; err != nil {
+			t.Error(err)
+		}
 		stamp, rest, _ := strings.Cut(got, " GMT ")
 		date, err := http.ParseTime(stamp + " GMT")
 		if err != nil || date.Sub(want).Abs() > 2*time.Second || rest != "Date: x Date: y" {

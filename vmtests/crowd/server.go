@@ -162,7 +162,9 @@ func (h *host) openBelay() error {
 	if err != nil {
 		return err
 	}
-	server := views.NewServer(views.New(views.Config{Source: source{Keeper: h.keeper}}))
+	// Events are announced here much more often than guests may poll for long.
+	often := views.Limits{Poll: views.Rate{PerSecond: 1000, Burst: 1000}}
+	server := views.NewServer(views.New(views.Config{Source: source{Keeper: h.keeper}, Limits: often}))
 	server.Handler, server.ConnContext = h.counted(server.Handler), gate.ConnContext
 	h.serve(server, ln)
 	return nil
