@@ -100,7 +100,7 @@ func (c *convergence) next(j maint.Job) decision {
 	}
 	least := min(first, second)
 	needs := time.Duration(float64(least) / float64(j.BytesPerSecond) * float64(time.Second))
-	c.stuck = fmt.Sprintf("it writes %s/s and the network takes %s/s, so that each pass over its memory leaves at least %s, which take %s",
+	c.stuck = fmt.Sprintf("it dirties %s/s and the network takes %s/s, so that each pass over its memory leaves at least %s, which take %s",
 		mib(j.DirtyPerSecond), mib(j.BytesPerSecond), mib(least), round(needs))
 	if c.slowed > 0 {
 		c.stuck += fmt.Sprintf(", although it is slowed by %d %%", c.slowed)

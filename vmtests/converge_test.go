@@ -25,8 +25,8 @@ func TestWritesFasterThanTheNetwork(t *testing.T) {
 		outcome  maint.Outcome
 		said     []string
 	}{
-		{"nothing is allowed", b.a, b.b, 25 * time.Second, []maint.Means{}, maint.OutcomeFailed,
-			[]string{"the copy does not get on: it writes", "it may end with a pause of 300ms"}},
+		{"nothing is allowed", b.a, b.b, 15 * time.Second, []maint.Means{}, maint.OutcomeFailed,
+			[]string{"the copy does not get on: it dirties", "it may end with a pause of 300ms"}},
 		{"the limit may be lifted", b.a, b.b, 2 * time.Minute, []maint.Means{maint.MeansBandwidth}, maint.OutcomeDone,
 			[]string{"it may end with a pause of 300ms, and the limit of its bandwidth is lifted"}},
 		{"the guest may be slowed down", b.b, b.a, 2 * time.Minute, []maint.Means{maint.MeansSlow}, maint.OutcomeDone,
