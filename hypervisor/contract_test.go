@@ -250,6 +250,60 @@ func (s *site) SendAway(t testing.TB, uuid string) {
 	}
 }
 
+// PutNetwork has a network without a bridge of its own making, address or DHCP.
+func (s *site) PutNetwork(t testing.TB, name string, active bool) {
+	t.Helper()
+	if !strings.Contains(s.virsh(t, "net-list", "--all", "--name"), name) {
+		s.virsh(t, "net-define", s.file(t, "<network><name>"+name+"</name><forward mode='bridge'/><bridge name='"+lab.Bridge+"'/></network>"))
+	}
+	if active {
+		s.virsh(t, "net-start", name)
+	}
+}
+
+func (s *site) RemoveNetwork(t testing.TB, name string) {
+	t.Helper()
+	_, _ = s.host.Virsh(context.Background(), "net-destroy", name) // it may not be active
+	s.virsh(t, "net-undefine", name)
+}
+
+// PutPool has a pool of a folder that is always there.
+func (s *site) PutPool(t testing.TB, name string, active bool) {
+	t.Helper()
+	if !strings.Contains(s.virsh(t, "pool-list", "--all", "--name"), name) {
+		s.virsh(t, "pool-define", s.file(t, "<pool type='dir'><name>"+name+"</name><target><path>"+filepath.Dir(s.disk)+"</path></target></pool>"))
+	}
+	if active {
+		s.virsh(t, "pool-start", name)
+	}
+}
+
+func (s *site) RemovePool(t testing.TB, name string) {
+	t.Helper()
+	_, _ = s.host.Virsh(context.Background(), "pool-destroy", name) // it may not be active
+	s.virsh(t, "pool-undefine", name)
+}
+
+func (s *site) PutSecret(t testing.TB, uuid, usage string) {
+	t.Helper()
+	s.virsh(t, "secret-define", s.file(t, "<secret ephemeral='yes' private='yes'><uuid>"+uuid+"</uuid><usage type='ceph'><name>"+usage+"</name></usage></secret>"))
+}
+
+func (s *site) RemoveSecret(t testing.TB, uuid string) {
+	t.Helper()
+	s.virsh(t, "secret-undefine", uuid)
+}
+
+// file writes a text for virsh to read.
+func (s *site) file(t testing.TB, text string) (path string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "define.xml")
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
 func (s *site) NewFile(t testing.TB) string { return filepath.Join(t.TempDir(), "saved") }
 
 // Hold does nothing: 1 MiB/s holds a guest of the boot sector.

@@ -68,6 +68,14 @@ func checkTestDriver(t *testing.T, h *hypervisor.Host) {
 	if _, err := h.Guest(ctx, g.Name); !errors.Is(err, maint.ErrNoGuest) {
 		t.Errorf("Guest: %v", err)
 	}
+	// It has a network and a storage pool, no secrets, and no huge pages.
+	s, err := h.Supplies(ctx)
+	if err != nil || !s.Networks["default"] || !s.Pools["default-pool"] || len(s.Secrets) > 0 {
+		t.Errorf("Supplies: %+v, %v", s, err)
+	}
+	if pools, err := h.HugePages(ctx); err != nil || len(pools) > 0 {
+		t.Errorf("HugePages: %+v, %v", pools, err)
+	}
 	// What the driver cannot do is an error with libvirt's code, no outage.
 	err = h.DryRun(ctx, guests[50].UUID, maint.MoveParams{})
 	var e *hypervisor.Error

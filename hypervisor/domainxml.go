@@ -22,8 +22,10 @@ type domainXML struct {
 		Value uint64 `xml:",chardata"`
 	} `xml:"memory"`
 	MemoryBacking struct {
-		HugePages *struct{} `xml:"hugepages"`
-		Source    struct {
+		HugePages *struct {
+			Pages []pagesXML `xml:"page"`
+		} `xml:"hugepages"`
+		Source struct {
 			Type string `xml:"type,attr"` // anonymous, file, memfd
 		} `xml:"source"`
 		Access struct {
@@ -35,11 +37,20 @@ type domainXML struct {
 		Type struct {
 			Machine string `xml:"machine,attr"`
 		} `xml:"type"`
+		Loader  string `xml:"loader"`
+		Kernel  string `xml:"kernel"`
+		Initrd  string `xml:"initrd"`
+		DevTree string `xml:"dtb"`
 	} `xml:"os"`
 	CPU struct {
-		Mode  string `xml:"mode,attr"`
-		Model string `xml:"model"`
+		Mode  string    `xml:"mode,attr"`
+		Model string    `xml:"model"`
+		Cells []cellXML `xml:"numa>cell"`
 	} `xml:"cpu"`
+	NUMATune struct {
+		Memory nodesXML   `xml:"memory"`
+		Nodes  []nodesXML `xml:"memnode"`
+	} `xml:"numatune"`
 	Devices struct {
 		All []deviceXML `xml:",any"`
 	} `xml:"devices"`
@@ -60,6 +71,8 @@ type deviceXML struct {
 	Driver   driverXML `xml:"driver"`
 	ReadOnly *struct{} `xml:"readonly"`
 	Shared   *struct{} `xml:"shareable"`
+
+	needsXML
 }
 
 type sourceXML struct {
@@ -73,10 +86,12 @@ type sourceXML struct {
 	Name    string `xml:"name,attr"`
 	Pool    string `xml:"pool,attr"`
 	Volume  string `xml:"volume,attr"`
+	endXML
 	Address struct {
 		UUID     string `xml:"uuid,attr"` // mediated device
 		Domain   string `xml:"domain,attr"`
 		Bus      string `xml:"bus,attr"`
+		Device   string `xml:"device,attr"` // of a USB device
 		Slot     string `xml:"slot,attr"`
 		Function string `xml:"function,attr"`
 	} `xml:"address"`
@@ -96,7 +111,9 @@ type driverXML struct {
 }
 
 type backend struct {
-	Type string `xml:"type,attr"`
+	Type       string     `xml:"type,attr"`
+	Source     sourceXML  `xml:"source"`     // of a TPM that another process emulates
+	Encryption secretsXML `xml:"encryption"` // of a TPM's state
 }
 
 type addrAttr struct {
@@ -198,7 +215,7 @@ func (s *sourceXML) String() string {
 	if s.Pool != "" {
 		return s.Pool + "/" + s.Volume
 	}
-	if a := s.Address; a.Bus != "" {
+	if a := s.Address; a.Slot != "" {
 		trim := func(hex string) string { return strings.TrimPrefix(hex, "0x") }
 		return fmt.Sprintf("%s:%s:%s.%s", trim(a.Domain), trim(a.Bus), trim(a.Slot), trim(a.Function))
 	}

@@ -196,4 +196,6 @@ type Reservation struct {
 	Guest       string    `json:"guest"`
 	MemoryBytes uint64    `json:"memory_bytes"`
 	Expires     time.Time `json:"expires"`
+	// Pages are the huge pages that its memory is to be made of.
+	Pages []PageNeed `json:"pages,omitempty"`
 }

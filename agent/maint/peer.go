@@ -28,6 +28,12 @@ type Arrival struct {
 	CPUXML string `json:"cpu_xml,omitempty"`
 	// HostUUID is the source's host UUID; libvirt refuses its own.
 	HostUUID string `json:"host_uuid"`
+	// Pages are the huge pages that its memory is made of, none for a guest
+	// whose memory is ordinary.
+	Pages []PageNeed `json:"pages,omitempty"`
+	// Needs is what else it uses of a host. Checks want it; a reservation is of
+	// memory only.
+	Needs *Needs `json:"needs,omitempty"`
 }
 
 // maxGuestMemory is more than any guest has, bytes; it keeps sums in range.
@@ -49,6 +55,14 @@ func (a Arrival) Validate() error {
 		return bad("memory_bytes", "%d is out of range", a.MemoryBytes)
 	case a.DomainType == "":
 		return bad("domain_type", "is empty")
+	}
+	if why := validPages(a.Pages); why != "" {
+		return bad("pages", "%s", why)
+	}
+	if a.Needs != nil {
+		if why := a.Needs.validate(); why != "" {
+			return bad("needs", "%s", why)
+		}
 	}
 	return nil
 }

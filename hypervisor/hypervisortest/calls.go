@@ -3,6 +3,7 @@ package hypervisortest
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -83,6 +84,18 @@ func (h *Host) Info(ctx context.Context) (maint.Host, error) {
 		}
 		return info, nil
 	})
+}
+
+// Supplies tells of the networks, storage pools and secrets that the host was given.
+func (h *Host) Supplies(ctx context.Context) (maint.Supplies, error) {
+	return locked(ctx, h, "Supplies", func() (maint.Supplies, error) {
+		return maint.Supplies{Networks: maps.Clone(h.networks), Pools: maps.Clone(h.storage), Secrets: slices.Clone(h.secrets)}, nil
+	})
+}
+
+// HugePages tells of those that the host was made with. Its guests take none.
+func (h *Host) HugePages(ctx context.Context) ([]maint.PagePool, error) {
+	return locked(ctx, h, "HugePages", func() ([]maint.PagePool, error) { return slices.Clone(h.pools), nil })
 }
 
 // Guests lists all guests, sorted by name.

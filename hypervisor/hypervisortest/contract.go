@@ -38,6 +38,14 @@ type Site interface {
 	DestroyGuest(t testing.TB, uuid string)
 	// RemoveGuest destroys and undefines the guest if it is there.
 	RemoveGuest(t testing.TB, uuid string)
+	// PutNetwork defines a libvirt network, and has it be active or not;
+	// RemoveNetwork takes it away. The others are for storage pools and secrets.
+	PutNetwork(t testing.TB, name string, active bool)
+	RemoveNetwork(t testing.TB, name string)
+	PutPool(t testing.TB, name string, active bool)
+	RemovePool(t testing.TB, name string)
+	PutSecret(t testing.TB, uuid, usage string)
+	RemoveSecret(t testing.TB, uuid string)
 	// KillQEMU kills the guest's QEMU on this host.
 	KillQEMU(t testing.TB, uuid string)
 	// Hold sees to it that a migration away from here with BandwidthMiBs 1
@@ -67,6 +75,7 @@ func Contract(t *testing.T, env Env) {
 		test func(*testing.T, Env)
 	}{
 		{"Info", testInfo},
+		{"Supplies", testSupplies},
 		{"Inventory", testInventory},
 		{"UnknownGuest", testUnknownGuest},
 		{"Definitions", testDefinitions},

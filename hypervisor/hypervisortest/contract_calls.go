@@ -43,6 +43,49 @@ func testInfo(t *testing.T, env Env) {
 	}
 }
 
+func testSupplies(t *testing.T, env Env) {
+	const name, uuid, usage = "belay-contract", "5b6b0a4e-7c7a-4b1e-9b7b-0f6a3c1d2e4f", "belay contract"
+	supplies := func() maint.Supplies {
+		t.Helper()
+		s, err := env.A.Hypervisor().Supplies(t.Context())
+		must(t, err)
+		return s
+	}
+	secret := func(s maint.SecretNeed) bool { return s.UUID == uuid && s.Usage == usage }
+	s := supplies()
+	_, network := s.Networks[name]
+	_, pool := s.Pools[name]
+	if network || pool || slices.ContainsFunc(s.Secrets, secret) {
+		t.Fatalf("before any are made: %+v", s)
+	}
+	env.A.PutSecret(t, uuid, usage)
+	t.Cleanup(func() { env.A.RemoveSecret(t, uuid) })
+	for i, want := range []bool{false, true} {
+		env.A.PutNetwork(t, name, want)
+		env.A.PutPool(t, name, want)
+		if i == 0 {
+			t.Cleanup(func() { env.A.RemoveNetwork(t, name); env.A.RemovePool(t, name) })
+		}
+		s := supplies()
+		for what, all := range map[string]map[string]bool{"network": s.Networks, "pool": s.Pools} {
+			if active, there := all[name]; active != want || !there {
+				t.Errorf("%s: there %t, active %t; want it active: %t", what, there, active, want)
+			}
+		}
+		if !slices.ContainsFunc(s.Secrets, secret) {
+			t.Errorf("secrets %+v", s.Secrets)
+		}
+	}
+
+	pools, err := env.A.Hypervisor().HugePages(t.Context())
+	must(t, err)
+	for _, p := range pools {
+		if p.PageBytes < 64<<10 || p.PageBytes&(p.PageBytes-1) != 0 {
+			t.Errorf("huge pages of %d bytes", p.PageBytes)
+		}
+	}
+}
+
 func testInventory(t *testing.T, env Env) {
 	z := newGuest(t, env, "inventory-z")
 	a := newGuest(t, env, "inventory-a")

@@ -28,8 +28,14 @@ func (s site) ThawLibvirt(testing.TB)                    { s.Thaw() }
 func (s site) NewAgentGuest(_ testing.TB, name string) string {
 	return s.PutGuest(name, func(g *maint.Guest) { g.Agent = maint.AgentConnected })
 }
-func (s site) NewLeasedGuest(_ testing.TB, name string) string { return s.PutGuest(name) }
-func (s site) NewFile(t testing.TB) string                     { return filepath.Join(t.TempDir(), "saved") }
+func (s site) PutNetwork(_ testing.TB, name string, active bool) { s.Host.PutNetwork(name, active) }
+func (s site) RemoveNetwork(_ testing.TB, name string)           { s.Host.RemoveNetwork(name) }
+func (s site) PutPool(_ testing.TB, name string, active bool)    { s.Host.PutPool(name, active) }
+func (s site) RemovePool(_ testing.TB, name string)              { s.Host.RemovePool(name) }
+func (s site) PutSecret(_ testing.TB, uuid, usage string)        { s.Host.PutSecret(uuid, usage) }
+func (s site) RemoveSecret(_ testing.TB, uuid string)            { s.Host.RemoveSecret(uuid) }
+func (s site) NewLeasedGuest(_ testing.TB, name string) string   { return s.PutGuest(name) }
+func (s site) NewFile(t testing.TB) string                       { return filepath.Join(t.TempDir(), "saved") }
 func (s site) RemoveGuest(t testing.TB, uuid string) {
 	s.ReleaseCopies()
 	if _, err := s.Guest(context.Background(), uuid); err == nil {
@@ -43,7 +49,7 @@ func TestContract(t *testing.T) {
 	w.SetCopy(hypervisortest.Copy{Step: 5 * time.Millisecond, Blackout: time.Millisecond})
 	const hard = "Skylake-Server"
 	hypervisortest.Contract(t, hypervisortest.Env{
-		A:       site{w.AddHost("host-a", hypervisortest.HostOptions{})},
+		A:       site{w.AddHost("host-a", hypervisortest.HostOptions{HugePages: []maint.PagePool{{PageBytes: 2 << 20, Free: 3}}})},
 		B:       site{w.AddHost("host-b", hypervisortest.HostOptions{CannotRun: []string{hard}})},
 		HardCPU: "<cpu mode='custom' match='exact'><model fallback='forbid'>" + hard + "</model></cpu>",
 	})

@@ -2,6 +2,7 @@ package hypervisortest
 
 import (
 	"fmt"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -16,6 +17,7 @@ type Host struct {
 	w         *World
 	info      maint.Host
 	cannotRun []string
+	pools     []maint.PagePool
 
 	// All below is guarded by w.mu.
 	guests    map[string]*guest // by UUID
@@ -25,6 +27,9 @@ type Host struct {
 	hold      bool                  // copies do not converge
 	lastID    int                   // of the domain started last
 	saved     map[string]savedGuest // by path
+	networks  map[string]bool       // by name: active
+	storage   map[string]bool       // pools, the same
+	secrets   []maint.SecretNeed
 	onAgent   Answer
 	onQMP     Answer
 	interrupt chan struct{} // closed when connections to libvirt are lost, and replaced
@@ -40,6 +45,7 @@ type guest struct {
 	maint.Guest
 	definition string        // XML given to Define, "" for one made up
 	note       string        // that is kept with it
+	devices    string        // XML of devices that it was given
 	completed  *maint.Job    // statistics of the last job that succeeded
 	out, in    *migration    // the migration it leaves or comes by
 	late       chan struct{} // closed when the last Suspend was answered; nil before any
@@ -102,6 +108,54 @@ func (h *Host) PutGuest(name string, edits ...func(*maint.Guest)) (uuid string) 
 }
 
 func madeUUID(serial int) string { return fmt.Sprintf("10000000-0000-4000-8000-%012x", serial) }
+
+// PutNetwork gives libvirt a network, or starts or stops it.
+func (h *Host) PutNetwork(name string, active bool) {
+	h.w.mu.Lock()
+	defer h.w.mu.Unlock()
+	h.networks[name] = active
+}
+
+// RemoveNetwork takes a network from libvirt.
+func (h *Host) RemoveNetwork(name string) {
+	h.w.mu.Lock()
+	defer h.w.mu.Unlock()
+	delete(h.networks, name)
+}
+
+// PutPool gives libvirt a storage pool, or starts or stops it.
+func (h *Host) PutPool(name string, active bool) {
+	h.w.mu.Lock()
+	defer h.w.mu.Unlock()
+	h.storage[name] = active
+}
+
+// RemovePool takes a storage pool from libvirt.
+func (h *Host) RemovePool(name string) {
+	h.w.mu.Lock()
+	defer h.w.mu.Unlock()
+	delete(h.storage, name)
+}
+
+// PutSecret gives libvirt a secret, by its UUID and its usage's name.
+func (h *Host) PutSecret(uuid, usage string) {
+	h.w.mu.Lock()
+	defer h.w.mu.Unlock()
+	h.secrets = append(h.secrets, maint.SecretNeed{UUID: uuid, Usage: usage})
+}
+
+// RemoveSecret takes a secret from libvirt.
+func (h *Host) RemoveSecret(uuid string) {
+	h.w.mu.Lock()
+	defer h.w.mu.Unlock()
+	h.secrets = slices.DeleteFunc(h.secrets, func(s maint.SecretNeed) bool { return s.UUID == uuid })
+}
+
+// PutDevice gives a guest one more device, as XML that its own XML then has.
+func (h *Host) PutDevice(t testing.TB, uuid, xml string) {
+	t.Helper()
+	h.change(t, uuid, func(g *guest) { g.devices += xml })
+}
 
 // Edit changes a guest in any way, without an event.
 func (h *Host) Edit(t testing.TB, uuid string, edit func(*maint.Guest)) {

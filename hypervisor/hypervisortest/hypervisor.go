@@ -16,6 +16,8 @@ type Hypervisor interface {
 	Close() error
 	Ping(ctx context.Context) error
 	Info(ctx context.Context) (maint.Host, error)
+	Supplies(ctx context.Context) (maint.Supplies, error)
+	HugePages(ctx context.Context) ([]maint.PagePool, error)
 	Guests(ctx context.Context) ([]maint.Guest, error)
 	Guest(ctx context.Context, nameOrUUID string) (maint.Guest, error)
 	Subscribe() (events <-chan maint.Event, cancel func())

@@ -148,6 +148,7 @@ type HostOptions struct {
 	// CannotRun are words (CPU models, features) that CompareCPU refuses
 	// when they are in a CPU's XML.
 	CannotRun []string
+	HugePages []maint.PagePool
 }
 
 // AddHost adds a host with libvirt running and no guests.
@@ -169,6 +170,9 @@ func (w *World) AddHost(name string, o HostOptions) *Host {
 			MachineTypes:   o.MachineTypes,
 		},
 		cannotRun: o.CannotRun,
+		pools:     o.HugePages,
+		networks:  make(map[string]bool),
+		storage:   make(map[string]bool),
 		guests:    make(map[string]*guest),
 		faults:    make(map[string][]*Fault),
 		saved:     make(map[string]savedGuest),

@@ -30,6 +30,7 @@ func (g *guest) xml(id int) (text, cpu string) {
 	if g.Agent != maint.AgentNone {
 		fmt.Fprintf(&b, "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' state='%s'/></channel>", g.Agent)
 	}
+	b.WriteString(g.devices)
 	b.WriteString("</devices></domain>")
 	return b.String(), cpu
 }
