@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"log/slog"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,6 +18,7 @@ import (
 	"belay/agent/run"
 	"belay/hypervisor"
 	"belay/migrate"
+	"belay/migrate/local"
 	"belay/notify/board"
 	"belay/patch/preserve"
 	"belay/patch/vmm"
@@ -29,6 +31,7 @@ type Hypervisor interface {
 	migrate.Engine
 	migrate.CPUComparer
 	Inspector
+	Supplier
 	Definer
 	Follower
 	Noter
@@ -43,6 +46,12 @@ type Hypervisor interface {
 type Inspector interface {
 	Info(ctx context.Context) (maint.Host, error)
 	GuestXML(ctx context.Context, uuid string) (hypervisor.GuestXML, error)
+}
+
+// Supplier tells what this host's libvirt has of what guests need.
+type Supplier interface {
+	Supplies(ctx context.Context) (maint.Supplies, error)
+	HugePages(ctx context.Context) ([]maint.PagePool, error)
 }
 
 // Definer keeps definitions. None of its calls touches a running guest.
@@ -94,6 +103,7 @@ type Agent struct {
 	metrics *metrics
 	view    *inventory
 
+	local    *local.Host
 	preserve Preserve
 	keeper   *board.Keeper // of scheduled events
 	guests   atomic.Pointer[guestServer]
@@ -122,6 +132,7 @@ func New(cfg config.Config, version string, hyp Hypervisor, j Journal, b Preserv
 	a := &Agent{cfg: cfg, version: version, log: log, hyp: hyp, journal: j, preserve: b,
 		since: time.Now(), requests: make(chan func()),
 		peers: make(map[string]*peer), live: make(map[maint.OpID]*liveOp), turns: turns{taken: make(map[maint.OpID]bool)}}
+	a.local = local.New(b.Places.Root, filepath.Join(cfg.StateDir, "marks"))
 	a.life, a.endLife = context.WithCancel(context.Background())
 	a.keeper = newKeeper(a)
 	a.view = newInventory(hyp, log)
@@ -145,7 +156,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	helpers.Go(func() { a.pruneHourly(a.life) })
 
 	a.sweepLeashes()
+	marks := a.local.Leftovers()
 	a.resume()
+	helpers.Go(func() { a.local.Sweep(a.life, marks) })
 	helpers.Go(func() { a.bringHome(a.life) })
 	helpers.Go(func() { a.followEvents(a.life) })
 	helpers.Go(func() { a.followCampaigns(a.life) })

@@ -45,7 +45,20 @@ func (a *Agent) Check(ctx context.Context, from string, r maint.Arrival) ([]main
 	kept, _ := a.promises(from, r)
 	room := migrate.Room{Host: host, Guests: guests, Reservations: kept,
 		MemoryLimit: a.cfg.Limits.GuestMemory.Bytes, MemoryReserve: a.cfg.Limits.MemoryReserve.Bytes}
+	if len(r.Pages) > 0 {
+		room.HugePageBytes = a.local.HugePageBytes()
+		if room.HugePages, err = a.hyp.HugePages(ctx); err != nil {
+			return nil, a.downProblem(err)
+		}
+	}
 	ps := migrate.CheckArrival(ctx, r, room, a.hyp)
+	if r.Needs != nil {
+		needs, err := a.checkNeeds(ctx, *r.Needs)
+		if err != nil {
+			return nil, err
+		}
+		ps = append(ps, needs...)
+	}
 	if c := a.journal.Cordon(); c != nil {
 		ps = append(ps, *maint.Problemf(maint.CodeCordoned, "host "+a.cfg.Host, "choose another host, or have it take guests in again (belay uncordon, there)",
 			"takes no guests in: it was cordoned by %s at %s%s", c.By, c.Since.Format(time.RFC3339), because(c.Reason)))
@@ -68,6 +81,18 @@ func (a *Agent) Check(ctx context.Context, from string, r maint.Arrival) ([]main
 		}
 	}
 	return ps, nil
+}
+
+// checkNeeds lists what a guest needs and this host does not have.
+func (a *Agent) checkNeeds(ctx context.Context, n maint.Needs) ([]maint.Problem, error) {
+	var s maint.Supplies
+	if len(n.Networks)+len(n.Pools)+len(n.Secrets) > 0 {
+		var err error
+		if s, err = a.hyp.Supplies(ctx); err != nil {
+			return nil, a.downProblem(err)
+		}
+	}
+	return migrate.CheckNeeds(n, a.cfg.Host, a.local.Look(ctx, n), s), nil
 }
 
 func (a *Agent) downProblem(err error) error {
@@ -109,6 +134,7 @@ func (a *Agent) Reserve(ctx context.Context, from string, r maint.Arrival) error
 				"%.60q is longer than %d bytes or has control characters", text, maxName)
 		}
 	}
+	r.Needs = nil // others do not wait for storage that it names
 	a.arrivals.Lock()
 	defer a.arrivals.Unlock()
 	if _, own := a.journal.Op(r.Op); own {
@@ -142,7 +168,7 @@ func (a *Agent) Reserve(ctx context.Context, from string, r maint.Arrival) error
 		}
 	}
 	data, err := json.Marshal(maint.Reservation{Op: r.Op, From: from, GuestUUID: r.GuestUUID, Guest: r.Guest,
-		MemoryBytes: r.MemoryBytes, Expires: time.Now().Add(reservationLife)})
+		MemoryBytes: r.MemoryBytes, Pages: r.Pages, Expires: time.Now().Add(reservationLife)})
 	if err != nil {
 		return err
 	}

@@ -17,10 +17,25 @@ import (
 // written before the copy. The settlement has them a second time, in case libvirt
 // did not bring them along.
 
-// carrying is a destination that is told of the guest's events.
+// carrying is a destination that is told of the guest's events, and may be older
+// than this belayd.
 type carrying struct {
 	migrate.Destination
 	agent *Agent
+}
+
+// Check asks an older belayd, which refuses what it does not know, for its memory
+// and CPU only. Whatever else the guest needs libvirt finds out there, as it did
+// for that belayd's own guests.
+func (c carrying) Check(ctx context.Context, r maint.Arrival) ([]maint.Problem, error) {
+	ps, err := c.Destination.Check(ctx, r)
+	var p *maint.Problem
+	if r.Needs != nil && errors.As(err, &p) && p.Code == maint.CodeBadRequest {
+		c.agent.log.Warn("a peer does not look at all that a guest needs", "guest", r.Guest, "err", err)
+		r.Needs = nil
+		ps, err = c.Destination.Check(ctx, r)
+	}
+	return ps, err
 }
 
 func (c carrying) Settle(ctx context.Context, s maint.Settlement) error {

@@ -14,10 +14,18 @@ import (
 	"belay/migrate"
 )
 
-// older is a destination that knows nothing of events, and is strict.
+// older is a destination that knows nothing of events and needs, and is strict.
 type older struct {
 	migrate.Destination
-	settled int
+	settled, checked int
+}
+
+func (o *older) Check(_ context.Context, r maint.Arrival) ([]maint.Problem, error) {
+	if r.Needs != nil {
+		return nil, maint.Problemf(maint.CodeBadRequest, "body", "", `unknown field "needs"`)
+	}
+	o.checked++
+	return []maint.Problem{{Code: maint.CodeCPU}}, nil
 }
 
 func (o *older) Settle(_ context.Context, s maint.Settlement) error {
@@ -28,8 +36,9 @@ func (o *older) Settle(_ context.Context, s maint.Settlement) error {
 	return nil
 }
 
-// A guest is settled on a host whose belayd is older, without its events.
-func TestSettleOnOlderHost(t *testing.T) {
+// A guest is checked and settled on a host whose belayd is older, without its needs
+// and its events.
+func TestOlderHost(t *testing.T) {
 	w := hypervisortest.NewWorld()
 	defer w.Close()
 	j, err := journal.Open(t.TempDir())
@@ -44,6 +53,10 @@ func TestSettleOnOlderHost(t *testing.T) {
 	to := &older{}
 	if err := (carrying{to, a}).Settle(t.Context(), maint.Settlement{Op: "mig-1", GuestUUID: "u"}); err != nil || to.settled != 1 {
 		t.Errorf("%v, settled %d times", err, to.settled)
+	}
+	ps, err := carrying{to, a}.Check(t.Context(), maint.Arrival{Op: "mig-1", Needs: &maint.Needs{SwTPM: true}})
+	if err != nil || len(ps) != 1 || to.checked != 1 {
+		t.Errorf("%v, %v, checked %d times", ps, err, to.checked)
 	}
 }
 

@@ -86,18 +86,7 @@ func (a *Agent) migrateSteps(op maint.Op) []run.Step {
 	if p == nil { // taken out of the configuration while the operation was open
 		p = &peer{name: op.Peer, to: lostPeer{a.unknownPeer(op.Peer)}}
 	}
-	m := &migrate.Migration{
-		Op: op.ID, Guest: op.Guest, UUID: op.GuestUUID, From: a.cfg.Host, To: p.name,
-		Source: source{a.hyp}, Destination: carrying{p.to, a}, Log: a.log.With("op", op.ID),
-		Params: maint.MoveParams{DestURI: p.cfg.LibvirtURI, MigrateURI: p.cfg.MigrateURI,
-			TLS: a.cfg.Migration.TLS, BandwidthMiBs: op.Migrate.BandwidthMiBs},
-		MaxPause: op.Migrate.MaxPause, Allow: op.Migrate.Allow,
-		Deadline: op.Deadline,
-		Progress: func(j maint.Job) {
-			a.progress.Store(op.ID, j)
-			a.drain(a.life, op.GuestUUID)
-		},
-	}
+	m := a.migration(op, p, carrying{p.to, a})
 	steps := []run.Step{
 		{Name: migrate.PhasePreflight,
 			Do: func(ctx context.Context, s *run.Scratch) error { return m.Preflight(ctx, s) }},
@@ -118,6 +107,22 @@ func (a *Agent) migrateSteps(op maint.Op) []run.Step {
 			Do: func(ctx context.Context, s *run.Scratch) error { return a.finish(ctx, m, op, s) }},
 	}
 	return a.told(op, migrate.PhasePerform, steps)
+}
+
+// migration is an operation as package migrate has it.
+func (a *Agent) migration(op maint.Op, p *peer, to migrate.Destination) *migrate.Migration {
+	return &migrate.Migration{
+		Op: op.ID, Guest: op.Guest, UUID: op.GuestUUID, From: a.cfg.Host, To: p.name,
+		Source: source{a.hyp, a.local}, Destination: to, Log: a.log.With("op", op.ID),
+		Params: maint.MoveParams{DestURI: p.cfg.LibvirtURI, MigrateURI: p.cfg.MigrateURI,
+			TLS: a.cfg.Migration.TLS, BandwidthMiBs: op.Migrate.BandwidthMiBs},
+		MaxPause: op.Migrate.MaxPause, Allow: op.Migrate.Allow,
+		Deadline: op.Deadline,
+		Progress: func(j maint.Job) {
+			a.progress.Store(op.ID, j)
+			a.drain(a.life, op.GuestUUID)
+		},
+	}
 }
 
 // copyTime bounds a migration from the beginning of its copy, where its guest was

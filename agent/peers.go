@@ -12,7 +12,9 @@ import (
 	"belay/agent/api"
 	"belay/agent/config"
 	"belay/agent/maint"
+	"belay/hypervisor"
 	"belay/migrate"
+	"belay/migrate/local"
 )
 
 const (
@@ -78,13 +80,20 @@ func (p *peer) ask(ctx context.Context) maint.PeerStatus {
 
 func (a *Agent) peerNames() []string { return slices.Sorted(maps.Keys(a.peers)) }
 
-// source gives package migrate this host's hypervisor in its own terms.
-type source struct{ Hypervisor }
+// source gives package migrate this host in its own terms.
+type source struct {
+	Hypervisor
+	*local.Host
+}
 
 // Describe implements migrate.Describer.
 func (s source) Describe(ctx context.Context, uuid string) (migrate.Description, error) {
 	x, err := s.GuestXML(ctx, uuid)
-	return migrate.Description{CPUXML: x.CPU, Inactive: x.Inactive}, err
+	if err != nil {
+		return migrate.Description{}, err
+	}
+	n, err := hypervisor.ParseNeeds(x.Live, x.Migratable)
+	return migrate.Description{CPUXML: x.CPU, Inactive: x.Inactive, Needs: n.Needs, Pages: n.Pages, Bound: n.Bound, Unsafe: n.Unsafe}, err
 }
 
 // lostPeer stands for a peer that was taken out of the configuration while an

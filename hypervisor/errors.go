@@ -81,8 +81,11 @@ func (c *conn) wrap(ctx context.Context, op string, err error) error {
 	switch {
 	case errors.As(err, &le):
 		e.Code = int(le.Code)
-		if le.Code == uint32(libvirt.ErrNoDomain) {
+		switch libvirt.ErrorNumber(le.Code) {
+		case libvirt.ErrNoDomain:
 			e.cause = maint.ErrNoGuest
+		case libvirt.ErrMigrateUnsafe:
+			e.cause = maint.ErrUnsafeStorage
 		}
 	case errors.Is(err, libvirt.ErrUnsupported):
 		// go-libvirt drops the code of "unknown procedure".

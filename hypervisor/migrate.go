@@ -14,7 +14,7 @@ import (
 // of a migration (blocked reasons of QEMU, snapshots, block jobs, host devices,
 // unsafe cache modes, …) and begins nothing. It does not speak to the
 // destination. It wraps maint.ErrNoGuest; a refusal is an *Error with libvirt's
-// words. It wraps ErrBusy while the domain has a job.
+// words, which wraps maint.ErrUnsafeStorage where it is one. It wraps ErrBusy while the domain has a job.
 //
 // Source: virDomainMigrateBegin3Params without
 // VIR_MIGRATE_CHANGE_PROTECTION, which would leave a job behind.

@@ -18,6 +18,10 @@ type Room struct {
 	// MemoryLimit bounds what all guests together may use, 0 for no limit;
 	// MemoryReserve stays free for the host itself. Bytes.
 	MemoryLimit, MemoryReserve uint64
+	// HugePages are those of the host, for arrivals that need some, and
+	// HugePageBytes is the size of those that are meant where none is given.
+	HugePages     []maint.PagePool
+	HugePageBytes uint64
 }
 
 // CPUComparer says whether this host can run a guest CPU: nil when it can
@@ -80,7 +84,7 @@ func CheckArrival(ctx context.Context, a maint.Arrival, room Room, cpu CPUCompar
 				"cannot run the guest's CPU: %v", err)
 		}
 	}
-	return append(ps, checkMemory(a, room)...)
+	return slices.Concat(ps, checkMemory(a, room), checkPages(a, room))
 }
 
 func checkMemory(a maint.Arrival, room Room) []maint.Problem {
@@ -103,16 +107,17 @@ func checkMemory(a maint.Arrival, room Room) []maint.Problem {
 			claimed = plus(claimed, r.MemoryBytes, overhead)
 		}
 		if states[r.GuestUUID] != maint.GuestRunning {
-			expected = plus(expected, r.MemoryBytes, overhead)
+			expected = plus(expected, ordinary(r.MemoryBytes, r.Pages), overhead)
 		}
 	}
 	need := plus(a.MemoryBytes, overhead)
+	fresh := plus(ordinary(a.MemoryBytes, a.Pages), overhead) // memory that is free has no huge pages in it
 	var ps []maint.Problem
-	if free := minus(room.Host.FreeMemoryBytes, plus(room.MemoryReserve, expected)); need > free {
+	if free := minus(room.Host.FreeMemoryBytes, plus(room.MemoryReserve, expected)); fresh > free {
 		ps = append(ps, *maint.Problemf(maint.CodeNoRoom, "host "+room.Host.Name,
 			"free memory there, or choose another peer",
 			"has %s free for guests, the guest needs %s (free %s, kept for the host %s, promised to other arrivals %s)",
-			MiB(free), MiB(need), MiB(room.Host.FreeMemoryBytes), MiB(room.MemoryReserve), MiB(expected)))
+			MiB(free), MiB(fresh), MiB(room.Host.FreeMemoryBytes), MiB(room.MemoryReserve), MiB(expected)))
 	}
 	if left := minus(room.MemoryLimit, claimed); room.MemoryLimit > 0 && need > left {
 		ps = append(ps, *maint.Problemf(maint.CodeNoRoom, "host "+room.Host.Name,

@@ -34,10 +34,22 @@ type Describer interface {
 	Describe(ctx context.Context, uuid string) (Description, error)
 }
 
-// Description is a guest's XML in the forms that a migration needs.
+// Description is what a guest's XML tells of what a migration needs.
 type Description struct {
 	CPUXML   string // <cpu> of the migratable XML
 	Inactive string // the definition, "" for a transient guest
+	Needs    maint.Needs
+	Pages    []maint.PageNeed
+	Bound    []maint.BoundDevice
+	// Unsafe are files that it writes to with flushes left out.
+	Unsafe []maint.FileNeed
+}
+
+// Marker has the host's storage be told from other storage at the same path.
+type Marker interface {
+	// Mark completes what a peer is told of files, and leaves marks beside them
+	// until done is called.
+	Mark(ctx context.Context, files []maint.FileNeed) (marked []maint.FileNeed, done func())
 }
 
 // Keeper deals with a definition that was left behind: it removes it, which is
@@ -53,6 +65,7 @@ type Source interface {
 	Engine
 	Describer
 	Keeper
+	Marker
 }
 
 // Admission is the destination's say before a guest comes.
@@ -121,82 +134,6 @@ type before struct {
 	Persistent bool          `json:"persistent"`
 	Autostart  bool          `json:"autostart"`
 	XML        string        `json:"xml,omitempty"`
-}
-
-// Preflight asks both hosts whether the guest can move, and returns a
-// *maint.Refusal with every reason why not.
-func (m *Migration) Preflight(ctx context.Context, s Scratch) error {
-	op := ctx
-	ctx, cancel := context.WithTimeout(op, settleGrace) // no host may hold it for longer
-	defer cancel()
-
-	g, err := m.Source.Guest(ctx, m.UUID)
-	if err != nil {
-		return fmt.Errorf("cannot look at guest %s: %w", m.Guest, err)
-	}
-	problems := m.unfit(g)
-	add := func(p *maint.Problem) { problems = append(problems, *p) }
-	if len(problems) == 0 { // libvirt's own checks need a running guest
-		if err := m.Source.DryRun(ctx, m.UUID, m.params(g.Persistent)); err != nil {
-			if errors.Is(err, maint.ErrHypervisorDown) {
-				return err
-			}
-			add(maint.Problemf(maint.CodeSourceRefuses, "guest "+m.Guest, "change what libvirt names; if that is storage, put its disks on storage that both hosts share, opened with cache=none", "libvirt refuses to migrate it: %v", err))
-		}
-	}
-
-	b, err := m.describe(ctx, g)
-	if err != nil {
-		return err
-	}
-	there, err := m.Destination.Check(ctx, b.Arrival)
-	switch {
-	case err != nil && op.Err() != nil: // we gave up, which is not the peer's fault
-		return fmt.Errorf("cannot ask %s for guest %s: %w", m.To, m.Guest, err)
-	case err != nil:
-		add(maint.AsProblem(err, maint.CodePeerDown, "peer "+m.To))
-	}
-	problems = append(problems, there...)
-	if len(problems) > 0 {
-		return m.refuse(problems)
-	}
-	return s.Save(b)
-}
-
-// unfit is why a guest in this state is not to be moved.
-func (m *Migration) unfit(g maint.Guest) (problems []maint.Problem) {
-	add := func(code maint.Code, remedy, format string, args ...any) {
-		problems = append(problems, *maint.Problemf(code, "guest "+m.Guest, remedy, format, args...))
-	}
-	switch {
-	case !g.State.Active():
-		add(maint.CodeGuestOff, "start it first, or move its definition with virsh", "is %s", g.State)
-	case g.State == maint.GuestPaused:
-		add(maint.CodeGuestPaused, "resume it first (virsh resume), if whoever paused it agrees",
-			"is paused (%s), and Belay did not pause it", g.Reason)
-	case g.State != maint.GuestRunning && g.State != maint.GuestBlocked:
-		add(maint.CodeGuestState, "wait until it runs normally", "is %s (%s)", g.State, g.Reason)
-	}
-	if g.Job != "" {
-		add(maint.CodeBusy, "wait for the job to end, or abort it (virsh domjobabort)", "has a %s job in progress", g.Job)
-	}
-	return problems
-}
-
-func (m *Migration) describe(ctx context.Context, g maint.Guest) (before, error) {
-	host, err := m.Source.Info(ctx)
-	if err != nil {
-		return before{}, fmt.Errorf("cannot describe this host: %w", err)
-	}
-	b := before{Persistent: g.Persistent, Autostart: g.Autostart, Arrival: maint.Arrival{
-		Op: m.Op, Guest: g.Name, GuestUUID: g.UUID, MemoryBytes: g.MemoryBytes, VCPUs: g.VCPUs,
-		Arch: host.Arch, DomainType: g.DomainType, MachineType: g.MachineType, HostUUID: host.UUID}}
-	d, err := m.Source.Describe(ctx, m.UUID)
-	if err != nil {
-		return before{}, fmt.Errorf("cannot describe guest %s: %w", m.Guest, err)
-	}
-	b.Arrival.CPUXML, b.XML = d.CPUXML, d.Inactive
-	return b, nil
 }
 
 func (m *Migration) params(persist bool) maint.MoveParams {

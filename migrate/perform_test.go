@@ -24,6 +24,10 @@ func (h here) Describe(ctx context.Context, uuid string) (Description, error) {
 	return Description{CPUXML: x.CPU, Inactive: x.Inactive}, err
 }
 
+func (h here) Mark(_ context.Context, files []maint.FileNeed) ([]maint.FileNeed, func()) {
+	return files, func() {}
+}
+
 // there is a host as a Destination. A function that is set is asked first, and
 // has the answer if that is an error.
 type there struct {

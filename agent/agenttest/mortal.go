@@ -39,6 +39,16 @@ func (m mortalHost) Info(ctx context.Context) (maint.Host, error) {
 	return m.Hypervisor.Info(ctx)
 }
 
+func (m mortalHost) Supplies(ctx context.Context) (maint.Supplies, error) {
+	defer m.around("Supplies")()
+	return m.Hypervisor.Supplies(ctx)
+}
+
+func (m mortalHost) HugePages(ctx context.Context) ([]maint.PagePool, error) {
+	defer m.around("HugePages")()
+	return m.Hypervisor.HugePages(ctx)
+}
+
 func (m mortalHost) GuestXML(ctx context.Context, uuid string) (hypervisor.GuestXML, error) {
 	defer m.around("GuestXML")()
 	return m.Hypervisor.GuestXML(ctx, uuid)

@@ -25,6 +25,11 @@ type Needs struct {
 	SwTPM    bool         `json:"swtpm,omitempty"` // the program that emulates a TPM
 }
 
+// Empty reports whether there is nothing that the guest needs.
+func (n Needs) Empty() bool {
+	return len(n.Files)+len(n.Networks)+len(n.Pools)+len(n.Links)+len(n.PCI)+len(n.Secrets)+len(n.Sockets)+len(n.Ports) == 0 && !n.SwTPM
+}
+
 // FileKind is what a path leads to.
 type FileKind string
 

@@ -2,6 +2,7 @@ package maint
 
 import (
 	"net/netip"
+	"reflect"
 	"strings"
 	"testing"
 )
@@ -72,6 +73,27 @@ func TestArrivalsThatCannotBeMeant(t *testing.T) {
 			t.Errorf("%s is taken", what)
 		} else if p = AsProblem(err, "", ""); p.Code != CodeBadRequest || len(p.Reason) > 300 {
 			t.Errorf("%s: %+v", what, p)
+		}
+	}
+}
+
+// TestEmpty: whatever a guest needs is sent.
+func TestEmpty(t *testing.T) {
+	t.Parallel()
+	if !(Needs{}).Empty() {
+		t.Error("nothing is not empty")
+	}
+	sorts := reflect.TypeFor[Needs]()
+	for i := range sorts.NumField() {
+		var n Needs
+		switch f := reflect.ValueOf(&n).Elem().Field(i); f.Kind() {
+		case reflect.Slice:
+			f.Set(reflect.MakeSlice(f.Type(), 1, 1))
+		case reflect.Bool:
+			f.SetBool(true)
+		}
+		if n.Empty() {
+			t.Errorf("needs with %s are empty", sorts.Field(i).Name)
 		}
 	}
 }

@@ -18,6 +18,9 @@ var (
 	ErrNoJob = errors.New("no job is running")
 	// ErrNoAgent: the guest's agent is not there, or does not answer.
 	ErrNoAgent = errors.New("the guest agent does not answer")
+	// ErrUnsafeStorage: libvirt refuses a migration for how the guest's disks are
+	// stored or cached.
+	ErrUnsafeStorage = errors.New("libvirt holds its storage unsafe to migrate")
 	// ErrLocked: a disk's lease is held by somebody else.
 	ErrLocked = errors.New("a disk's lease is held by somebody else")
 )

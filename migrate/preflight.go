@@ -1,0 +1,137 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"belay/agent/maint"
+)
+
+// Preflight asks both hosts whether the guest can move, and returns a
+// *maint.Refusal with every reason why not.
+func (m *Migration) Preflight(ctx context.Context, s Scratch) error {
+	b, problems, err := m.survey(ctx)
+	if err != nil {
+		return err
+	}
+	if len(problems) > 0 {
+		return m.refuse(problems)
+	}
+	return s.Save(b)
+}
+
+// Survey is Preflight that nothing comes after: it gives every reason for which
+// the guest cannot move.
+func (m *Migration) Survey(ctx context.Context) ([]maint.Problem, error) {
+	_, problems, err := m.survey(ctx)
+	return problems, err
+}
+
+func (m *Migration) survey(ctx context.Context) (b before, problems []maint.Problem, err error) {
+	op := ctx
+	ctx, cancel := context.WithTimeout(op, settleGrace) // no host may hold it for longer
+	defer cancel()
+
+	g, err := m.Source.Guest(ctx, m.UUID)
+	if err != nil {
+		return b, nil, fmt.Errorf("cannot look at guest %s: %w", m.Guest, err)
+	}
+	b, d, err := m.describe(ctx, g)
+	if err != nil {
+		return b, nil, err
+	}
+	problems = m.unfit(g)
+	var refusal error // libvirt's own, which needs a running guest
+	if len(problems) == 0 {
+		refusal = m.Source.DryRun(ctx, m.UUID, m.params(g.Persistent))
+	}
+	if errors.Is(refusal, maint.ErrHypervisorDown) {
+		return b, nil, refusal
+	}
+	problems = append(problems, m.rooted(d)...)
+	there, err := m.ask(ctx, b.Arrival, d.Needs)
+	switch {
+	case err != nil && op.Err() != nil: // we gave up, which is not the peer's fault
+		return b, nil, fmt.Errorf("cannot ask %s for guest %s: %w", m.To, m.Guest, err)
+	case err != nil:
+		problems = append(problems, *maint.AsProblem(err, maint.CodePeerDown, "peer "+m.To))
+	}
+	problems = append(problems, there...)
+	if refusal != nil && !told(problems, d, refusal) {
+		problems = append(problems, *maint.Problemf(maint.CodeSourceRefuses, "guest "+m.Guest, "change what libvirt names; if that is storage, put its disks on storage that both hosts share, opened with cache=none", "libvirt refuses to migrate it: %v", refusal))
+	}
+	return b, problems, nil
+}
+
+// told reports whether libvirt refuses what has been said already, in other
+// words: it names the first thing only that it finds.
+func told(problems []maint.Problem, d Description, refusal error) bool {
+	if !errors.Is(refusal, maint.ErrUnsafeStorage) {
+		return len(d.Bound) > 0
+	}
+	return slices.ContainsFunc(problems, func(p maint.Problem) bool {
+		return p.Code == maint.CodeDiskNotShared || p.Code == maint.CodeDiskMissing || p.Code == maint.CodeDiskCache
+	})
+}
+
+// rooted is what of a guest's devices keeps it on its host, wherever it is to go.
+func (m *Migration) rooted(d Description) (problems []maint.Problem) {
+	for _, b := range d.Bound {
+		problems = append(problems, *maint.Problemf(maint.CodeHostDevice, "guest "+m.Guest,
+			"detach it ("+b.How+"), migrate, attach one of the destination's", "has %s, which belongs to %s", b.What, m.From))
+	}
+	for _, f := range d.Unsafe {
+		problems = append(problems, *maint.Problemf(maint.CodeDiskCache, "guest "+m.Guest,
+			"set cache='none' in its definition and restart it", "leaves out flushes to %s (%s, cache='unsafe'): what is in this host's memory would be missed at the destination", f.Path, f.For))
+	}
+	return problems
+}
+
+// ask has the destination judge the arrival. While it does, what must be the same
+// storage on both hosts is marked.
+func (m *Migration) ask(ctx context.Context, a maint.Arrival, needs maint.Needs) ([]maint.Problem, error) {
+	var unmark func()
+	needs.Files, unmark = m.Source.Mark(ctx, needs.Files)
+	defer unmark()
+	if !needs.Empty() { // an older belayd knows of no needs
+		a.Needs = &needs
+	}
+	return m.Destination.Check(ctx, a)
+}
+
+// unfit is why a guest in this state is not to be moved.
+func (m *Migration) unfit(g maint.Guest) (problems []maint.Problem) {
+	add := func(code maint.Code, remedy, format string, args ...any) {
+		problems = append(problems, *maint.Problemf(code, "guest "+m.Guest, remedy, format, args...))
+	}
+	switch {
+	case !g.State.Active():
+		add(maint.CodeGuestOff, "start it first, or move its definition with virsh", "is %s", g.State)
+	case g.State == maint.GuestPaused:
+		add(maint.CodeGuestPaused, "resume it first (virsh resume), if whoever paused it agrees",
+			"is paused (%s), and Belay did not pause it", g.Reason)
+	case g.State != maint.GuestRunning && g.State != maint.GuestBlocked:
+		add(maint.CodeGuestState, "wait until it runs normally", "is %s (%s)", g.State, g.Reason)
+	}
+	if g.Job != "" {
+		add(maint.CodeBusy, "wait for the job to end, or abort it (virsh domjobabort)", "has a %s job in progress", g.Job)
+	}
+	return problems
+}
+
+func (m *Migration) describe(ctx context.Context, g maint.Guest) (before, Description, error) {
+	host, err := m.Source.Info(ctx)
+	if err != nil {
+		return before{}, Description{}, fmt.Errorf("cannot describe this host: %w", err)
+	}
+	d, err := m.Source.Describe(ctx, m.UUID)
+	if err != nil {
+		return before{}, Description{}, fmt.Errorf("cannot describe guest %s: %w", m.Guest, err)
+	}
+	return before{Persistent: g.Persistent, Autostart: g.Autostart, XML: d.Inactive, Arrival: maint.Arrival{
+		Op: m.Op, Guest: g.Name, GuestUUID: g.UUID, MemoryBytes: g.MemoryBytes, VCPUs: g.VCPUs,
+		Arch: host.Arch, DomainType: g.DomainType, MachineType: g.MachineType, HostUUID: host.UUID,
+		CPUXML: d.CPUXML, Pages: d.Pages}}, d, nil
+}
