@@ -35,6 +35,7 @@ var endpoints = []struct {
 	{"POST", "/v1/holds", `{"all":true,"step":{"command":["true"]}}`, "operator", "Hold me"},
 	{"POST", "/v1/replacements", `{"guest":"web-1"}`, "operator", "Replace me"},
 	{"GET", "/v1/guests/{guest}/replacements", "", "operator", "ReplaceChoices GUEST"},
+	{"GET", "/v1/moves", "", "operator", "Moves  "},
 	{"GET", "/v1/events", "", "viewer operator", "Events false"},
 	{"GET", "/v1/events/{id}", "", "viewer operator", "Event ID"},
 	{"POST", "/v1/events/{id}/approve", `{"reason":"why"}`, "operator", "ApproveEvent ID why me"},

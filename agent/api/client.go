@@ -125,6 +125,12 @@ func (c *Client) ReplaceChoices(ctx context.Context, guest string) (cs []maint.V
 	return cs, c.call(ctx, "GET", "/v1/guests/"+segment(guest)+"/replacements", nil, &cs)
 }
 
+// Moves asks whether a guest, or with "" each, could be moved to a peer, or with
+// "" to each.
+func (c *Client) Moves(ctx context.Context, guest, to string) (vs []maint.MoveVerdict, err error) {
+	return vs, c.call(ctx, "GET", "/v1/moves?"+url.Values{"guest": {guest}, "to": {to}}.Encode(), nil, &vs)
+}
+
 // Clock asks for a guest's clock to be measured, or with "" for all.
 func (c *Client) Clock(ctx context.Context, guest string) (rs []maint.ClockReport, err error) {
 	return rs, c.call(ctx, "GET", "/v1/clocks?guest="+url.QueryEscape(guest), nil, &rs)

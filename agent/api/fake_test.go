@@ -104,6 +104,10 @@ func (f *fakeAgent) ReplaceChoices(_ context.Context, guest string) ([]maint.VMM
 	return []maint.VMMChoice{{Method: maint.VMMCopy}}, f.called("ReplaceChoices "+guest, "")
 }
 
+func (f *fakeAgent) Moves(_ context.Context, guest, to string) ([]maint.MoveVerdict, error) {
+	return []maint.MoveVerdict{{Guest: guest, Peer: to}}, f.called("Moves "+guest+" "+to, "")
+}
+
 func (f *fakeAgent) Events(_ context.Context, all bool) ([]maint.ScheduledEvent, error) {
 	return nil, f.called("Events "+strconv.FormatBool(all), "")
 }

@@ -41,6 +41,9 @@ type Operations interface {
 	// ReplaceChoices says what each method of replacing a guest's QEMU would
 	// cost it, and what stands in the way.
 	ReplaceChoices(ctx context.Context, guest string) ([]maint.VMMChoice, error)
+	// Moves says whether a guest, or with "" each, could be moved to a peer, or
+	// with "" to each.
+	Moves(ctx context.Context, guest, to string) ([]maint.MoveVerdict, error)
 	Abort(ctx context.Context, by string, id maint.OpID) (maint.Op, error)
 	// Cordon has the host take no guests in, until Uncordon. Either may be done over.
 	Cordon(ctx context.Context, by, reason string) (maint.Cordon, error)
@@ -186,6 +189,9 @@ func routes(a Agent) []route {
 		}},
 		{"GET", "/v1/guests/{guest}/replacements", operators, func(r *http.Request, _ Caller) (any, error) {
 			return a.ReplaceChoices(r.Context(), r.PathValue("guest"))
+		}},
+		{"GET", "/v1/moves", operators, func(r *http.Request, _ Caller) (any, error) {
+			return a.Moves(r.Context(), r.URL.Query().Get("guest"), r.URL.Query().Get("to"))
 		}},
 		{"GET", "/v1/events", viewers, func(r *http.Request, _ Caller) (any, error) { return events(r, a) }},
 		{"GET", "/v1/events/{id}", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Event(r.Context(), eventID(r)) }},

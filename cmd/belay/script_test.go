@@ -35,6 +35,7 @@ import (
 //	world event                   wait until one is scheduled on a; $EVENT is the latest
 //	world pause|off GUEST         on a
 //	world taken GUEST             b has another guest of that name
+//	world device GUEST XML        on a
 //	world hold                    copies do not end …
 //	world release                 … until now
 //	world copying                 wait until a copy has begun
@@ -139,6 +140,8 @@ func (p *stage) command(s *testscript.TestScript, args []string) {
 		a.Host.Stop(p.t, p.uuids[arg(0)], "shutdown")
 	case "taken":
 		p.world.Nodes[1].Host.PutGuest(arg(0))
+	case "device":
+		a.Host.PutDevice(p.t, p.uuids[arg(0)], arg(1))
 	case "hold":
 		a.Host.HoldCopies()
 	case "release":

@@ -1,0 +1,128 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"belay/agent/maint"
+	"belay/migrate"
+)
+
+// surveys is how many guests and peers are judged at once: as many as there are
+// connections to libvirt for such questions.
+const surveys = 4
+
+// Moves says of a guest and a peer whether the one could be moved to the other
+// now, with every reason against; "" stands for all guests, or all peers. Verdicts
+// are sorted by guest and peer. Nothing is changed and no room reserved.
+func (a *Agent) Moves(ctx context.Context, guest, to string) ([]maint.MoveVerdict, error) {
+	const what = "cannot say where guests could be moved to"
+	peers := a.peerNames()
+	if to != "" {
+		if peers = []string{to}; a.peers[to] == nil {
+			return nil, refuse(what, a.unknownPeer(to))
+		}
+	}
+	var guests []maint.Guest
+	var err error
+	if guest != "" {
+		var g maint.Guest
+		g, err = a.guest(ctx, what, guest)
+		guests = []maint.Guest{g}
+	} else if guests, err = a.hyp.Guests(ctx); err != nil {
+		err = a.cannotAsk(what, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return a.verdicts(ctx, what, guests, a.destinations(ctx, peers))
+}
+
+// destinations are the peers as migrations see them. One that does not answer is
+// waited for once, and not for each guest.
+func (a *Agent) destinations(ctx context.Context, peers []string) map[string]migrate.Destination {
+	all := make(map[string]migrate.Destination)
+	var mu sync.Mutex
+	var greetings sync.WaitGroup
+	for _, name := range peers {
+		greetings.Go(func() {
+			p := a.peers[name]
+			var to migrate.Destination = carrying{p.to, a}
+			ctx, cancel := context.WithTimeout(ctx, greetTimeout)
+			defer cancel()
+			if _, err := p.client.Greeting(ctx); err != nil {
+				to = lostPeer{maint.AsProblem(err, maint.CodePeerDown, "peer "+name)}
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			all[name] = to
+		})
+	}
+	greetings.Wait()
+	return all
+}
+
+func (a *Agent) verdicts(ctx context.Context, what string, guests []maint.Guest, to map[string]migrate.Destination) ([]maint.MoveVerdict, error) {
+	all, failed := []maint.MoveVerdict{}, error(nil)
+	var mu sync.Mutex
+	var work sync.WaitGroup
+	turn := make(chan struct{}, surveys)
+	for _, g := range guests {
+		for name, destination := range to {
+			work.Go(func() {
+				turn <- struct{}{}
+				defer func() { <-turn }()
+				v, err := a.verdict(ctx, g, a.peers[name], destination)
+				mu.Lock()
+				defer mu.Unlock()
+				switch {
+				case err == nil:
+					all = append(all, v)
+				case !errors.Is(err, maint.ErrNoGuest) || len(guests) == 1: // else it has gone since it was listed
+					failed = err
+				}
+			})
+		}
+	}
+	work.Wait()
+	if failed != nil {
+		return nil, a.cannotAsk(what, failed)
+	}
+	slices.SortFunc(all, func(x, y maint.MoveVerdict) int {
+		return strings.Compare(x.Guest+"\x00"+x.Peer, y.Guest+"\x00"+y.Peer)
+	})
+	return all, nil
+}
+
+func (a *Agent) verdict(ctx context.Context, g maint.Guest, p *peer, to migrate.Destination) (maint.MoveVerdict, error) {
+	v := maint.MoveVerdict{Guest: g.Name, GuestUUID: g.UUID, Peer: p.name, Problems: a.engaged(g)}
+	op := maint.Op{ID: newOpID("why", time.Now()), Guest: g.Name, GuestUUID: g.UUID,
+		Migrate: &maint.MigrateRequest{BandwidthMiBs: a.cfg.Migration.BandwidthMiBs}}
+	problems, err := a.migration(op, p, to).Survey(ctx)
+	if err != nil {
+		return v, err
+	}
+	v.Problems = append(v.Problems, problems...)
+	v.CanMove = len(v.Problems) == 0
+	return v, nil
+}
+
+// engaged is what Belay itself has to do with a guest that it would refuse to
+// migrate now.
+func (a *Agent) engaged(g maint.Guest) []maint.Problem {
+	ps := []maint.Problem{}
+	if e, there := a.findElsewhere(g); there {
+		ps = append(ps, *e.problem())
+	}
+	for _, op := range a.journal.Ops() {
+		if op.State != maint.OpEnded && inCommon(maint.Op{Guest: g.Name, GuestUUID: g.UUID}, op) != "" {
+			ps = append(ps, *maint.Problemf(maint.CodeBusy, "guest "+g.Name, "wait for it (belay ops watch "+string(op.ID)+")",
+				"operation %s (%s) is at work on it", op.ID, op.Kind))
+		}
+	}
+	return ps
+}
