@@ -17,7 +17,7 @@ const (
 type answer struct {
 	status int
 	body   []byte
-	json   func() []byte // makes the body, when it is known to be needed
+	json   func() any // makes the body, when it is known to be needed
 	ctype  string
 	etag   string // as in the header; "": it has none
 	// number is that of a document, and numbered says that there is one: the answer to
@@ -43,27 +43,11 @@ func object(status int, v any) answer {
 	return answer{status: status, body: encode(v), ctype: typeJSON}
 }
 
-// numbered answers with a document that is told from others of its form by its number
-// alone: polls that find the one they know need no body, and of those that ask over and
-// over only the first has it made.
-func (c *call) numbered(form string, incarnation uint64, content func() any) answer {
-	body := func() []byte {
-		last := c.client.last.Load()
-		if last == nil || last.form != form || last.incarnation != incarnation {
-			last = &rendered{form, incarnation, encode(content())}
-			c.client.last.Store(last)
-		}
-		return last.body
-	}
-	return answer{status: http.StatusOK, json: body, ctype: typeJSON, etag: strconv.Quote(strconv.FormatUint(incarnation, 10)),
+// numbered answers with a document that is told from others by its number alone:
+// polls that find the one they know need no body.
+func numbered(incarnation uint64, content func() any) answer {
+	return answer{status: http.StatusOK, json: content, ctype: typeJSON, etag: strconv.Quote(strconv.FormatUint(incarnation, 10)),
 		number: incarnation, numbered: true}
-}
-
-// rendered is a document as a guest was shown it.
-type rendered struct {
-	form        string
-	incarnation uint64
-	body        []byte
 }
 
 // encode writes as JSON what is ours, and can be.
@@ -104,7 +88,7 @@ func (a answer) write(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	if a.json != nil {
-		a.body = a.json()
+		a.body = encode(a.json())
 	}
 	if a.ctype != "" {
 		h.Set("Content-Type", a.ctype)

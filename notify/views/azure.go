@@ -40,8 +40,7 @@ func azureEvents(c *call, _ string) answer {
 	if c.r.Method != http.MethodGet && c.r.Method != http.MethodPost {
 		return wrongMethod("GET, POST")
 	}
-	versions := azureEventVersions()
-	version, refused := azureRules(c, versions, http.StatusNotFound)
+	version, refused := azureRules(c, azureEventVersions(), http.StatusNotFound)
 	if refused != nil {
 		return *refused
 	}
@@ -53,7 +52,7 @@ func azureEvents(c *call, _ string) answer {
 		return azureError(http.StatusBadRequest, err.Error())
 	}
 	return c.document(known, wait, func(doc notify.Document) answer {
-		return c.numbered(versions[version], doc.Incarnation, func() any { return azureDocumentOf(doc, c.guest, version) })
+		return numbered(doc.Incarnation, func() any { return azureDocumentOf(doc, c.guest, version) })
 	})
 }
 

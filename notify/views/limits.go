@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -77,9 +76,8 @@ func kindOf(r *http.Request, q *query) kind {
 	return kindGet
 }
 
-// client is what a guest takes up. Handler.mu guards it, but for last.
+// client is what a guest takes up. Handler.mu guards it.
 type client struct {
-	last    atomic.Pointer[rendered]
 	buckets [kinds]*rate.Limiter
 	active  int           // requests that are being answered
 	parked  int           // of these, long polls that wait

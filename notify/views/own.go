@@ -132,7 +132,7 @@ func ownEvents(c *call) answer {
 		return ownError(http.StatusBadRequest, maint.CodeBadRequest, err.Error(), "")
 	}
 	return c.document(known, wait, func(doc notify.Document) answer {
-		return c.numbered("own", doc.Incarnation, func() any {
+		return numbered(doc.Incarnation, func() any {
 			out := Document{Incarnation: doc.Incarnation, Events: []Event{}}
 			for e := range visible(doc, c.guest) {
 				out.Events = append(out.Events, eventOf(e, c.guest))
