@@ -54,6 +54,9 @@ type decision struct {
 	why   string        // with the numbers; "" where nothing is to be done
 }
 
+// beginsAnew reports whether a copy must be begun anew for a means.
+func beginsAnew(m maint.Means) bool { return m != maint.MeansBandwidth }
+
 // converge is for a copy that is begun with some means already. Others are tried in the
 // order of maint.AllMeans.
 func (m *Migration) converge(with []maint.Means) *convergence {
@@ -113,7 +116,7 @@ func (c *convergence) next(j maint.Job) decision {
 	// A pause that would have to be longer than the longest need not be tried.
 	if (d.pause == 0 || needs > c.maxPause) && len(c.allowed) > 0 {
 		d.means, c.allowed = c.allowed[0], c.allowed[1:]
-		c.used, c.again = append(c.used, d.means), d.means != maint.MeansBandwidth
+		c.used, c.again = append(c.used, d.means), beginsAnew(d.means)
 	}
 	if d == (decision{}) {
 		return d // it may write less later; the operation's time ends it

@@ -56,10 +56,18 @@ const (
 type attempt struct {
 	Number int  `json:"number"`
 	Over   bool `json:"over,omitempty"`
-	// Means are those with which it is begun, and Again how many copies were cancelled
-	// to be begun anew with more.
+	// Means are those with which it is begun.
 	Means []maint.Means `json:"means,omitempty"`
-	Again int           `json:"again,omitempty"`
+}
+
+// anew is how many copies were cancelled to be begun anew with more means.
+func (a attempt) anew() (n int) {
+	for _, m := range a.Means {
+		if beginsAnew(m) {
+			n++
+		}
+	}
+	return n
 }
 
 // ours reports whether a copy that is running can be the one begun here.
@@ -120,8 +128,7 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 			continue
 		case NotMoved:
 			if c != nil && c.again { // it was given up for a better one
-				a.Means, a.Again = append(a.Means, c.used...), a.Again+1
-				begun, c = false, nil
+				a.Means, begun, c = append(a.Means, c.used...), false, nil
 			}
 		case Off:
 			return maint.Problemf(maint.CodeGuestOff, "guest "+m.Guest, "start it where it is wanted",
@@ -140,7 +147,7 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 			return maint.Problemf(maint.CodeFailed, "guest "+m.Guest, "see the libvirt and QEMU logs of both hosts, then try again",
 				"the copy to %s ended without success; the guest runs on %s as before", m.To, m.From)
 		}
-		if a.Number-a.Again >= maxAttempts {
+		if a.Number-a.anew() >= maxAttempts {
 			return maint.Problemf(maint.CodeFailed, "guest "+m.Guest, "see the libvirt and QEMU logs of both hosts, then try again",
 				"%d copies to %s were begun and none succeeded; the guest runs on %s as before", a.Number, m.To, m.From)
 		}
