@@ -61,7 +61,7 @@ func (a *Agent) Check(ctx context.Context, from string, r maint.Arrival) ([]main
 	}
 	if c := a.journal.Cordon(); c != nil {
 		ps = append(ps, *maint.Problemf(maint.CodeCordoned, "host "+a.cfg.Host, "choose another host, or have it take guests in again (belay uncordon, there)",
-			"takes no guests in: it was cordoned by %s at %s%s", c.By, c.Since.Format(time.RFC3339), because(c.Reason)))
+			"takes no guests in: it was cordoned by %s at %s%s", c.By, c.Since.Format(time.RFC3339), c.Why()))
 	}
 	all, _ := a.elsewhere()
 	for _, e := range all {
@@ -176,7 +176,7 @@ func (a *Agent) Reserve(ctx context.Context, from string, r maint.Arrival) error
 	for _, old := range replaced {
 		recs = append(recs, maint.Record{Op: old.Op, Kind: maint.RecReleased, By: from})
 	}
-	return a.appendReservation(append(recs, maint.Record{Op: r.Op, Kind: maint.RecReserved, By: from, Data: data})...)
+	return a.append(append(recs, maint.Record{Op: r.Op, Kind: maint.RecReserved, By: from, Data: data})...)
 }
 
 // arriving reports whether the guest is on its way into room that was promised
@@ -205,12 +205,13 @@ func (a *Agent) Release(ctx context.Context, from string, id maint.OpID) error {
 		if res.From != from {
 			return maint.Problemf(maint.CodeForbidden, "reservation "+string(id), "", "is of %s", res.From)
 		}
-		return a.appendReservation(maint.Record{Op: id, Kind: maint.RecReleased, By: from})
+		return a.append(maint.Record{Op: id, Kind: maint.RecReleased, By: from})
 	}
 	return nil
 }
 
-func (a *Agent) appendReservation(recs ...maint.Record) error {
+// append makes records durable, or says what keeps it from doing so.
+func (a *Agent) append(recs ...maint.Record) error {
 	if err := a.journal.Append(recs...); err != nil {
 		return maint.Problemf(maint.CodeJournal, "host "+a.cfg.Host,
 			fmt.Sprintf("make room in, and writable, the state folder %s there", a.cfg.StateDir), "%v", err)

@@ -24,13 +24,19 @@ type carrying struct {
 	agent *Agent
 }
 
+// unknownThere reports whether a peer has refused a request as an older belayd refuses
+// what it does not know.
+func unknownThere(err error) bool {
+	var p *maint.Problem
+	return errors.As(err, &p) && p.Code == maint.CodeBadRequest
+}
+
 // Check asks an older belayd, which refuses what it does not know, for its memory
 // and CPU only. Whatever else the guest needs libvirt finds out there, as it did
 // for that belayd's own guests.
 func (c carrying) Check(ctx context.Context, r maint.Arrival) ([]maint.Problem, error) {
 	ps, err := c.Destination.Check(ctx, r)
-	var p *maint.Problem
-	if r.Needs != nil && errors.As(err, &p) && p.Code == maint.CodeBadRequest {
+	if r.Needs != nil && unknownThere(err) {
 		c.agent.log.Warn("a peer does not look at all that a guest needs", "guest", r.Guest, "err", err)
 		r.Needs = nil
 		ps, err = c.Destination.Check(ctx, r)
@@ -41,8 +47,7 @@ func (c carrying) Check(ctx context.Context, r maint.Arrival) ([]maint.Problem, 
 func (c carrying) Settle(ctx context.Context, s maint.Settlement) error {
 	s.Events = c.agent.carried(s.GuestUUID)
 	err := c.Destination.Settle(ctx, s)
-	var p *maint.Problem
-	if s.Events != nil && errors.As(err, &p) && p.Code == maint.CodeBadRequest {
+	if s.Events != nil && unknownThere(err) {
 		// An older belayd refuses what it does not know. The guest has moved: it
 		// is to be kept there as it was.
 		c.agent.log.Warn("a guest's events could not be given to its new host", "guest", s.GuestUUID, "op", s.Op, "err", err)

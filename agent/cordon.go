@@ -24,7 +24,7 @@ func (a *Agent) Cordon(_ context.Context, by, reason string) (maint.Cordon, erro
 	if err != nil {
 		return c, err
 	}
-	return c, a.appendReservation(maint.Record{Kind: maint.RecCordoned, By: by, Text: reason, Data: data})
+	return c, a.append(maint.Record{Kind: maint.RecCordoned, By: by, Text: reason, Data: data})
 }
 
 // Uncordon has the host take guests in again.
@@ -34,13 +34,5 @@ func (a *Agent) Uncordon(_ context.Context, by string) error {
 	if a.journal.Cordon() == nil {
 		return nil
 	}
-	return a.appendReservation(maint.Record{Kind: maint.RecUncordoned, By: by})
-}
-
-// because adds a reason to a sentence, if there is one.
-func because(reason string) string {
-	if reason == "" {
-		return ""
-	}
-	return ": " + reason
+	return a.append(maint.Record{Kind: maint.RecUncordoned, By: by})
 }

@@ -223,19 +223,11 @@ func (a *Agent) bringHome(ctx context.Context) {
 // awaitNone waits until no operation of a kind is open, but for those that wait for
 // guests' notice, and reports whether ctx is still alive.
 func (a *Agent) awaitNone(ctx context.Context, kind maint.OpKind) bool {
-	for {
-		changed := a.journal.Changed()
-		if !slices.ContainsFunc(a.journal.Ops(), func(op maint.Op) bool {
+	return a.until(ctx, func() bool {
+		return !slices.ContainsFunc(a.journal.Ops(), func(op maint.Op) bool {
 			return op.Kind == kind && op.State != maint.OpEnded && op.Step != phaseAnnounce
-		}) {
-			return true
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return false
-		}
-	}
+		})
+	}) == nil
 }
 
 // toReplace looks up a guest that is to get a new QEMU. One that an operation

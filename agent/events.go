@@ -235,19 +235,11 @@ func (a *Agent) startEvents(ctx context.Context, op maint.Op) error {
 // awaitRecoveries waits for operations that were let in while this one waited, and
 // are about the same guests. None is let in any more.
 func (a *Agent) awaitRecoveries(ctx context.Context, op maint.Op) error {
-	for {
-		changed := a.journal.Changed()
-		if !slices.ContainsFunc(a.journal.Ops(), func(o maint.Op) bool {
+	return a.until(ctx, func() bool {
+		return !slices.ContainsFunc(a.journal.Ops(), func(o maint.Op) bool {
 			return o.ID != op.ID && o.State != maint.OpEnded && recovers(o) && inCommon(op, o) != ""
-		}) {
-			return nil
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
+		})
+	})
 }
 
 // emergencyOf is the reason for which an operation waives its guests' notice, ""

@@ -45,9 +45,14 @@ func (a *Agent) turn(ctx context.Context, op maint.Op) error {
 		a.turns.taken[op.ID] = true
 		return true
 	}
+	return a.until(ctx, take)
+}
+
+// until waits until something is so that the journal decides.
+func (a *Agent) until(ctx context.Context, so func() bool) error {
 	for {
 		changed := a.journal.Changed()
-		if take() {
+		if so() {
 			return nil
 		}
 		select {

@@ -27,6 +27,14 @@ type Cordon struct {
 	Reason string    `json:"reason,omitempty"`
 }
 
+// Why is ": " and the reason, "" where none was given.
+func (c Cordon) Why() string {
+	if c.Reason == "" {
+		return ""
+	}
+	return ": " + c.Reason
+}
+
 // PeerStatus is how a peer was last found.
 type PeerStatus struct {
 	Name    string        `json:"name"`

@@ -19,7 +19,7 @@ are on their way are left alone.`,
 				return err
 			}
 			return a.print(k, func(w io.Writer) {
-				row(w, "cordoned", fmt.Sprintf("since %s, by %s%s", clock(k.Since), k.By, because(k.Reason)))
+				row(w, "cordoned", fmt.Sprintf("since %s, by %s%s", clock(k.Since), k.By, k.Why()))
 			})
 		},
 	}
@@ -32,11 +32,4 @@ func (a *app) uncordonCmd() *cobra.Command {
 		Use: "uncordon", Short: "Have this host take guests in again", Args: noArgs,
 		RunE: func(c *cobra.Command, _ []string) error { return a.client().Uncordon(c.Context()) },
 	}
-}
-
-func because(reason string) string {
-	if reason == "" {
-		return ""
-	}
-	return ": " + reason
 }

@@ -53,7 +53,7 @@ func printStatus(w io.Writer, s maint.Status) {
 		row(w, "expected", fmt.Sprintf("%s from %s, %s", r.Guest, r.From, bytes(r.MemoryBytes)))
 	}
 	if c := s.Cordon; c != nil {
-		row(w, "cordoned", fmt.Sprintf("takes no guests in since %s, by %s%s", clock(c.Since), c.By, because(c.Reason)))
+		row(w, "cordoned", fmt.Sprintf("takes no guests in since %s, by %s%s", clock(c.Since), c.By, c.Why()))
 	}
 	if len(s.Conditions) == 0 {
 		row(w, "health", "good")
