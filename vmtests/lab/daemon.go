@@ -95,6 +95,33 @@ while ((my $ended = wait) != -1) {
 exit($status & 127 ? 128 + ($status & 127) : $status >> 8);
 `
 
+// awaitUnlocked waits until nobody holds the lock of the daemon's pid file. A
+// program that a daemon had just forked when it was killed shares its open files
+// until it is executed, and so its locks: no successor can start before that.
+func (h *Host) awaitUnlocked(ctx context.Context, d Daemon) error {
+	file, err := os.OpenFile(h.Path(d.pidFile()), os.O_RDWR, 0)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer file.Close() // gives the lock up
+	for {
+		// What virPidFileAcquirePath locks. This kind conflicts with every other.
+		lock := unix.Flock_t{Type: unix.F_WRLCK, Len: 1}
+		err := unix.FcntlFlock(file.Fd(), unix.F_OFD_SETLK, &lock)
+		if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EACCES) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("its pid file stays locked: %w", context.Cause(ctx))
+		case <-time.After(pollEvery):
+		}
+	}
+}
+
 // StartDaemon starts one of the host's daemons and returns once it answers. It
 // is an error if the daemon already runs. If the daemon dies before it answers,
 // the error says what it printed.
@@ -110,6 +137,11 @@ func (h *Host) StartDaemon(ctx context.Context, d Daemon) (err error) {
 	}
 	if pid != 0 {
 		return fmt.Errorf("it already runs as process %d", pid)
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, answerTimeout, fmt.Errorf("it has not answered for %v", answerTimeout))
+	defer cancel()
+	if err := h.awaitUnlocked(ctx, d); err != nil {
+		return err
 	}
 	out, err := os.OpenFile(h.Path("/var/log/libvirt/"+string(d)+".out"), os.O_CREATE|os.O_RDWR|os.O_TRUNC, 0o600)
 	if err != nil {
@@ -137,8 +169,6 @@ func (h *Host) StartDaemon(ctx context.Context, d Daemon) (err error) {
 		close(exited)
 	}()
 
-	ctx, cancel := context.WithTimeoutCause(ctx, answerTimeout, fmt.Errorf("it has not answered for %v", answerTimeout))
-	defer cancel()
 	for {
 		answer := h.answers(ctx, d)
 		if answer == nil {

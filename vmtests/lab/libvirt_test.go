@@ -1,6 +1,7 @@
 package lab_test
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -13,6 +14,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"belay/vmtests/lab"
 )
@@ -95,6 +98,38 @@ func hello(l *lab.Lab, h *lab.Host, certFile, keyFile string) error {
 		_, err = io.ReadFull(conn, make([]byte, 1))
 		return err
 	})
+}
+
+// A killed daemon's lock can outlive it, in a program that it had just forked.
+func TestStartDaemonAwaitsTheLock(t *testing.T) {
+	t.Parallel()
+	l := up(t, lab.Config{Hosts: 1})
+	h := l.Hosts[0]
+	if err := h.Kill(t.Context(), lab.Virtlogd, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	held, err := os.OpenFile(h.Path("/run/virtlogd.pid"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	lock := unix.Flock_t{Type: unix.F_WRLCK, Len: 1}
+	if err := unix.FcntlFlock(held.Fd(), unix.F_OFD_SETLK, &lock); err != nil {
+		t.Fatal(err)
+	}
+	short, cancel := context.WithTimeout(t.Context(), ms(300))
+	defer cancel()
+	if err := h.StartDaemon(short, lab.Virtlogd); err == nil || !strings.Contains(err.Error(), "stays locked") {
+		t.Errorf("started while the lock is held: %v", err)
+	}
+	started := make(chan error, 1)
+	go func() { started <- h.StartDaemon(t.Context(), lab.Virtlogd) }()
+	if err := held.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-started; err != nil {
+		t.Errorf("with the lock free: %v", err)
+	}
 }
 
 func TestDaemonsKilledAndRestarted(t *testing.T) {
