@@ -59,6 +59,9 @@
 // being outside, cannot reach the LAN. To watch the LAN, run a program in the
 // switch: ip netns exec belay-NAME-switch tcpdump.
 //
+// [Host.SetLink] cuts a host from the LAN, [Host.Netem] shapes what it sends by the
+// kernel's means, and [Host.Emulate] delays and loses frames on any kernel.
+//
 // # Crashes
 //
 // A lab notes the process that owns it. If that process dies without

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -70,6 +71,9 @@ type Lab struct {
 	owner *process
 	// lock is the name's lock while this process brings the lab up.
 	lock *os.File
+
+	mu    sync.Mutex
+	links []*Link // of this process
 }
 
 // validName keeps the names of namespaces, files and sockets short and plain.
@@ -341,7 +345,7 @@ func (l *Lab) Down(ctx context.Context) (err error) {
 		return err
 	}
 	defer unlock(held, l.Name)
-	return l.remove(ctx)
+	return errors.Join(l.closeLinks(), l.remove(ctx))
 }
 
 // CleanCrashed removes the labs whose owners died without taking them down, or

@@ -61,7 +61,8 @@ func (l *Lab) addSwitch(ctx context.Context) error {
 	if err := l.addNetns(ctx, ns); err != nil {
 		return err
 	}
-	return l.ip(ctx, ns, addBridge(lan, SwitchAddr())...)
+	// Else it has the address of one of its ports, and not always of the same.
+	return l.ip(ctx, ns, append(addBridge(lan, SwitchAddr()), "link set "+lan+" address 52:54:00:77:ff:fe")...)
 }
 
 // addNetwork makes the host's network namespace and connects it to the switch.
