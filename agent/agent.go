@@ -80,6 +80,8 @@ type Journal interface {
 	Ops() []maint.Op
 	Reservations(now time.Time) []maint.Reservation
 	Reservation(id maint.OpID) (maint.Reservation, bool)
+	Arrivals() []maint.Arrived
+	Arrival(id maint.OpID) (maint.Arrived, bool)
 	Records(id maint.OpID) ([]maint.Record, error)
 	Scheduled() maint.Scheduled
 	Cordon() *maint.Cordon
@@ -160,6 +162,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.resume()
 	helpers.Go(func() { a.local.Sweep(a.life, marks) })
 	helpers.Go(func() { a.bringHome(a.life) })
+	helpers.Go(func() { a.followArrivals(a.life) })
 	helpers.Go(func() { a.followEvents(a.life) })
 	helpers.Go(func() { a.followCampaigns(a.life) })
 	for ctx.Err() == nil {
@@ -211,6 +214,9 @@ func (a *Agent) Alive(ctx context.Context) error { return a.inLoop(ctx, func() {
 // resume takes up every operation that the journal has open.
 func (a *Agent) resume() {
 	for _, op := range a.journal.Ops() {
+		if unheard(op) {
+			a.workers.Go(func() { a.hear(a.life, op) })
+		}
 		if op.State == maint.OpEnded {
 			continue
 		}
@@ -249,6 +255,9 @@ func (a *Agent) start(op maint.Op) {
 		done := make(chan struct{})
 		a.requests <- func() { delete(a.live, op.ID); close(done) }
 		<-done
+		if ended, _ := a.journal.Op(op.ID); unheard(ended) {
+			a.hear(a.life, ended)
+		}
 	})
 }
 

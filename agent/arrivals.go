@@ -253,6 +253,9 @@ func (a *Agent) Settle(ctx context.Context, from string, s maint.Settlement) err
 		}
 		g.Persistent = true
 	}
+	if err := a.arrived(ctx, s.Op, from, g); err != nil {
+		return err
+	}
 	var kept error
 	if g.Persistent && g.Autostart != s.Autostart {
 		kept = a.hyp.SetAutostart(ctx, s.GuestUUID, s.Autostart)

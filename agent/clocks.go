@@ -2,14 +2,12 @@ package agent
 
 import (
 	"context"
-	"fmt"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"belay/agent/maint"
-	"belay/migrate"
 )
 
 // clockWait bounds what is asked of guests' agents for a request.
@@ -66,46 +64,4 @@ func (a *Agent) eachClock(ctx context.Context, guest string, f func(ctx context.
 	}
 	slices.SortFunc(reports, func(x, y maint.ClockReport) int { return strings.Compare(x.Guest, y.Guest) })
 	return reports, nil
-}
-
-// ArrivedClock puts the clock of a guest right that has come from a peer.
-func (a *Agent) ArrivedClock(ctx context.Context, from, uuid string) (maint.ClockReport, error) {
-	ctx, cancel := context.WithTimeout(ctx, clockWait)
-	defer cancel()
-	mine := slices.ContainsFunc(a.journal.Reservations(time.Time{}), func(r maint.Reservation) bool {
-		return r.GuestUUID == uuid && r.From == from
-	})
-	if !mine {
-		return maint.ClockReport{}, maint.Problemf(maint.CodeForbidden, "guest "+uuid, "", "was not announced by %s", from)
-	}
-	g, err := a.hyp.Guest(ctx, uuid)
-	if err != nil {
-		return maint.ClockReport{}, err
-	}
-	var r maint.ClockReport
-	if job, err := a.hyp.CompletedJob(ctx, uuid); err == nil {
-		r = a.preserve.Clocks.Restore(ctx, g, job.Downtime)
-	} else {
-		r = a.preserve.Clocks.Sync(ctx, g)
-	}
-	a.metrics.clock(r)
-	return r, nil
-}
-
-// clockAfterMove has the destination put a moved guest's clock right: it lost
-// the blackout. That it cannot be done is no failure of the move.
-func (a *Agent) clockAfterMove(ctx context.Context, m *migrate.Migration, to clockPeer) maint.ClockReport {
-	ctx, cancel := context.WithTimeout(ctx, clockWait)
-	defer cancel()
-	r, err := to.ArrivedClock(ctx, m.UUID)
-	if err != nil {
-		r.State, r.Reason = maint.ClockUnsynchronised, fmt.Sprintf("%s could not put it right: %v", m.To, err)
-	}
-	r.Guest, r.UUID = m.Guest, m.UUID
-	return r
-}
-
-// clockPeer is a peer that a guest went to.
-type clockPeer interface {
-	ArrivedClock(ctx context.Context, uuid string) (maint.ClockReport, error)
 }

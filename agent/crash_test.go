@@ -155,6 +155,11 @@ func killedAt(t *testing.T, victim, n int, fail, late bool) (at string) {
 	if op.ID != "" {
 		op = await(t, ctx, source, op.ID)
 	}
+	if op.Move != nil {
+		if clock := awaitArrival(t, ctx, source, op.ID).Clock; clock.State != maint.ClockSynchronised || clock.Shots != 1 {
+			t.Errorf("killed %s (n=%d): its clock is %+v", k.at, n, clock)
+		}
+	}
 	k.mu.Lock()
 	at = k.at
 	k.off = true
@@ -181,6 +186,23 @@ func killedAt(t *testing.T, victim, n int, fail, late bool) (at string) {
 	}
 	w.Close()
 	return at
+}
+
+// awaitArrival waits until the operation tells what was done for its guest where it
+// has come to.
+func awaitArrival(t *testing.T, ctx context.Context, n *agenttest.Node, id maint.OpID) maint.ArrivalReport {
+	t.Helper()
+	for {
+		op, err := n.Client.Op(ctx, id)
+		if err == nil && op.Arrival != nil {
+			return *op.Arrival
+		}
+		select {
+		case <-time.After(5 * time.Millisecond):
+		case <-ctx.Done():
+			t.Fatalf("operation %s does not tell what became of its guest: %+v, %v", id, op, err)
+		}
+	}
 }
 
 // await follows the operation through restarts of its agent.

@@ -173,11 +173,6 @@ func (a *Agent) finish(ctx context.Context, m *migrate.Migration, op maint.Op, s
 		return err
 	}
 	a.metrics.moved(result)
-	if p := a.peers[op.Peer]; p != nil {
-		if err := s.Record(maint.RecClock, a.clockAfterMove(ctx, m, p.client)); err != nil {
-			return err
-		}
-	}
 	return m.Release(ctx, s)
 }
 

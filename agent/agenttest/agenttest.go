@@ -40,6 +40,8 @@ type Node struct {
 	// Leashes and Steps are the host's: they outlive the agent.
 	Leashes *preservetest.Leashes
 	Steps   *preservetest.Steps
+	// Clocks are its guests', for agents that are started from then on.
+	Clocks agent.Clocks
 	// Root is the host's root folder, as far as its guests between two QEMUs
 	// are concerned, and LeashDir where leashes leave what they leave.
 	Root, LeashDir string
@@ -180,6 +182,7 @@ func NewOn(t testing.TB, log *slog.Logger, hosts map[string]hypervisortest.HostO
 		if edit != nil {
 			edit(&n.Config)
 		}
+		n.Clocks = preservetest.Clocks{}
 		n.Client = api.NewUnix(n.Config.API.Socket)
 		w.Nodes = append(w.Nodes, n)
 		n.Start(nil)
@@ -199,7 +202,7 @@ func (n *Node) Start(hook func(what string)) {
 	id, err := api.LoadIdentity(n.Config.TLS.CA, n.Config.TLS.Cert, n.Config.TLS.Key)
 	check(n.t, err)
 	n.living.Store(n.life)
-	b := agent.Preserve{Leash: mortalLeash{n.Leashes, n.LeashDir, n.life}, Steps: n.Steps, Clocks: preservetest.Clocks{}, Places: vmm.Places{Root: n.Root}}
+	b := agent.Preserve{Leash: mortalLeash{n.Leashes, n.LeashDir, n.life}, Steps: n.Steps, Clocks: n.Clocks, Places: vmm.Places{Root: n.Root}}
 	var hyp agent.Hypervisor = n.Host
 	if n.Machine != nil {
 		hyp, b.Places = n.Machine, n.Machine.Places()

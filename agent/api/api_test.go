@@ -57,7 +57,7 @@ var endpoints = []struct {
 	{"DELETE", "/v1/peer/reservations/{id}", "", "peer", "Release ID me"},
 	{"GET", "/v1/peer/guests/{uuid}", "", "peer", "View UUID"},
 	{"GET", "/v1/peer/guests/{uuid}/job", "", "peer", "CompletedJob UUID"},
-	{"POST", "/v1/peer/guests/{uuid}/clock", "", "peer", "ArrivedClock UUID me"},
+	{"GET", "/v1/peer/arrivals/{id}", "", "peer", "Arrival ID me"},
 	{"POST", "/v1/peer/settlements", `{"op":"ID"}`, "peer", "Settle ID me"},
 }
 

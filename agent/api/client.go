@@ -298,10 +298,10 @@ func (c *Client) CompletedJob(ctx context.Context, uuid string) (j maint.Job, er
 	return j, c.call(ctx, "GET", "/v1/peer/guests/"+segment(uuid)+"/job", nil, &j)
 }
 
-// ArrivedClock asks a peer to put the clock of a guest right that has come
-// from here.
-func (c *Client) ArrivedClock(ctx context.Context, uuid string) (r maint.ClockReport, err error) {
-	return r, c.call(ctx, "POST", "/v1/peer/guests/"+segment(uuid)+"/clock", nil, &r)
+// Arrival asks a peer what it did for a guest that has come from here by operation
+// id, and waits for it.
+func (c *Client) Arrival(ctx context.Context, id maint.OpID) (r maint.ArrivalReport, err error) {
+	return r, c.call(ctx, "GET", "/v1/peer/arrivals/"+segment(string(id)), nil, &r)
 }
 
 // Greeting asks a peer to introduce itself.

@@ -160,8 +160,8 @@ func (f *fakeAgent) SyncClock(_ context.Context, by, guest string) ([]maint.Cloc
 	return []maint.ClockReport{{Guest: guest}}, f.called("SyncClock "+guest, by)
 }
 
-func (f *fakeAgent) ArrivedClock(_ context.Context, from, uuid string) (maint.ClockReport, error) {
-	return maint.ClockReport{UUID: uuid}, f.called("ArrivedClock "+uuid, from)
+func (f *fakeAgent) Arrival(_ context.Context, from string, id maint.OpID) (maint.ArrivalReport, error) {
+	return maint.ArrivalReport{}, f.called("Arrival "+string(id), from)
 }
 
 func (f *fakeAgent) Abort(_ context.Context, by string, id maint.OpID) (maint.Op, error) {

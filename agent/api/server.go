@@ -118,7 +118,8 @@ type PeerSide interface {
 	View(ctx context.Context, uuid string) (maint.View, error)
 	Settle(ctx context.Context, from string, s maint.Settlement) error
 	CompletedJob(ctx context.Context, uuid string) (maint.Job, error)
-	ArrivedClock(ctx context.Context, from, uuid string) (maint.ClockReport, error)
+	// Arrival waits for what is done for a guest that has come from there.
+	Arrival(ctx context.Context, from string, id maint.OpID) (maint.ArrivalReport, error)
 	Greeting(ctx context.Context) (Greeting, error)
 }
 
@@ -240,9 +241,7 @@ func routes(a Agent) []route {
 		{"DELETE", "/v1/peer/reservations/{id}", peers, func(r *http.Request, c Caller) (any, error) { return nil, a.Release(r.Context(), c.Name, opID(r)) }},
 		{"GET", "/v1/peer/guests/{uuid}", peers, func(r *http.Request, _ Caller) (any, error) { return a.View(r.Context(), r.PathValue("uuid")) }},
 		{"GET", "/v1/peer/guests/{uuid}/job", peers, func(r *http.Request, _ Caller) (any, error) { return a.CompletedJob(r.Context(), r.PathValue("uuid")) }},
-		{"POST", "/v1/peer/guests/{uuid}/clock", peers, func(r *http.Request, c Caller) (any, error) {
-			return a.ArrivedClock(r.Context(), c.Name, r.PathValue("uuid"))
-		}},
+		{"GET", "/v1/peer/arrivals/{id}", peers, func(r *http.Request, c Caller) (any, error) { return a.Arrival(r.Context(), c.Name, opID(r)) }},
 		{"POST", "/v1/peer/settlements", peers, func(r *http.Request, c Caller) (any, error) {
 			return with(r, func(q maint.Settlement) (any, error) { return nil, a.Settle(r.Context(), c.Name, q) })
 		}},

@@ -22,8 +22,9 @@ import (
 //	undo-done     undoing           undoing      step: undone
 //	undo-failed   undoing           undoing      step: undo failed
 //	abort         running, undoing  the same
-//	moved, held, replaced, leash, clock: results, likewise
+//	moved, held, replaced, leash: results, likewise
 //	ended         running, undoing  ended
+//	seen-to       ended             ended
 //
 // Anything else is an error, and op is unchanged then.
 func Fold(op *maint.Op, r maint.Record) error {
@@ -39,6 +40,14 @@ func Fold(op *maint.Op, r maint.Record) error {
 	}
 	if op.ID == "" {
 		return fmt.Errorf("operation %s has a %q record but was never accepted", r.Op, r.Kind)
+	}
+	if r.Kind == maint.RecSeenTo && op.State == maint.OpEnded {
+		var report maint.ArrivalReport
+		if err := json.Unmarshal(r.Data, &report); err != nil {
+			return fmt.Errorf("operation %s: cannot read what became of its guest: %w", r.Op, err)
+		}
+		op.Arrival = &report
+		return nil
 	}
 	if op.State == maint.OpEnded {
 		return fmt.Errorf("operation %s has ended, a %q record cannot follow", r.Op, r.Kind)
@@ -77,8 +86,6 @@ func Fold(op *maint.Op, r maint.Record) error {
 		return json.Unmarshal(r.Data, op.Replaced)
 	case maint.RecLeash:
 		return add(&op.Leash, r.Data)
-	case maint.RecClock:
-		return add(&op.Clocks, r.Data)
 	case maint.RecStepStart:
 		if err := needs(maint.OpRunning); err != nil {
 			return err

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -34,6 +35,7 @@ type Journal struct {
 	mu        sync.Mutex
 	ops       map[maint.OpID]*maint.Op
 	reserved  map[maint.OpID]maint.Reservation
+	arrived   map[maint.OpID]maint.Arrived
 	scheduled maint.Scheduled
 	cordon    *maint.Cordon // nil: the host takes guests in
 	last      uint64
@@ -64,6 +66,7 @@ func Open(dir string) (*Journal, error) {
 	j := &Journal{db: db, path: path,
 		ops:       make(map[maint.OpID]*maint.Op),
 		reserved:  make(map[maint.OpID]maint.Reservation),
+		arrived:   make(map[maint.OpID]maint.Arrived),
 		scheduled: maint.NewScheduled(),
 		changed:   make(chan struct{})}
 	if err := j.load(); err != nil {
@@ -177,7 +180,12 @@ func (j *Journal) Append(recs ...maint.Record) error {
 				return fmt.Errorf("cannot read a cordon: %w", err)
 			}
 		}
-		if isReservation(recs[i].Kind) || isCordon(recs[i].Kind) {
+		if recs[i].Kind == maint.RecArrived {
+			if err := json.Unmarshal(recs[i].Data, new(maint.Arrived)); err != nil {
+				return fmt.Errorf("cannot read an arrival: %w", err)
+			}
+		}
+		if isReservation(recs[i].Kind) || isCordon(recs[i].Kind) || recs[i].Kind == maint.RecArrived {
 			continue
 		}
 		op := trial[recs[i].Op]
@@ -242,6 +250,13 @@ func (j *Journal) apply(r maint.Record) error {
 		return nil
 	case maint.RecReleased:
 		delete(j.reserved, r.Op)
+		return nil
+	case maint.RecArrived:
+		var a maint.Arrived
+		if err := json.Unmarshal(r.Data, &a); err != nil {
+			return fmt.Errorf("arrival %s: %w", r.Op, err)
+		}
+		j.arrived[r.Op] = a
 		return nil
 	case maint.RecEvent:
 		return j.foldScheduled(r)
@@ -318,6 +333,23 @@ func (j *Journal) Reservation(id maint.OpID) (maint.Reservation, bool) {
 	return r, ok
 }
 
+// Arrivals returns the guests that have come here, oldest first.
+func (j *Journal) Arrivals() []maint.Arrived {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return slices.SortedFunc(maps.Values(j.arrived), func(a, b maint.Arrived) int {
+		return cmp.Or(a.At.Compare(b.At), cmp.Compare(a.Op, b.Op))
+	})
+}
+
+// Arrival returns the guest that has come here by operation id.
+func (j *Journal) Arrival(id maint.OpID) (maint.Arrived, bool) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	a, ok := j.arrived[id]
+	return a, ok
+}
+
 // Cordon returns why the host takes no guests in; nil: it does.
 func (j *Journal) Cordon() *maint.Cordon {
 	j.mu.Lock()
@@ -360,7 +392,7 @@ func (j *Journal) Health() error {
 }
 
 // Prune deletes the records of operations and scheduled events that ended before t,
-// and of reservations that lapsed before t. It makes one record of those about
+// of reservations that lapsed and of guests that came before t. It makes one record of those about
 // scheduled events that are older than an hour: guests can cause many. It returns how
 // many records went.
 func (j *Journal) Prune(t time.Time) (int, error) {
@@ -380,6 +412,9 @@ func (j *Journal) Prune(t time.Time) (int, error) {
 		if isReservation(r.Kind) {
 			res, held := j.reserved[r.Op]
 			return r.Time.Before(t) && (!held || res.Expires.Before(t))
+		}
+		if r.Kind == maint.RecArrived {
+			return j.arrived[r.Op].At.Before(t)
 		}
 		return gone[r.Op]
 	}
@@ -449,6 +484,7 @@ func (j *Journal) Prune(t time.Time) (int, error) {
 			delete(j.reserved, id)
 		}
 	}
+	maps.DeleteFunc(j.arrived, func(_ maint.OpID, a maint.Arrived) bool { return a.At.Before(t) })
 	return n, nil
 }
 

@@ -303,3 +303,73 @@ func TestCordon(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// Guests that have come are known, as they were last written down, until they are pruned.
+func TestArrivals(t *testing.T) {
+	dir := t.TempDir()
+	j, err := Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now().Round(0)
+	old := maint.Arrived{Op: "mig-1", From: "a", Guest: "web-1", At: now.Add(-2 * time.Hour)}
+	seen := maint.Arrived{Op: "mig-2", From: "a", Guest: "web-2", At: now.Add(-time.Minute)}
+	report := maint.ArrivalReport{Clock: maint.ClockReport{State: maint.ClockSynchronised}}
+	for _, a := range []maint.Arrived{seen, old} {
+		if err := j.Append(maint.Record{Op: a.Op, Kind: maint.RecArrived, Data: data(a)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	seen.Report = &report
+	if err := j.Append(maint.Record{Op: seen.Op, Kind: maint.RecArrived, Data: data(seen)}); err != nil {
+		t.Fatal(err)
+	}
+	if err := j.Append(maint.Record{Op: "mig-3", Kind: maint.RecArrived, Data: []byte("[]")}); err == nil {
+		t.Error("an arrival that cannot be read was taken")
+	}
+	if d := cmp.Diff([]maint.Arrived{old, seen}, j.Arrivals()); d != "" {
+		t.Error(d)
+	}
+	if _, err := j.Prune(now.Add(-time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if d := cmp.Diff([]maint.Arrived{seen}, j.Arrivals()); d != "" {
+			t.Error(d)
+		}
+		if _, known := j.Arrival("mig-1"); known {
+			t.Error("what was pruned is still known")
+		}
+		if all, err := j.Records(""); err != nil || len(all) != 2 {
+			t.Errorf("%d records are left, %v", len(all), err)
+		}
+		j.Close()
+		if j, err = Open(dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	j.Close()
+}
+
+// What a guest's new host did for it follows the end of the operation, and nothing else.
+func TestSeenToFollowsTheEnd(t *testing.T) {
+	j := open(t, t.TempDir())
+	defer j.Close()
+	seen := maint.Record{Op: "a", Kind: maint.RecSeenTo, Data: data(maint.ArrivalReport{Clock: maint.ClockReport{Shots: 1}})}
+	if err := j.Append(accepted("a")); err != nil {
+		t.Fatal(err)
+	}
+	if err := j.Append(seen); err == nil {
+		t.Error("it was taken before the end")
+	}
+	if err := j.Append(maint.Record{Op: "a", Kind: maint.RecEnded, Data: data(maint.Ending{Outcome: maint.OutcomeDone})}, seen); err != nil {
+		t.Fatal(err)
+	}
+	if op, _ := j.Op("a"); op.Arrival == nil || op.Arrival.Clock.Shots != 1 {
+		t.Errorf("the operation has %+v", op.Arrival)
+	}
+	seen.Data = []byte("[]")
+	if err := j.Append(seen); err == nil {
+		t.Error("a report that cannot be read was taken")
+	}
+}

@@ -109,7 +109,9 @@ type Op struct {
 	Replace  *ReplaceRequest `json:"replace,omitempty"`
 	Replaced *VMMResult      `json:"replaced,omitempty"`
 	Leash    []LeashEvent    `json:"leash,omitempty"`
-	Clocks   []ClockReport   `json:"clocks,omitempty"` // of a migrated guest
+	// Arrival is what its new host did for a moved guest, after the operation's end;
+	// nil until that has said so.
+	Arrival *ArrivalReport `json:"arrival,omitempty"`
 
 	// Progress is the last statistics of a running copy; not journaled.
 	Progress *Job `json:"progress,omitempty"`
@@ -158,10 +160,11 @@ const (
 	RecHeld       RecordKind = "held"        // Data is the HoldResult
 	RecReplaced   RecordKind = "replaced"    // Data is the VMMResult
 	RecLeash      RecordKind = "leash"       // Data is a LeashEvent
-	RecClock      RecordKind = "clock"       // Data is a ClockReport
 	RecEnded      RecordKind = "ended"       // Data is an Ending
+	RecSeenTo     RecordKind = "seen-to"     // after the end: Data is the ArrivalReport of the guest's new host
 	RecReserved   RecordKind = "reserved"    // room kept for an arriving guest; Data is the Reservation
 	RecReleased   RecordKind = "released"    // that room was given up
+	RecArrived    RecordKind = "arrived"     // a guest has come, or was seen to; Data is the Arrived
 	RecEvent      RecordKind = "event"       // scheduled events; Data is the EventChange
 	RecCordoned   RecordKind = "cordoned"    // the host takes no guests in; Data is the Cordon
 	RecUncordoned RecordKind = "uncordoned"  // and does again; By asked for it
@@ -184,6 +187,22 @@ type Record struct {
 type Ending struct {
 	Outcome  Outcome   `json:"outcome"`
 	Problems []Problem `json:"problems,omitempty"`
+}
+
+// Arrived is a guest that has come to this host from a peer.
+type Arrived struct {
+	Op        OpID      `json:"op"`   // of its old host
+	From      string    `json:"from"` // that host's certificate name
+	GuestUUID string    `json:"guest_uuid"`
+	Guest     string    `json:"guest"`
+	At        time.Time `json:"at"`
+	// Report is what was done for it since; nil while that goes on.
+	Report *ArrivalReport `json:"report,omitempty"`
+}
+
+// ArrivalReport is what a host did for a guest that has come to it, when it ran there.
+type ArrivalReport struct {
+	Clock ClockReport `json:"clock"`
 }
 
 // Reservation is room kept on a destination for a guest that is on its way.

@@ -307,7 +307,8 @@ func printOp(w io.Writer, op maint.Op) {
 			row(w, "clock", fmt.Sprintf("%s: was off by %s, is by %s", v.Clock.State, offset(v.Clock.Before), clockAfter(*v.Clock)))
 		}
 	}
-	for _, k := range op.Clocks {
+	if op.Arrival != nil {
+		k := op.Arrival.Clock
 		row(w, "clock", fmt.Sprintf("%s: was off by %s, is by %s", k.State, offset(k.Before), clockAfter(k)))
 	}
 	printHeld(w, op)

@@ -171,6 +171,15 @@ func (p *stage) command(s *testscript.TestScript, args []string) {
 			s.Fatalf("there is no operation")
 		}
 		s.Setenv("OP", string(ops[len(ops)-1].ID))
+	case "seen-to": // the new host has told of the last operation's guest
+		for {
+			ops, err := a.Client.Ops(ctx)
+			s.Check(err)
+			if len(ops) > 0 && ops[len(ops)-1].Arrival != nil {
+				return
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
 	case "runs":
 		for _, n := range p.world.Nodes {
 			g, err := n.Host.Guest(ctx, p.uuids[arg(0)])
