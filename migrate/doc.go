@@ -14,7 +14,9 @@
 // pause, raises it as what the guest writes demands, and then does what the operator
 // has allowed.
 //
-// What happened is never concluded from an error code: Classify looks at both
-// hosts. Nothing here can destroy, stop or restart a guest; the interfaces it
-// is given have no such call.
+// What happened is never concluded from an error code: Reconcile has what both hosts
+// show and what the journal says, and names the state and the one action that is safe.
+// Nothing here can destroy, stop or restart a guest; the interfaces it is given have no
+// such call. A guest that a switch-over has left stopped is started again only where the
+// other side is proven not to run it.
 package migrate

@@ -59,9 +59,16 @@ type Keeper interface {
 	SetAutostart(ctx context.Context, uuid string, on bool) error
 }
 
+// Resumer starts a guest's vCPUs. It wraps maint.ErrLocked where somebody else has its
+// disks.
+type Resumer interface {
+	Resume(ctx context.Context, uuid string) error
+}
+
 // Source is the host the guest leaves.
 type Source interface {
 	Looker
+	Resumer
 	Engine
 	Describer
 	Keeper
@@ -180,34 +187,28 @@ func (m *Migration) Verify(ctx context.Context, s Scratch) error {
 			fmt.Sprintf("on %s: virsh dominfo %s; then set persistence and autostart as wanted (were: persistent %t, autostart %t)", m.To, m.Guest, b.Persistent, b.Autostart),
 			"runs on %s, but its definition there could not be settled: %v", m.To, err)
 	}
-	now, err := m.settle(ctx)
+	now, err := m.settle(ctx, Story{Begun: MoveSeen, Persistent: b.Persistent})
 	switch {
-	case now == Moved:
-	case now == MovedLeftover:
-		return m.leftover(ctx, b)
 	case err != nil:
 		return err
-	default:
+	case now.State == MovedLeftover:
+		return m.leftover(ctx, b)
+	case !now.Moved():
 		return m.unsettled(now)
 	}
-	if err := m.noteArrival(ctx, s); err != nil {
+	if err := m.noteArrival(ctx, s); err != nil || now.Action != RemoveDefinition {
 		return err
 	}
-	left, err := m.Source.Guest(ctx, m.UUID)
-	if errors.Is(err, maint.ErrNoGuest) {
-		return nil
-	}
-	if err == nil && left.State.Active() { // started there at this very moment
-		return m.unsettled(Both)
-	}
-	if err == nil { // libvirt was interrupted before it undefined it
-		if err := m.Source.UndefineInactive(ctx, m.UUID); err != nil {
-			return maint.Problemf(maint.CodeLeftover, "guest "+m.Guest, fmt.Sprintf("on %s: virsh undefine %s", m.From, m.Guest),
-				"runs on %s, but its old definition on %s could not be removed: %v", m.To, m.From, err)
+	// libvirt was interrupted before it undefined it. It refuses this of a guest that was
+	// started there at this very moment.
+	if err := m.Source.UndefineInactive(ctx, m.UUID); err != nil && !errors.Is(err, maint.ErrNoGuest) {
+		if now, lookErr := m.settle(ctx, Story{Begun: MoveSeen}); lookErr == nil && !now.Moved() {
+			return m.unsettled(now)
 		}
-		return s.Note("removed the definition that was left on %s", m.From)
+		return maint.Problemf(maint.CodeLeftover, "guest "+m.Guest, fmt.Sprintf("on %s: virsh undefine %s", m.From, m.Guest),
+			"runs on %s, but its old definition on %s could not be removed: %v", m.To, m.From, err)
 	}
-	return err
+	return s.Note("removed the definition that was left on %s", m.From)
 }
 
 // noteArrival writes down what the guest does on the destination where that is

@@ -1,0 +1,156 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"belay/agent/maint"
+)
+
+const (
+	// settleGrace is how long a host that cannot be asked, or a guest that
+	// is between two hosts, is waited for before a person is needed.
+	settleGrace = time.Minute
+	// silentGrace is the same for this host's own libvirt, which can be held
+	// up by one guest's job for minutes: the guest runs on meanwhile, and
+	// there is nothing that a person could do better than wait.
+	silentGrace = 10 * time.Minute
+	// lookTimeout bounds one look at one host.
+	lookTimeout = 10 * time.Second
+	// lookFirst is the pause before both hosts are looked at again.
+	lookFirst = 50 * time.Millisecond
+)
+
+// ErrUnsettled marks a Perform error after which nobody knows where the guest
+// is, or knows it to be where it must not be: there must be no automatic undo.
+var ErrUnsettled = errors.New("the guest's place is not settled")
+
+// situation is both hosts, looked at once, and what to make of them.
+type situation struct {
+	Verdict
+	here, there *maint.View // nil: could not be asked
+	err         error       // why here is nil
+	nothing     bool        // was begun
+}
+
+// settle looks at both hosts until what they show is to be acted on. It waits
+// through switch-overs and through hosts that cannot be asked, for up to settleGrace or
+// silentGrace, and until a verdict that two looks at two hosts may be mistaken about
+// (Verdict.Doubt) has stood for long enough.
+func (m *Migration) settle(detach context.Context, story Story) (situation, error) {
+	begun, pause := time.Now(), lookFirst
+	var was Verdict
+	var since time.Time // when was was seen first
+	for {
+		now := m.look(detach, story)
+		if now.Verdict != was {
+			was, since = now.Verdict, time.Now()
+		}
+		left := now.Doubt() - time.Since(since)
+		if now.Action != Wait && left <= 0 {
+			return now, nil
+		}
+		patience := settleGrace
+		if now.here == nil && !now.nothing {
+			patience = silentGrace
+		}
+		if now.Action == Wait && time.Since(begun) > patience {
+			return now, m.unsettled(now)
+		}
+		next := pause
+		if now.Action != Wait {
+			next = min(pause, left)
+		}
+		if !wait(detach, next) {
+			return now, detach.Err()
+		}
+		pause = min(2*pause, 2*time.Second)
+	}
+}
+
+// look asks both hosts for the guest, once.
+func (m *Migration) look(ctx context.Context, story Story) (now situation) {
+	now.nothing = story.Begun == NothingBegun
+	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
+	remote := make(chan *maint.View, 1)
+	go func() {
+		v, err := m.Destination.View(ctx, m.UUID)
+		if err != nil {
+			m.Log.Debug("cannot ask the peer", "peer", m.To, "err", err)
+			remote <- nil
+			return
+		}
+		remote <- &v
+	}()
+	g, err := m.Source.Guest(ctx, m.UUID)
+	switch {
+	case err == nil:
+		now.here = &maint.View{Host: m.From, Guest: &g}
+	case errors.Is(err, maint.ErrNoGuest):
+		now.here = &maint.View{Host: m.From}
+	default:
+		m.Log.Debug("cannot ask libvirt", "err", err)
+		now.err = err
+	}
+	now.there = <-remote
+	now.Verdict = Reconcile(now.here, now.there, story)
+	return now
+}
+
+// resumeSource starts the guest again where a migration has stopped it and nothing else
+// will. Only the verdict Stranded allows it.
+func (m *Migration) resumeSource(ctx context.Context, s Scratch) error {
+	if err := s.Note("the guest was left stopped on %s by a switch-over that did not come about; %s has never started it, so it is started on %s again", m.From, m.To, m.From); err != nil {
+		return err
+	}
+	err := m.retry(ctx, settleGrace, func(ctx context.Context) error { return m.Source.Resume(ctx, m.UUID) })
+	if err != nil {
+		p := maint.Problemf(maint.CodeUnverified, "guest "+m.Guest,
+			fmt.Sprintf("see that %s does not run it, nor any other host that has its disks, then on %s: virsh resume %s", m.To, m.From, m.Guest),
+			"was left stopped on %s by a switch-over that did not come about, and cannot be started there: %v", m.From, err)
+		return fmt.Errorf("%w: %w", ErrUnsettled, p)
+	}
+	return nil
+}
+
+// stays says for people how the guest is on the source, which it has not left.
+func (m *Migration) stays(now situation) string {
+	if now.here != nil && now.here.Guest != nil && !now.here.Running() {
+		return fmt.Sprintf("the guest is still on %s, where it is %s (%s)", m.From, now.here.Guest.State, now.here.Guest.Reason)
+	}
+	return fmt.Sprintf("the guest runs on %s as before", m.From)
+}
+
+// unsettled is the end of what cannot be acted on.
+func (m *Migration) unsettled(now situation) error {
+	look := fmt.Sprintf("look on both: virsh domstate --reason %s", m.Guest)
+	p := maint.Problemf(maint.CodeUnverified, "guest "+m.Guest, look, "after the copy to %s it is %s", m.To, now.State)
+	switch now.State {
+	case Unknown:
+		p.Reason = fmt.Sprintf("one of the hosts %s and %s could not be asked, however often it was tried; where it runs is not known", m.From, m.To)
+		p.Remedy = look + "; start it nowhere before the other host is known not to run it"
+	case Both, SecondCopy:
+		p.Remedy = "stop one copy at once, before both write to the same disk: compare 'virsh domstate --reason' and the guest's own clock on both hosts"
+	case Neither:
+		p.Remedy = fmt.Sprintf("see the libvirt and QEMU logs of both hosts; its definition, if it had one, is in the record of the operation (belay ops show %s -o json, as an operator)", m.Op)
+	case Switching:
+		p.Remedy = look + "; a copy that is paused for migration is resumed with virsh resume only when the other host has none"
+	case Doubtful:
+		p.Reason = fmt.Sprintf("is stopped on %s, in the switch-over to %s, where it is not: it cannot be told whether it has run and ended there", m.From, m.To)
+		p.Remedy = fmt.Sprintf("see its QEMU log on %s (/var/log/libvirt/qemu/%s.log); if it has not run there, on %s: virsh resume %s; if it has, what %s holds is out of date: on %s virsh destroy %s, and start it where it is wanted",
+			m.To, m.Guest, m.From, m.Guest, m.From, m.From, m.Guest)
+	case PausedTwice:
+		p.Reason = fmt.Sprintf("is paused on both hosts; it has arrived on %s, and what %s holds is out of date", m.To, m.From)
+		p.Remedy = fmt.Sprintf("see why it is paused on %s (virsh domstate --reason %s) and resume it there, nowhere else; when it runs, on %s: virsh destroy %s", m.To, m.Guest, m.From, m.Guest)
+	case PostCopyLostThere:
+		p.Reason = fmt.Sprintf("has ended on %s in post-copy, while part of its memory was on %s: neither host has it whole", m.To, m.From)
+		p.Remedy = fmt.Sprintf("never resume it on %s, whose memory is older than its disk; there: virsh destroy %s; then start it where it is wanted, as after a power cut", m.From, m.Guest)
+	case PostCopyLostHere:
+		p.Reason = fmt.Sprintf("runs on %s, and the part of its memory that was on %s is gone with its process there", m.To, m.From)
+		p.Remedy = fmt.Sprintf("it will hang where it needs that part: shut it down on %s, and start it where it is wanted, as after a power cut", m.To)
+	}
+	return fmt.Errorf("%w: %w", ErrUnsettled, p)
+}
