@@ -308,3 +308,23 @@ func (n *Node) BelayJSON(ctx context.Context, v any, args ...string) error {
 	}
 	return json.Unmarshal([]byte(r.Stdout), v)
 }
+
+// arrivalPoll is how often a record is looked at that nothing announces.
+const arrivalPoll = 100 * time.Millisecond
+
+// AwaitArrival waits until the operation, which has moved a guest away from the node,
+// has what the guest's new host did for it.
+func (n *Node) AwaitArrival(ctx context.Context, op *maint.Op) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for {
+		if err := n.BelayJSON(ctx, op, "ops", "show", string(op.ID)); err != nil || op.Arrival != nil {
+			return err
+		}
+		select {
+		case <-time.After(arrivalPoll):
+		case <-ctx.Done():
+			return fmt.Errorf("%s has not told what was done for guest %s where it went: %w", n.Name, op.Guest, ctx.Err())
+		}
+	}
+}

@@ -67,6 +67,10 @@ func (b *Bed) Belay(ctx context.Context) (Move, error) {
 		case op.Outcome != maint.OutcomeDone || op.Move == nil:
 			return fmt.Errorf("operation %s: outcome %s, and no measurements", op.ID, op.Outcome)
 		}
+		// What its new host does for the guest is not to disturb the next move.
+		if err := from.AwaitArrival(ctx, &op); err != nil {
+			return err
+		}
 		m.Op = &op
 		m.Downtime, m.MemorySent, m.Copy = op.Move.Downtime, op.Move.MemorySent, op.Move.Copy
 		return nil

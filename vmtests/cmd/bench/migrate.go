@@ -69,6 +69,9 @@ func benchMigrate(ctx context.Context, bin cluster.Binaries, rounds int) (err er
 		if err := measure.PrintComparison(os.Stdout, measure.Summarise(measure.Belay, belay), measure.Summarise(measure.Virsh, virsh)); err != nil {
 			return err
 		}
+		for _, p := range measure.Phases(belay) {
+			line("  belay's "+p.Name, "%s", p.Took.In(float64(time.Millisecond), "ms"))
+		}
 		if err := b.Prove(ctx); err != nil {
 			return err
 		}
