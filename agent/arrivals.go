@@ -52,6 +52,7 @@ func (a *Agent) Check(ctx context.Context, from string, r maint.Arrival) ([]main
 		}
 	}
 	ps := migrate.CheckArrival(ctx, r, room, a.hyp)
+	ps = append(ps, a.apart(r, guests, kept)...)
 	if r.Needs != nil {
 		needs, err := a.checkNeeds(ctx, *r.Needs)
 		if err != nil {
@@ -168,7 +169,7 @@ func (a *Agent) Reserve(ctx context.Context, from string, r maint.Arrival) error
 		}
 	}
 	data, err := json.Marshal(maint.Reservation{Op: r.Op, From: from, GuestUUID: r.GuestUUID, Guest: r.Guest,
-		MemoryBytes: r.MemoryBytes, Pages: r.Pages, Expires: time.Now().Add(reservationLife)})
+		MemoryBytes: r.MemoryBytes, Pages: r.Pages, AntiAffinity: r.AntiAffinity, Expires: time.Now().Add(reservationLife)})
 	if err != nil {
 		return err
 	}

@@ -35,13 +35,25 @@ func unknownThere(err error) bool {
 // and CPU only. Whatever else the guest needs libvirt finds out there, as it did
 // for that belayd's own guests.
 func (c carrying) Check(ctx context.Context, r maint.Arrival) ([]maint.Problem, error) {
+	r.AntiAffinity = c.agent.groupsAt(ctx, r.GuestUUID, r.Guest)
 	ps, err := c.Destination.Check(ctx, r)
-	if r.Needs != nil && unknownThere(err) {
+	if (r.Needs != nil || r.AntiAffinity != nil) && unknownThere(err) {
 		c.agent.log.Warn("a peer does not look at all that a guest needs", "guest", r.Guest, "err", err)
-		r.Needs = nil
+		r.Needs, r.AntiAffinity = nil, nil
 		ps, err = c.Destination.Check(ctx, r)
 	}
 	return ps, err
+}
+
+// Reserve tells of the groups that the guest is in, too.
+func (c carrying) Reserve(ctx context.Context, r maint.Arrival) error {
+	r.AntiAffinity = c.agent.groupsAt(ctx, r.GuestUUID, r.Guest)
+	err := c.Destination.Reserve(ctx, r)
+	if r.AntiAffinity != nil && unknownThere(err) {
+		r.AntiAffinity = nil
+		err = c.Destination.Reserve(ctx, r)
+	}
+	return err
 }
 
 func (c carrying) Settle(ctx context.Context, s maint.Settlement) error {

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"time"
 
 	"belay/agent/maint"
@@ -27,8 +28,18 @@ func (a *Agent) Cordon(_ context.Context, by, reason string) (maint.Cordon, erro
 	return c, a.append(maint.Record{Kind: maint.RecCordoned, By: by, Text: reason, Data: data})
 }
 
-// Uncordon has the host take guests in again.
+// Uncordon has the host take guests in again, unless it is being emptied.
 func (a *Agent) Uncordon(_ context.Context, by string) error {
+	for _, op := range a.journal.Ops() {
+		if op.Kind == maint.OpDrain && op.State != maint.OpEnded {
+			return refuse("cannot uncordon host "+a.cfg.Host, maint.Problemf(maint.CodeBusy, "host "+a.cfg.Host,
+				fmt.Sprintf("abort it (belay ops abort %s), which lifts its cordon", op.ID), "is being drained by operation %s", op.ID))
+		}
+	}
+	return a.uncordon(by)
+}
+
+func (a *Agent) uncordon(by string) error {
 	a.arrivals.Lock()
 	defer a.arrivals.Unlock()
 	if a.journal.Cordon() == nil {

@@ -352,8 +352,8 @@ func addresses(answer json.RawMessage) map[string][]netip.Addr {
 	return byMAC
 }
 
-// drain has a guest's long polls answered before it moves.
-func (a *Agent) drain(ctx context.Context, uuid string) {
+// answerPolls has a guest's long polls answered before it moves.
+func (a *Agent) answerPolls(ctx context.Context, uuid string) {
 	s := a.guests.Load()
 	if s == nil {
 		return

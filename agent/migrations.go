@@ -18,6 +18,11 @@ import (
 // Migrate admits a migration, writes it down and starts it. It refuses what
 // can be refused on the spot: an unknown guest or peer, a guest that is busy.
 func (a *Agent) Migrate(ctx context.Context, by string, r maint.MigrateRequest) (maint.Op, error) {
+	return a.migrate(ctx, by, r, func(*maint.Op) {})
+}
+
+// migrate is Migrate of an operation that edit says more of.
+func (a *Agent) migrate(ctx context.Context, by string, r maint.MigrateRequest, edit func(*maint.Op)) (maint.Op, error) {
 	what := fmt.Sprintf("cannot migrate guest %s to %s", r.Guest, r.To)
 	if err := a.checkRequest(r); err != nil {
 		return maint.Op{}, err
@@ -49,6 +54,7 @@ func (a *Agent) Migrate(ctx context.Context, by string, r maint.MigrateRequest) 
 	now := time.Now()
 	op := maint.Op{ID: newOpID("mig", now), Kind: maint.OpMigrate, Guest: g.Name, GuestUUID: g.UUID,
 		Peer: p.name, By: by, Reason: r.Reason, Deadline: now.Add(r.Timeout), Migrate: &r}
+	edit(&op)
 	a.tell(&op)
 	return a.submit(ctx, what, op)
 }
@@ -95,7 +101,7 @@ func (a *Agent) migrateSteps(op maint.Op) []run.Step {
 			Undo: func(ctx context.Context, s *run.Scratch) error { return m.Release(ctx, s) }},
 		{Name: migrate.PhasePerform, Commit: true,
 			Do: a.noted(op, func(ctx context.Context, s *run.Scratch) error {
-				a.drain(ctx, op.GuestUUID)
+				a.answerPolls(ctx, op.GuestUUID)
 				ctx, cancel := a.copyTime(ctx, op)
 				defer cancel()
 				return unlessUnsettled(op, m.Perform(ctx, a.life, s))
@@ -120,7 +126,7 @@ func (a *Agent) migration(op maint.Op, p *peer, to migrate.Destination) *migrate
 		Deadline: op.Deadline,
 		Progress: func(j maint.Job) {
 			a.progress.Store(op.ID, j)
-			a.drain(a.life, op.GuestUUID)
+			a.answerPolls(a.life, op.GuestUUID)
 		},
 	}
 }

@@ -139,15 +139,18 @@ func (a *Agent) most(k maint.OpKind) int {
 	if k == maint.OpMigrate {
 		return a.cfg.Limits.MigrationsOut
 	}
-	return 1
+	return 1 // of drains and restores together, see inCommon
 }
 
 // ofAll says that an operation is about every guest of the host.
 func ofAll(op maint.Op) bool { return op.Hold != nil && op.Hold.All }
 
+// moveMany says that an operation has others move guests, each for itself.
+func moveMany(op maint.Op) bool { return op.Kind == maint.OpDrain || op.Kind == maint.OpRestore }
+
 // inCommon names what two operations are both about, "" for nothing.
 func inCommon(op, running maint.Op) string {
-	if ofAll(op) || ofAll(running) {
+	if ofAll(op) || ofAll(running) || moveMany(op) && moveMany(running) {
 		return "this host's guests"
 	}
 	theirs := append([]string{running.GuestUUID}, running.Guests...)
@@ -169,24 +172,38 @@ func (a *Agent) steps(op maint.Op) []run.Step {
 		return a.holdSteps(op)
 	case maint.OpReplace:
 		return a.replaceSteps(op)
+	case maint.OpDrain:
+		return a.drainSteps(op)
+	case maint.OpRestore:
+		return a.restoreSteps(op)
 	}
 	return a.migrateSteps(op)
 }
 
 // Abort asks a running operation to stop and go back.
 func (a *Agent) Abort(ctx context.Context, by string, id maint.OpID) (maint.Op, error) {
+	return a.abort(ctx, maint.Record{Op: id, Kind: maint.RecAbort, By: by})
+}
+
+// AbortNow is Abort, also of what runs of a drain or a restore.
+func (a *Agent) AbortNow(ctx context.Context, by string, id maint.OpID) (maint.Op, error) {
+	return a.abort(ctx, maint.Record{Op: id, Kind: maint.RecAbort, By: by, Text: maint.AbortNow})
+}
+
+func (a *Agent) abort(ctx context.Context, wish maint.Record) (maint.Op, error) {
+	id := wish.Op
 	op, err := a.Op(ctx, id)
 	if err != nil {
 		return op, err
 	}
 	err2 := a.inLoop(ctx, func() {
 		l := a.live[id]
-		if now, _ := a.journal.Op(id); l == nil || now.State == maint.OpEnded {
+		if op, _ := a.journal.Op(id); l == nil || op.State == maint.OpEnded {
 			err = maint.Problemf(maint.CodeEnded, "operation "+string(id), "", "has already ended")
 			return
 		}
 		// The wish is carried out even when it cannot be written down.
-		if jerr := a.journal.Append(maint.Record{Op: id, Kind: maint.RecAbort, By: by}); jerr != nil {
+		if jerr := a.journal.Append(wish); jerr != nil {
 			a.log.Error("cannot journal an abort", "op", id, "err", jerr)
 		}
 		l.abort(run.ErrAborted)

@@ -29,6 +29,15 @@ type peer struct {
 	to     migrate.Destination
 	client *api.Client
 	last   atomic.Pointer[maint.PeerStatus]
+	in     atomic.Int32 // how many guests it last said that it takes in at once; 0: not known
+}
+
+// takesIn is how many guests the peer takes in at once, 0 where that is not known.
+func (p *peer) takesIn() int {
+	if p == nil {
+		return 0
+	}
+	return int(p.in.Load())
 }
 
 func newPeer(name string, cfg config.Peer, c *api.Client) *peer {

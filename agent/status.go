@@ -116,6 +116,9 @@ func unresolved(ops []maint.Op) []maint.Condition {
 // subjects are what an operation was about: guests, by UUID, and what was done
 // to the host around them.
 func subjects(op maint.Op) []string {
+	if moveMany(op) { // a restore is the end of its drain
+		return []string{string(maint.OpDrain)}
+	}
 	if op.Kind != maint.OpHold {
 		return []string{op.GuestUUID}
 	}

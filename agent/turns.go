@@ -39,7 +39,7 @@ func (a *Agent) turn(ctx context.Context, op maint.Op) error {
 	take := func() bool {
 		a.turns.mu.Lock()
 		defer a.turns.mu.Unlock()
-		if a.atWork(op.Kind) >= a.most(op.Kind) {
+		if a.atWork(op.Kind) >= a.most(op.Kind) || a.crowded(op) {
 			return false
 		}
 		a.turns.taken[op.ID] = true

@@ -5,6 +5,7 @@ import (
 	"encoding/xml"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"belay/agent/maint"
@@ -21,6 +22,11 @@ type domainXML struct {
 		Unit  string `xml:"unit,attr"`
 		Value uint64 `xml:",chardata"`
 	} `xml:"memory"`
+	Metadata struct {
+		Placement struct {
+			AntiAffinity string `xml:"anti-affinity,attr"`
+		} `xml:"urn:belay:placement:1 placement"`
+	} `xml:"metadata"`
 	MemoryBacking struct {
 		HugePages *struct {
 			Pages []pagesXML `xml:"page"`
@@ -150,6 +156,13 @@ func fill(g *maint.Guest, text string) error {
 	g.MemorySource, g.MemoryShared = d.memorySource(), d.MemoryBacking.Access.Mode == "shared"
 	g.DomainType, g.MachineType = d.Type, d.OS.Type.Machine
 	g.CPUModel = strings.TrimSpace(cmp.Or(d.CPU.Model, d.CPU.Mode))
+	g.AntiAffinity = nil
+	for _, name := range strings.Fields(d.Metadata.Placement.AntiAffinity) {
+		if !slices.Contains(g.AntiAffinity, name) {
+			g.AntiAffinity = append(g.AntiAffinity, name)
+		}
+	}
+	slices.Sort(g.AntiAffinity)
 	g.Agent = maint.AgentNone
 	g.Disks, g.Devices = []maint.Disk{}, []maint.Device{}
 	for i := range d.Devices.All {

@@ -88,10 +88,28 @@ func CheckArrival(ctx context.Context, a maint.Arrival, room Room, cpu CPUCompar
 }
 
 func checkMemory(a maint.Arrival, room Room) []maint.Problem {
-	// claimed is what guests here and on their way may use; expected is what
-	// of that is not taken yet. A guest that is being copied here is among the
-	// guests, paused, but most of its memory is still free.
-	var claimed, expected uint64
+	claimed, expected := room.taken(a.Op)
+	need := Takes(a.MemoryBytes, a.Pages)
+	var ps []maint.Problem
+	if free := minus(room.Host.FreeMemoryBytes, plus(room.MemoryReserve, expected)); need.Free > free {
+		ps = append(ps, *maint.Problemf(maint.CodeNoRoom, "host "+room.Host.Name,
+			"free memory there, or choose another peer",
+			"has %s free for guests, the guest needs %s (free %s, kept for the host %s, promised to other arrivals %s)",
+			MiB(free), MiB(need.Free), MiB(room.Host.FreeMemoryBytes), MiB(room.MemoryReserve), MiB(expected)))
+	}
+	if left := minus(room.MemoryLimit, claimed); room.MemoryLimit > 0 && need.Limit > left {
+		ps = append(ps, *maint.Problemf(maint.CodeNoRoom, "host "+room.Host.Name,
+			"raise limits.guest_memory there, or choose another peer",
+			"its limits.guest_memory of %s leaves %s, the guest needs %s", MiB(room.MemoryLimit), MiB(left), MiB(need.Limit)))
+	}
+	return ps
+}
+
+// taken is what guests of the host, and those on their way to it, may use together,
+// and what of that is not taken yet. A guest that is being copied here is among the
+// guests, paused, but most of its memory is still free. What is promised to operation
+// except is left out.
+func (room Room) taken(except maint.OpID) (claimed, expected uint64) {
 	states := make(map[string]maint.GuestState)
 	for _, g := range room.Guests {
 		states[g.UUID] = g.State
@@ -100,31 +118,35 @@ func checkMemory(a maint.Arrival, room Room) []maint.Problem {
 		}
 	}
 	for _, r := range room.Reservations {
-		if r.Op == a.Op {
+		if r.Op == except {
 			continue
 		}
+		takes := Takes(r.MemoryBytes, r.Pages)
 		if !states[r.GuestUUID].Active() {
-			claimed = plus(claimed, r.MemoryBytes, overhead)
+			claimed = plus(claimed, takes.Limit)
 		}
 		if states[r.GuestUUID] != maint.GuestRunning {
-			expected = plus(expected, ordinary(r.MemoryBytes, r.Pages), overhead)
+			expected = plus(expected, takes.Free)
 		}
 	}
-	need := plus(a.MemoryBytes, overhead)
-	fresh := plus(ordinary(a.MemoryBytes, a.Pages), overhead) // memory that is free has no huge pages in it
-	var ps []maint.Problem
-	if free := minus(room.Host.FreeMemoryBytes, plus(room.MemoryReserve, expected)); fresh > free {
-		ps = append(ps, *maint.Problemf(maint.CodeNoRoom, "host "+room.Host.Name,
-			"free memory there, or choose another peer",
-			"has %s free for guests, the guest needs %s (free %s, kept for the host %s, promised to other arrivals %s)",
-			MiB(free), MiB(fresh), MiB(room.Host.FreeMemoryBytes), MiB(room.MemoryReserve), MiB(expected)))
+	return claimed, expected
+}
+
+// Takes is what a guest takes of its host's memory. Memory that is free has no huge
+// pages in it.
+func Takes(memory uint64, pages []maint.PageNeed) maint.GuestBytes {
+	return maint.GuestBytes{Free: plus(ordinary(memory, pages), overhead), Limit: plus(memory, overhead)}
+}
+
+// Left is what the host has for guests that nobody has been promised; limit is nil
+// where there is none.
+func (room Room) Left() (free uint64, limit *uint64) {
+	claimed, expected := room.taken("")
+	if room.MemoryLimit > 0 {
+		left := minus(room.MemoryLimit, claimed)
+		limit = &left
 	}
-	if left := minus(room.MemoryLimit, claimed); room.MemoryLimit > 0 && need > left {
-		ps = append(ps, *maint.Problemf(maint.CodeNoRoom, "host "+room.Host.Name,
-			"raise limits.guest_memory there, or choose another peer",
-			"its limits.guest_memory of %s leaves %s, the guest needs %s", MiB(room.MemoryLimit), MiB(left), MiB(need)))
-	}
-	return ps
+	return minus(room.Host.FreeMemoryBytes, plus(room.MemoryReserve, expected)), limit
 }
 
 // plus adds, and stays at the largest number where the sum is larger.

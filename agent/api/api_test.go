@@ -35,6 +35,9 @@ var endpoints = []struct {
 	{"POST", "/v1/holds", `{"all":true,"step":{"command":["true"]}}`, "operator", "Hold me"},
 	{"POST", "/v1/replacements", `{"guest":"web-1"}`, "operator", "Replace me"},
 	{"GET", "/v1/guests/{guest}/replacements", "", "operator", "ReplaceChoices GUEST"},
+	{"POST", "/v1/drains", `{"to":["b"]}`, "operator", "Drain me"},
+	{"POST", "/v1/drains/plan", `{"to":["b","c"]}`, "operator", "PlanDrain b,c"},
+	{"POST", "/v1/restores", `{"drain":"D"}`, "operator", "Restore D me"},
 	{"GET", "/v1/moves", "", "operator", "Moves  "},
 	{"GET", "/v1/events", "", "viewer operator", "Events false"},
 	{"GET", "/v1/events/{id}", "", "viewer operator", "Event ID"},
@@ -58,6 +61,10 @@ var endpoints = []struct {
 	{"GET", "/v1/peer/guests/{uuid}", "", "peer", "View UUID"},
 	{"GET", "/v1/peer/guests/{uuid}/job", "", "peer", "CompletedJob UUID"},
 	{"GET", "/v1/peer/arrivals/{id}", "", "peer", "Arrival ID me"},
+	{"GET", "/v1/peer/room", "", "peer", "Room"},
+	{"POST", "/v1/peer/returns", `{"token":"T"}`, "peer", "Return T me"},
+	{"GET", "/v1/peer/returns/{id}/watch", "", "peer", "WatchReturn ID me"},
+	{"POST", "/v1/peer/returns/{id}/abort", "", "peer", "AbortReturn ID me"},
 	{"POST", "/v1/peer/settlements", `{"op":"ID"}`, "peer", "Settle ID me"},
 }
 

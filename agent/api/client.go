@@ -146,6 +146,27 @@ func (c *Client) Abort(ctx context.Context, id maint.OpID) (op maint.Op, err err
 	return op, c.call(ctx, "POST", opPath(id)+"/abort", nil, &op)
 }
 
+// AbortNow is Abort, also of what runs of a drain or a restore.
+func (c *Client) AbortNow(ctx context.Context, id maint.OpID) (op maint.Op, err error) {
+	return op, c.call(ctx, "POST", opPath(id)+"/abort?now=1", nil, &op)
+}
+
+// Drain asks for every guest to be moved to peers and returns the admitted operation.
+func (c *Client) Drain(ctx context.Context, r maint.DrainRequest) (op maint.Op, err error) {
+	return op, c.call(ctx, "POST", "/v1/drains", r, &op)
+}
+
+// PlanDrain asks what that would do.
+func (c *Client) PlanDrain(ctx context.Context, r maint.DrainRequest) (p maint.DrainPlan, err error) {
+	return p, c.call(ctx, "POST", "/v1/drains/plan", r, &p)
+}
+
+// Restore asks for what a drain has moved to be brought back and returns the admitted
+// operation.
+func (c *Client) Restore(ctx context.Context, r maint.RestoreRequest) (op maint.Op, err error) {
+	return op, c.call(ctx, "POST", "/v1/restores", r, &op)
+}
+
 // Cordon has the host take no guests in.
 func (c *Client) Cordon(ctx context.Context, reason string) (k maint.Cordon, err error) {
 	return k, c.call(ctx, "PUT", "/v1/cordon", Reason{reason}, &k)
@@ -159,8 +180,12 @@ func (c *Client) Uncordon(ctx context.Context) error {
 // Watch calls f with the operation now and after every change until it has
 // ended, then returns it as it ended.
 func (c *Client) Watch(ctx context.Context, id maint.OpID, f func(maint.Op)) (maint.Op, error) {
+	return c.watch(ctx, opPath(id)+"/watch", f)
+}
+
+func (c *Client) watch(ctx context.Context, path string, f func(maint.Op)) (maint.Op, error) {
 	var op maint.Op
-	resp, err := c.do(ctx, "GET", opPath(id)+"/watch", nil)
+	resp, err := c.do(ctx, "GET", path, nil)
 	if err != nil {
 		return op, err
 	}
@@ -302,6 +327,26 @@ func (c *Client) CompletedJob(ctx context.Context, uuid string) (j maint.Job, er
 // id, and waits for it.
 func (c *Client) Arrival(ctx context.Context, id maint.OpID) (r maint.ArrivalReport, err error) {
 	return r, c.call(ctx, "GET", "/v1/peer/arrivals/"+segment(string(id)), nil, &r)
+}
+
+// Room asks a peer what it has room for.
+func (c *Client) Room(ctx context.Context) (r maint.PeerRoom, err error) {
+	return r, c.call(ctx, "GET", "/v1/peer/room", nil, &r)
+}
+
+// Return asks a peer to migrate a guest back that came from here.
+func (c *Client) Return(ctx context.Context, r maint.ReturnRequest) (op maint.Op, err error) {
+	return op, c.call(ctx, "POST", "/v1/peer/returns", r, &op)
+}
+
+// WatchReturn is Watch of such a migration.
+func (c *Client) WatchReturn(ctx context.Context, id maint.OpID, f func(maint.Op)) (maint.Op, error) {
+	return c.watch(ctx, "/v1/peer/returns/"+segment(string(id))+"/watch", f)
+}
+
+// AbortReturn asks for one to be aborted.
+func (c *Client) AbortReturn(ctx context.Context, id maint.OpID) error {
+	return c.call(ctx, "POST", "/v1/peer/returns/"+segment(string(id))+"/abort", nil, nil)
 }
 
 // Greeting asks a peer to introduce itself.

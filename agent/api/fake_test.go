@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -84,6 +85,38 @@ func (f *fakeAgent) Watch(_ context.Context, id maint.OpID, tell func(maint.Op) 
 
 func (f *fakeAgent) Migrate(_ context.Context, by string, r maint.MigrateRequest) (maint.Op, error) {
 	return maint.Op{ID: "mig-1", By: by, Guest: r.Guest, Peer: r.To}, f.called("Migrate", by)
+}
+
+func (f *fakeAgent) AbortNow(_ context.Context, by string, id maint.OpID) (maint.Op, error) {
+	return maint.Op{ID: id}, f.called("AbortNow "+string(id), by)
+}
+
+func (f *fakeAgent) Drain(_ context.Context, by string, r maint.DrainRequest) (maint.Op, error) {
+	return maint.Op{ID: "drain-1", By: by, Drain: &r}, f.called("Drain", by)
+}
+
+func (f *fakeAgent) PlanDrain(_ context.Context, r maint.DrainRequest) (maint.DrainPlan, error) {
+	return maint.DrainPlan{}, f.called("PlanDrain", strings.Join(r.To, ","))
+}
+
+func (f *fakeAgent) Restore(_ context.Context, by string, r maint.RestoreRequest) (maint.Op, error) {
+	return maint.Op{ID: "restore-1", By: by, Restore: &r}, f.called("Restore "+string(r.Drain), by)
+}
+
+func (f *fakeAgent) Room(context.Context) (maint.PeerRoom, error) {
+	return maint.PeerRoom{}, f.called("Room", "")
+}
+
+func (f *fakeAgent) Return(_ context.Context, from string, r maint.ReturnRequest) (maint.Op, error) {
+	return maint.Op{ID: "mig-1", Return: &r}, f.called("Return "+r.Token, from)
+}
+
+func (f *fakeAgent) WatchReturn(ctx context.Context, from string, id maint.OpID, tell func(maint.Op) error) error {
+	return f.called("WatchReturn "+string(id), from)
+}
+
+func (f *fakeAgent) AbortReturn(_ context.Context, from string, id maint.OpID) (maint.Op, error) {
+	return maint.Op{ID: id}, f.called("AbortReturn "+string(id), from)
 }
 
 func (f *fakeAgent) Cordon(_ context.Context, by, reason string) (maint.Cordon, error) {

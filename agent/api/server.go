@@ -44,7 +44,14 @@ type Operations interface {
 	// Moves says whether a guest, or with "" each, could be moved to a peer, or
 	// with "" to each.
 	Moves(ctx context.Context, guest, to string) ([]maint.MoveVerdict, error)
+	// Abort has an operation stop and go back; AbortNow also what runs of it.
 	Abort(ctx context.Context, by string, id maint.OpID) (maint.Op, error)
+	AbortNow(ctx context.Context, by string, id maint.OpID) (maint.Op, error)
+	// Drain has every guest moved to peers; PlanDrain says what that would do.
+	Drain(ctx context.Context, by string, r maint.DrainRequest) (maint.Op, error)
+	PlanDrain(ctx context.Context, r maint.DrainRequest) (maint.DrainPlan, error)
+	// Restore brings back what a drain has moved.
+	Restore(ctx context.Context, by string, r maint.RestoreRequest) (maint.Op, error)
 	// Cordon has the host take no guests in, until Uncordon. Either may be done over.
 	Cordon(ctx context.Context, by, reason string) (maint.Cordon, error)
 	Uncordon(ctx context.Context, by string) error
@@ -121,6 +128,12 @@ type PeerSide interface {
 	// Arrival waits for what is done for a guest that has come from there.
 	Arrival(ctx context.Context, from string, id maint.OpID) (maint.ArrivalReport, error)
 	Greeting(ctx context.Context) (Greeting, error)
+	Room(ctx context.Context) (maint.PeerRoom, error)
+	// Return migrates a guest back that came from there; the others are of that
+	// migration.
+	Return(ctx context.Context, from string, r maint.ReturnRequest) (maint.Op, error)
+	WatchReturn(ctx context.Context, from string, id maint.OpID, f func(maint.Op) error) error
+	AbortReturn(ctx context.Context, from string, id maint.OpID) (maint.Op, error)
 }
 
 // Greeting is how one host introduces itself to another.
@@ -191,6 +204,15 @@ func routes(a Agent) []route {
 		{"GET", "/v1/guests/{guest}/replacements", operators, func(r *http.Request, _ Caller) (any, error) {
 			return a.ReplaceChoices(r.Context(), r.PathValue("guest"))
 		}},
+		{"POST", "/v1/drains", operators, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q maint.DrainRequest) (any, error) { return a.Drain(r.Context(), c.Name, q) })
+		}},
+		{"POST", "/v1/drains/plan", operators, func(r *http.Request, _ Caller) (any, error) {
+			return with(r, func(q maint.DrainRequest) (any, error) { return a.PlanDrain(r.Context(), q) })
+		}},
+		{"POST", "/v1/restores", operators, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q maint.RestoreRequest) (any, error) { return a.Restore(r.Context(), c.Name, q) })
+		}},
 		{"GET", "/v1/moves", operators, func(r *http.Request, _ Caller) (any, error) {
 			return a.Moves(r.Context(), r.URL.Query().Get("guest"), r.URL.Query().Get("to"))
 		}},
@@ -224,7 +246,12 @@ func routes(a Agent) []route {
 		{"POST", "/v1/clocks", operators, func(r *http.Request, c Caller) (any, error) {
 			return a.SyncClock(r.Context(), c.Name, r.URL.Query().Get("guest"))
 		}},
-		{"POST", "/v1/ops/{id}/abort", operators, func(r *http.Request, c Caller) (any, error) { return a.Abort(r.Context(), c.Name, opID(r)) }},
+		{"POST", "/v1/ops/{id}/abort", operators, func(r *http.Request, c Caller) (any, error) {
+			if r.URL.Query().Get("now") == "1" {
+				return a.AbortNow(r.Context(), c.Name, opID(r))
+			}
+			return a.Abort(r.Context(), c.Name, opID(r))
+		}},
 
 		{"GET", "/v1/peer/greeting", peers, func(r *http.Request, _ Caller) (any, error) { return a.Greeting(r.Context()) }},
 		{"POST", "/v1/peer/checks", peers, func(r *http.Request, c Caller) (any, error) {
@@ -242,6 +269,16 @@ func routes(a Agent) []route {
 		{"GET", "/v1/peer/guests/{uuid}", peers, func(r *http.Request, _ Caller) (any, error) { return a.View(r.Context(), r.PathValue("uuid")) }},
 		{"GET", "/v1/peer/guests/{uuid}/job", peers, func(r *http.Request, _ Caller) (any, error) { return a.CompletedJob(r.Context(), r.PathValue("uuid")) }},
 		{"GET", "/v1/peer/arrivals/{id}", peers, func(r *http.Request, c Caller) (any, error) { return a.Arrival(r.Context(), c.Name, opID(r)) }},
+		{"GET", "/v1/peer/room", peers, func(r *http.Request, _ Caller) (any, error) { return a.Room(r.Context()) }},
+		{"POST", "/v1/peer/returns", peers, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q maint.ReturnRequest) (any, error) { return a.Return(r.Context(), c.Name, q) })
+		}},
+		{"GET", "/v1/peer/returns/{id}/watch", peers, func(r *http.Request, c Caller) (any, error) {
+			return stream(func(tell func(any) error) error {
+				return a.WatchReturn(r.Context(), c.Name, opID(r), func(op maint.Op) error { return tell(op) })
+			}), nil
+		}},
+		{"POST", "/v1/peer/returns/{id}/abort", peers, func(r *http.Request, c Caller) (any, error) { return a.AbortReturn(r.Context(), c.Name, opID(r)) }},
 		{"POST", "/v1/peer/settlements", peers, func(r *http.Request, c Caller) (any, error) {
 			return with(r, func(q maint.Settlement) (any, error) { return nil, a.Settle(r.Context(), c.Name, q) })
 		}},

@@ -44,6 +44,10 @@ type Config struct {
 	Events    Events          `toml:"events"`
 	Journal   Journal         `toml:"journal"`
 	Peers     map[string]Peer `toml:"peers"`
+	// AntiAffinity are groups of guests, by name, of which there is to be one on
+	// a host: guests' names, patterns of names ("db-*"), or UUIDs. Guests can
+	// also say so in their <metadata>.
+	AntiAffinity map[string][]string `toml:"anti_affinity"`
 }
 
 // API says where belayd listens.
@@ -404,6 +408,13 @@ func (c *Config) check() error {
 			continue
 		}
 		named("events.owners."+name, o.Guests)
+	}
+	for name, guests := range c.AntiAffinity {
+		if !isName(name) {
+			bad("anti_affinity", "%q is not a name: it is empty, or has spaces or control characters", name)
+			continue
+		}
+		named("anti_affinity."+name, guests)
 	}
 	for i, w := range c.Events.Windows {
 		named(fmt.Sprintf("events.windows, number %d", i+1), w.Guests)

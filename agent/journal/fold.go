@@ -22,7 +22,7 @@ import (
 //	undo-done     undoing           undoing      step: undone
 //	undo-failed   undoing           undoing      step: undo failed
 //	abort         running, undoing  the same
-//	moved, held, replaced, leash: results, likewise
+//	moved, held, replaced, leash, guest-move: results, likewise
 //	ended         running, undoing  ended
 //	seen-to       ended             ended
 //
@@ -75,9 +75,16 @@ func Fold(op *maint.Op, r maint.Record) error {
 		op.Resumed++
 	case maint.RecAbort:
 		op.AbortBy = r.By
+		op.AbortNow = op.AbortNow || r.Text == maint.AbortNow
 	case maint.RecMoved:
 		op.Move = new(maint.MoveResult)
 		return json.Unmarshal(r.Data, op.Move)
+	case maint.RecMove:
+		var m maint.GuestMove
+		if err := json.Unmarshal(r.Data, &m); err != nil {
+			return err
+		}
+		op.Moves = maint.PutMove(op.Moves, m)
 	case maint.RecHeld:
 		op.Held = new(maint.HoldResult)
 		return json.Unmarshal(r.Data, op.Held)

@@ -56,8 +56,11 @@ type Guest struct {
 	Persistent   bool       `json:"persistent"`
 	Autostart    bool       `json:"autostart"`
 	Agent        AgentState `json:"agent"`
-	Disks        []Disk     `json:"disks"`
-	Devices      []Device   `json:"devices"`
+	// AntiAffinity are the groups that its <metadata> puts it in: of each there
+	// should be one guest on a host.
+	AntiAffinity []string `json:"anti_affinity,omitempty"`
+	Disks        []Disk   `json:"disks"`
+	Devices      []Device `json:"devices"`
 
 	// Job is the domain job in progress, "" when there is none:
 	// "migration out", "migration in", "save", … (virDomainJobOperation).

@@ -16,6 +16,8 @@ const (
 	OpMigrate OpKind = "migrate"     // rung D: one guest to one peer
 	OpHold    OpKind = "hold"        // rung B1: guests held around a host step
 	OpReplace OpKind = "replace-vmm" // rung B2: a new QEMU under one guest
+	OpDrain   OpKind = "drain"       // every guest to peers, each by a migration of its own
+	OpRestore OpKind = "restore"     // and back, each by a migration of the peer's
 )
 
 // OpState is where an operation is in its life.
@@ -78,6 +80,9 @@ const (
 // AllMeans are all, in order.
 var AllMeans = []Means{MeansBandwidth, MeansParallel, MeansSlow}
 
+// AbortNow is the Text of a RecAbort that is about what runs of an operation, too.
+const AbortNow = "now"
+
 // Op is an operation: the fold of its records.
 type Op struct {
 	ID        OpID   `json:"id"`
@@ -112,6 +117,16 @@ type Op struct {
 	// Arrival is what its new host did for a moved guest, after the operation's end;
 	// nil until that has said so.
 	Arrival *ArrivalReport `json:"arrival,omitempty"`
+
+	Drain   *DrainRequest   `json:"drain,omitempty"`
+	Restore *RestoreRequest `json:"restore,omitempty"`
+	Moves   []GuestMove     `json:"moves,omitempty"` // of a drain's or a restore's guests
+	// Part is the drain that a migration is part of, and Return a peer's request
+	// that it meets.
+	Part   OpID           `json:"part,omitempty"`
+	Return *ReturnRequest `json:"return,omitempty"`
+	// AbortNow: what runs of it is aborted too.
+	AbortNow bool `json:"abort_now,omitempty"`
 
 	// Progress is the last statistics of a running copy; not journaled.
 	Progress *Job `json:"progress,omitempty"`
@@ -155,7 +170,8 @@ const (
 	RecUndoStart  RecordKind = "undo-start"  //
 	RecUndoDone   RecordKind = "undo-done"   //
 	RecUndoFailed RecordKind = "undo-failed" //
-	RecAbort      RecordKind = "abort"       // By asked for an abort
+	RecAbort      RecordKind = "abort"       // By asked for an abort; Text "now" has what runs of it aborted too
+	RecMove       RecordKind = "guest-move"  // of a drain or a restore; Data is a GuestMove
 	RecMoved      RecordKind = "moved"       // Data is the MoveResult
 	RecHeld       RecordKind = "held"        // Data is the HoldResult
 	RecReplaced   RecordKind = "replaced"    // Data is the VMMResult
@@ -217,4 +233,6 @@ type Reservation struct {
 	Expires     time.Time `json:"expires"`
 	// Pages are the huge pages that its memory is to be made of.
 	Pages []PageNeed `json:"pages,omitempty"`
+	// AntiAffinity are groups of which no other guest may be there.
+	AntiAffinity []string `json:"anti_affinity,omitempty"`
 }

@@ -1,5 +1,11 @@
 package maint
 
+import (
+	"fmt"
+	"strings"
+	"unicode"
+)
+
 // Role is what a caller of the API may do. Roles are ordered for people:
 // an operator may do what a viewer may. A peer may only ask what one host
 // asks of another.
@@ -34,6 +40,8 @@ type Arrival struct {
 	// Needs is what else it uses of a host. Checks want it; a reservation is of
 	// memory only.
 	Needs *Needs `json:"needs,omitempty"`
+	// AntiAffinity are groups of which no other guest may be where it goes.
+	AntiAffinity []string `json:"anti_affinity,omitempty"`
 }
 
 // maxGuestMemory is more than any guest has, bytes; it keeps sums in range.
@@ -56,6 +64,9 @@ func (a Arrival) Validate() error {
 	case a.DomainType == "":
 		return bad("domain_type", "is empty")
 	}
+	if why := validGroups(a.AntiAffinity); why != "" {
+		return bad("anti_affinity", "%s", why)
+	}
 	if why := validPages(a.Pages); why != "" {
 		return bad("pages", "%s", why)
 	}
@@ -65,6 +76,22 @@ func (a Arrival) Validate() error {
 		}
 	}
 	return nil
+}
+
+// maxGroups is how many anti-affinity groups a guest can be in.
+const maxGroups = 64
+
+// validGroups says why names of anti-affinity groups cannot be meant.
+func validGroups(names []string) string {
+	if len(names) > maxGroups {
+		return fmt.Sprintf("%d groups are more than %d", len(names), maxGroups)
+	}
+	for _, n := range names {
+		if n == "" || len(n) > 255 || strings.ContainsFunc(n, func(r rune) bool { return !unicode.IsPrint(r) }) {
+			return fmt.Sprintf("%.60q is not the name of a group", n)
+		}
+	}
+	return ""
 }
 
 // View is what one host knows of one guest at this moment.

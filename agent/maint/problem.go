@@ -47,6 +47,7 @@ const (
 	CodeSameHost         Code = "same-host"
 	CodeNameTaken        Code = "name-taken"
 	CodeNoRoom           Code = "no-room"
+	CodeAntiAffinity     Code = "anti-affinity"
 	CodeCPU              Code = "cpu-incompatible"
 	CodeMachineType      Code = "machine-type"
 	CodeDomainType       Code = "domain-type"

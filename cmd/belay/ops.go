@@ -150,17 +150,24 @@ func (a *app) opsWatchCmd() *cobra.Command {
 }
 
 func (a *app) opsAbortCmd() *cobra.Command {
-	return &cobra.Command{
+	var now bool
+	c := &cobra.Command{
 		Use: "abort ID", Short: "Ask an operation to stop and go back", Args: exactly("an operation ID"), ValidArgsFunction: a.completeOps,
-		Long: "Ask an operation to stop and go back, and wait until it has ended. A guest that has already moved stays moved.",
+		Long: "Ask an operation to stop and go back, and wait until it has ended. A guest that has already moved stays moved. A drain or a restore begins no more moves, and lets those that run come to their end, unless --now cancels them, too.",
 		RunE: func(c *cobra.Command, args []string) error {
 			id := maint.OpID(args[0])
-			if _, err := a.client().Abort(c.Context(), id); err != nil {
+			abort := a.client().Abort
+			if now {
+				abort = a.client().AbortNow
+			}
+			if _, err := abort(c.Context(), id); err != nil {
 				return err
 			}
 			return a.follow(c.Context(), id, 0, maint.OutcomeAborted)
 		},
 	}
+	c.Flags().BoolVar(&now, "now", false, "of a drain or a restore: also cancel the moves that run")
+	return c
 }
 
 // checkWait refuses a negative --wait before anything is begun.
@@ -186,6 +193,9 @@ func (a *app) follow(ctx context.Context, id maint.OpID, wait time.Duration, wis
 	}
 	if op.Outcome != wish {
 		printProblems(a.err, fmt.Sprintf("operation %s: %s", op.ID, op.Outcome), problems(op))
+		if len(op.Problems) == 1 && op.Problems[0].Code == maint.CodeNothing {
+			return &ended{exitNothing}
+		}
 		return &ended{outcomeCode(op.Outcome)}
 	}
 	return nil
@@ -262,6 +272,8 @@ func about(op maint.Op) string {
 		return "all guests"
 	case op.Hold != nil:
 		return strings.Join(op.Hold.Guests, ",")
+	case ofMany(op):
+		return "all that can"
 	}
 	return "-"
 }
@@ -279,10 +291,14 @@ func describe(op maint.Op) string {
 		return fmt.Sprintf("done, longest pause %s", span(longest))
 	case op.State == maint.OpEnded && op.Outcome == maint.OutcomeDone && op.Replaced != nil:
 		return fmt.Sprintf("done, %s, paused for %s", op.Replaced.Method, span(op.Replaced.Pause))
+	case op.State == maint.OpEnded && len(op.Moves) > 0:
+		return fmt.Sprintf("%s, %s", op.Outcome, movesInWords(op))
 	case op.State == maint.OpEnded:
 		return string(op.Outcome)
 	case op.State == maint.OpUndoing && !nothingToUndo(op):
 		return "going back: " + op.Step
+	case len(op.Moves) > 0:
+		return op.Step + ": " + movesInWords(op)
 	case op.Progress != nil && op.Step == "perform":
 		p := op.Progress
 		return fmt.Sprintf("perform: %s of %s left, %s/s, pass %d", bytes(p.MemoryLeft), bytes(p.MemoryTotal), bytes(p.BytesPerSecond), p.Iteration)
@@ -293,7 +309,12 @@ func describe(op maint.Op) string {
 // printOp prints an operation as a small table.
 func printOp(w io.Writer, op maint.Op) {
 	row(w, "operation", op.ID)
-	row(w, "guest", about(op))
+	if !ofMany(op) {
+		row(w, "guest", about(op))
+	}
+	if op.Part != "" {
+		row(w, "part of", op.Part)
+	}
 	if op.Move != nil {
 		row(w, "moved", fmt.Sprintf("%s → %s", op.Move.From, op.Move.To))
 		row(w, "downtime", span(op.Move.Downtime)+" (QEMU)")
@@ -312,6 +333,7 @@ func printOp(w io.Writer, op maint.Op) {
 		row(w, "clock", fmt.Sprintf("%s: was off by %s, is by %s", k.State, offset(k.Before), clockAfter(k)))
 	}
 	printHeld(w, op)
+	printMoves(w, op)
 	row(w, "asked by", op.By+", "+clock(op.Started)+suffix(": ", op.Reason))
 	for _, s := range op.Steps {
 		took := "…"

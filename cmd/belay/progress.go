@@ -26,7 +26,7 @@ func newProgress(w io.Writer, id maint.OpID) progress {
 		fmt.Fprintf(w, "operation %s (Ctrl-C detaches from it)\n", id)
 		return newBar(w)
 	}
-	return &lines{w: w, id: id}
+	return &lines{w: w, id: id, at: make(map[string]string)}
 }
 
 // lines writes a line whenever a step begins.
@@ -34,6 +34,7 @@ type lines struct {
 	w    io.Writer
 	id   maint.OpID
 	last string
+	at   map[string]string // where each guest of a drain was, as told last
 }
 
 func (l *lines) update(op maint.Op) {
@@ -51,6 +52,7 @@ func (l *lines) update(op maint.Op) {
 		l.last = now
 		fmt.Fprintf(l.w, "%s: %s%s\n", l.id, now, suffix(": ", waitsFor(op)))
 	}
+	moveLines(l.w, op, l.at)
 }
 
 func (l *lines) close() {}
@@ -84,6 +86,15 @@ func newBar(w io.Writer) *bar {
 
 func (b *bar) update(op maint.Op) {
 	b.text.Store(describe(op))
+	if n := len(op.Moves); n > 0 {
+		moved := 0
+		for _, m := range op.Moves {
+			if m.State == maint.MoveMoved {
+				moved++
+			}
+		}
+		b.bar.SetCurrent(int64(99 * moved / n))
+	}
 	if p := op.Progress; p != nil && p.MemoryTotal > 0 {
 		b.bar.SetCurrent(int64(100 * (p.MemoryTotal - min(p.MemoryLeft, p.MemoryTotal)) / p.MemoryTotal * 99 / 100))
 	}

@@ -42,6 +42,7 @@ import (
 //	world kill-libvirt HOST       returns when its agent knows
 //	world stop HOST               its belayd
 //	world op                      $OP is the newest operation on a
+//	world drain-op                $OP is the newest drain on a
 //	world runs GUEST HOST         it runs there, and on no other host
 //	code N belay …                belay exits with N
 //	json PATH WANT                in the last standard output; PATH is like guests.0.name
@@ -179,6 +180,14 @@ func (p *stage) command(s *testscript.TestScript, args []string) {
 				return
 			}
 			time.Sleep(5 * time.Millisecond)
+		}
+	case "drain-op":
+		ops, err := a.Client.Ops(ctx)
+		s.Check(err)
+		for _, op := range ops {
+			if op.Kind == maint.OpDrain {
+				s.Setenv("OP", string(op.ID))
+			}
 		}
 	case "runs":
 		for _, n := range p.world.Nodes {

@@ -17,6 +17,9 @@ func (g *guest) xml(id int) (text, cpu string) {
 		fmt.Fprintf(&b, " id='%d'", id)
 	}
 	fmt.Fprintf(&b, "><name>%s</name><uuid>%s</uuid><memory unit='b'>%d</memory>", escape(g.Name), g.UUID, g.MemoryBytes)
+	if len(g.AntiAffinity) > 0 {
+		fmt.Fprintf(&b, "<metadata><placement xmlns='urn:belay:placement:1' anti-affinity='%s'/></metadata>", escape(strings.Join(g.AntiAffinity, " ")))
+	}
 	b.WriteString(g.memoryXML())
 	fmt.Fprintf(&b, "<vcpu>%d</vcpu><os><type machine='%s'>hvm</type></os>", g.VCPUs, escape(g.MachineType))
 	if g.CPUModel != "" {
