@@ -266,7 +266,7 @@ func TestPeersKeepToTheirOwn(t *testing.T) {
 	fromA, fromC := peerOf(t, b, "a"), peerOf(t, b, "c")
 	arrival := maint.Arrival{Op: "mig-1", Guest: "web-1", GuestUUID: "10000000-0000-4000-8000-00000000abcd",
 		MemoryBytes: 64 << 20, Arch: "x86_64", DomainType: "qemu", HostUUID: "of-a"}
-	if err := fromA.Reserve(ctx, arrival); err != nil {
+	if _, err := fromA.Reserve(ctx, arrival); err != nil {
 		t.Fatal(err)
 	}
 	otherGuest := arrival
@@ -275,8 +275,8 @@ func TestPeersKeepToTheirOwn(t *testing.T) {
 		return maint.Settlement{Op: op, GuestUUID: uuid, Autostart: true, Persistent: true}
 	}
 	for what, err := range map[string]error{
-		"another peer renews it":                         fromC.Reserve(ctx, arrival),
-		"it is renewed for another guest":                fromA.Reserve(ctx, otherGuest),
+		"another peer renews it":                         errOf(fromC.Reserve(ctx, arrival)),
+		"it is renewed for another guest":                errOf(fromA.Reserve(ctx, otherGuest)),
 		"another peer gives it up":                       fromC.Release(ctx, "mig-1"),
 		"another peer settles its guest":                 fromC.Settle(ctx, settlement("mig-1", arrival.GuestUUID)),
 		"its peer settles a guest that was here before":  fromA.Settle(ctx, settlement("mig-1", other)),
@@ -334,7 +334,7 @@ func TestBadArrivals(t *testing.T) {
 		a := good
 		edit(&a)
 		_, check := fromA.Check(ctx, a)
-		for _, err := range []error{check, fromA.Reserve(ctx, a)} {
+		for _, err := range []error{check, errOf(fromA.Reserve(ctx, a))} {
 			var p *maint.Problem
 			if !errors.As(err, &p) || p.Code != maint.CodeBadRequest {
 				t.Errorf("%s: %v", what, err)
@@ -369,7 +369,7 @@ func TestReservationLapses(t *testing.T) {
 		second := maint.Arrival{Op: "mig-2", Guest: "web-2", GuestUUID: "10000000-0000-4000-8000-000000000002", MemoryBytes: 1 << 20, DomainType: "qemu"}
 		reserve := func(r maint.Arrival, want bool) {
 			t.Helper()
-			if err := a.Reserve(ctx, "a", r); (err == nil) != want {
+			if _, err := a.Reserve(ctx, "a", r); (err == nil) != want {
 				t.Errorf("reserving for %s: %v", r.Guest, err)
 			}
 		}
@@ -384,3 +384,6 @@ func TestReservationLapses(t *testing.T) {
 		reserve(first, false) // who comes back too late stands in line
 	})
 }
+
+// errOf is the error of a reservation.
+func errOf(_ maint.Landing, err error) error { return err }

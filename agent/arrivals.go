@@ -6,6 +6,7 @@ import (
 	"encoding/xml"
 	"errors"
 	"fmt"
+	"net/netip"
 	"strings"
 	"time"
 	"unicode"
@@ -60,6 +61,8 @@ func (a *Agent) Check(ctx context.Context, from string, r maint.Arrival) ([]main
 		}
 		ps = append(ps, needs...)
 	}
+	_, way := a.gate().CheckWay(r.Way, a.wiring(r.Way))
+	ps = append(ps, way...)
 	if c := a.journal.Cordon(); c != nil {
 		ps = append(ps, *maint.Problemf(maint.CodeCordoned, "host "+a.cfg.Host, "choose another host, or have it take guests in again (belay uncordon, there)",
 			"takes no guests in: it was cordoned by %s at %s%s", c.By, c.Since.Format(time.RFC3339), c.Why()))
@@ -82,6 +85,21 @@ func (a *Agent) Check(ctx context.Context, from string, r maint.Arrival) ([]main
 		}
 	}
 	return ps, nil
+}
+
+// gate is what this host demands of the way that guests' memory comes.
+func (a *Agent) gate() migrate.Gate {
+	address, _ := netip.ParseAddr(a.cfg.Migration.Address) // "" is none
+	return migrate.Gate{Host: a.cfg.Host, TLS: a.cfg.Migration.TLS, Address: address}
+}
+
+// wiring looks at what this host has for a guest's memory, if its source says how that
+// is to come.
+func (a *Agent) wiring(w *maint.Way) migrate.Wiring {
+	if w == nil {
+		return migrate.Wiring{}
+	}
+	return a.local.Wiring()
 }
 
 // checkNeeds lists what a guest needs and this host does not have.
@@ -123,8 +141,14 @@ func (a *Agent) promises(from string, r maint.Arrival) (kept, replaced []maint.R
 	return kept, replaced
 }
 
-// Reserve keeps room for a guest on its way here, or keeps it longer.
-func (a *Agent) Reserve(ctx context.Context, from string, r maint.Arrival) error {
+// Reserve keeps room for a guest on its way here, or keeps it longer, and says where its
+// memory is taken in.
+func (a *Agent) Reserve(ctx context.Context, from string, r maint.Arrival) (maint.Landing, error) {
+	landing, _ := a.gate().CheckWay(r.Way, a.wiring(r.Way))
+	return landing, a.reserve(ctx, from, r)
+}
+
+func (a *Agent) reserve(ctx context.Context, from string, r maint.Arrival) error {
 	if err := r.Validate(); err != nil {
 		return err
 	}

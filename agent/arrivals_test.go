@@ -50,22 +50,22 @@ func TestSlyPeer(t *testing.T) {
 		arrival := func(op maint.OpID) maint.Arrival {
 			return maint.Arrival{Op: op, Guest: "web-1", GuestUUID: "10000000-0000-4000-8000-000000000001", MemoryBytes: 1 << 20, DomainType: "qemu"}
 		}
-		refused("the ID of an operation of this host", maint.CodeForbidden, a.Reserve(ctx, "sly", arrival("mig-own")))
+		refused("the ID of an operation of this host", maint.CodeForbidden, errOf(a.Reserve(ctx, "sly", arrival("mig-own"))))
 		for _, name := range []string{strings.Repeat("x", 256), "web\n-1", "\x1b[2J"} {
 			r := arrival("mig-x")
 			r.Guest = name
-			refused("a guest named "+name, maint.CodeBadRequest, a.Reserve(ctx, "sly", r))
+			refused("a guest named "+name, maint.CodeBadRequest, errOf(a.Reserve(ctx, "sly", r)))
 		}
 
 		// It reserves for a guest that is not its own, and lets that lapse.
-		if err := a.Reserve(ctx, "sly", arrival("mig-sly")); err != nil {
+		if _, err := a.Reserve(ctx, "sly", arrival("mig-sly")); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(2 * time.Minute)
 		other := arrival("mig-sly")
 		other.GuestUUID = "10000000-0000-4000-8000-000000000002"
-		refused("the ID of a lapsed reservation of another", maint.CodeForbidden, a.Reserve(ctx, "a", other))
-		if err := a.Reserve(ctx, "a", arrival("mig-a")); err != nil {
+		refused("the ID of a lapsed reservation of another", maint.CodeForbidden, errOf(a.Reserve(ctx, "a", other)))
+		if _, err := a.Reserve(ctx, "a", arrival("mig-a")); err != nil {
 			t.Fatal(err)
 		}
 		uuid := host.PutGuest("web-1", func(g *maint.Guest) { g.UUID, g.Persistent = arrival("").GuestUUID, false })

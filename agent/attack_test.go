@@ -211,17 +211,17 @@ func TestLapsedInMidCopy(t *testing.T) {
 		defer func() { stop(); <-ended }()
 
 		r := maint.Arrival{Op: "mig-1", Guest: "web-1", GuestUUID: "10000000-0000-4000-8000-00000000abcd", MemoryBytes: 1 << 20, DomainType: "qemu"}
-		if err := a.Reserve(ctx, "a", r); err != nil {
+		if _, err := a.Reserve(ctx, "a", r); err != nil {
 			t.Fatal(err)
 		}
 		host.PutGuest("web-1", func(g *maint.Guest) {
 			g.UUID, g.State, g.Reason, g.Persistent = r.GuestUUID, maint.GuestPaused, "migrating", false
 		})
 		time.Sleep(10 * time.Minute)
-		if err := a.Reserve(ctx, "c", r); err == nil {
+		if _, err := a.Reserve(ctx, "c", r); err == nil {
 			t.Error("another host has taken the reservation over")
 		}
-		if err := a.Reserve(ctx, "a", r); err != nil {
+		if _, err := a.Reserve(ctx, "a", r); err != nil {
 			t.Errorf("what is on its way is not expected any more: %v", err)
 		}
 		if s, err := a.Status(ctx); err != nil || len(s.Reservations) != 1 {

@@ -37,23 +37,24 @@ func unknownThere(err error) bool {
 func (c carrying) Check(ctx context.Context, r maint.Arrival) ([]maint.Problem, error) {
 	r.AntiAffinity = c.agent.groupsAt(ctx, r.GuestUUID, r.Guest)
 	ps, err := c.Destination.Check(ctx, r)
-	if (r.Needs != nil || r.AntiAffinity != nil) && unknownThere(err) {
+	if (r.Needs != nil || r.AntiAffinity != nil || r.Way != nil) && unknownThere(err) {
 		c.agent.log.Warn("a peer does not look at all that a guest needs", "guest", r.Guest, "err", err)
-		r.Needs, r.AntiAffinity = nil, nil
+		r.Needs, r.AntiAffinity, r.Way = nil, nil, nil
 		ps, err = c.Destination.Check(ctx, r)
 	}
 	return ps, err
 }
 
-// Reserve tells of the groups that the guest is in, too.
-func (c carrying) Reserve(ctx context.Context, r maint.Arrival) error {
+// Reserve tells of the groups that the guest is in, too. An older belayd is asked for room
+// only.
+func (c carrying) Reserve(ctx context.Context, r maint.Arrival) (maint.Landing, error) {
 	r.AntiAffinity = c.agent.groupsAt(ctx, r.GuestUUID, r.Guest)
-	err := c.Destination.Reserve(ctx, r)
-	if r.AntiAffinity != nil && unknownThere(err) {
-		r.AntiAffinity = nil
-		err = c.Destination.Reserve(ctx, r)
+	l, err := c.Destination.Reserve(ctx, r)
+	if (r.AntiAffinity != nil || r.Way != nil) && unknownThere(err) {
+		r.AntiAffinity, r.Way = nil, nil
+		l, err = c.Destination.Reserve(ctx, r)
 	}
-	return err
+	return l, err
 }
 
 func (c carrying) Settle(ctx context.Context, s maint.Settlement) error {

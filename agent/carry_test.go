@@ -17,15 +17,23 @@ import (
 // older is a destination that knows nothing of events and needs, and is strict.
 type older struct {
 	migrate.Destination
-	settled, checked int
+	settled, checked, reserved int
 }
 
 func (o *older) Check(_ context.Context, r maint.Arrival) ([]maint.Problem, error) {
-	if r.Needs != nil {
+	if r.Needs != nil || r.Way != nil {
 		return nil, maint.Problemf(maint.CodeBadRequest, "body", "", `unknown field "needs"`)
 	}
 	o.checked++
 	return []maint.Problem{{Code: maint.CodeCPU}}, nil
+}
+
+func (o *older) Reserve(_ context.Context, r maint.Arrival) (maint.Landing, error) {
+	if r.Way != nil {
+		return maint.Landing{}, maint.Problemf(maint.CodeBadRequest, "body", "", `unknown field "way"`)
+	}
+	o.reserved++
+	return maint.Landing{}, nil
 }
 
 func (o *older) Settle(_ context.Context, s maint.Settlement) error {
@@ -57,6 +65,13 @@ func TestOlderHost(t *testing.T) {
 	ps, err := carrying{to, a}.Check(t.Context(), maint.Arrival{Op: "mig-1", Needs: &maint.Needs{SwTPM: true}})
 	if err != nil || len(ps) != 1 || to.checked != 1 {
 		t.Errorf("%v, %v, checked %d times", ps, err, to.checked)
+	}
+	way := maint.Arrival{Op: "mig-1", Way: &maint.Way{TLS: true}}
+	if _, err := (carrying{to, a}).Check(t.Context(), way); err != nil || to.checked != 2 {
+		t.Errorf("%v, checked %d times", err, to.checked)
+	}
+	if _, err := (carrying{to, a}).Reserve(t.Context(), way); err != nil || to.reserved != 1 {
+		t.Errorf("%v, reserved %d times", err, to.reserved)
 	}
 }
 

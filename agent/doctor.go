@@ -4,12 +4,8 @@ import (
 	"context"
 	"crypto/x509"
 	"encoding/pem"
-	"errors"
 	"fmt"
-	"net"
-	"net/url"
 	"os"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -21,7 +17,6 @@ const (
 	certWarn  = 14 * 24 * time.Hour // warn this long before a certificate ends
 	clockWarn = 500 * time.Millisecond
 	roomWarn  = 64 << 20 // bytes free in the state folder
-	dialWait  = 3 * time.Second
 )
 
 // Doctor says what is missing for each rung on this host.
@@ -46,17 +41,7 @@ func (a *Agent) Doctor(ctx context.Context) ([]maint.Check, error) {
 		add("D", "peers", maint.CheckWarn, "add one to the configuration as [peers.NAME]", "no peer is configured, guests have nowhere to go")
 		return checks, nil
 	}
-	names := a.peerNames()
-	found := make([][]maint.Check, len(names))
-	var wg sync.WaitGroup
-	for i, name := range names {
-		wg.Go(func() { found[i] = a.peers[name].doctor(ctx, host) })
-	}
-	wg.Wait()
-	for _, f := range found {
-		checks = append(checks, f...)
-	}
-	return checks, nil
+	return append(checks, a.doctorD(ctx, host)...), nil
 }
 
 // checkState looks at the state folder.
@@ -104,69 +89,5 @@ func (a *Agent) checkCert() maint.Check {
 	default:
 		c.Result, c.Remedy, c.Text = maint.CheckOK, "", fmt.Sprintf("%s, valid until %s", cert.Subject.CommonName, cert.NotAfter.Format(time.DateOnly))
 	}
-	return c
-}
-
-// doctor checks the way to one peer.
-func (p *peer) doctor(ctx context.Context, here maint.Host) []maint.Check {
-	s := p.ask(ctx)
-	greeting := maint.Check{Rung: "D", Name: "peer " + p.name, Result: maint.CheckOK,
-		Text: fmt.Sprintf("belayd %s answers in %s", s.Version, s.Latency.Round(100*time.Microsecond))}
-	switch {
-	case !s.OK:
-		greeting.Result, greeting.Text = maint.CheckFail, s.Error
-		greeting.Remedy = "see that belayd runs there and that both hosts' certificates are of the same CA"
-	case here.UUID != "" && s.HostUUID == here.UUID:
-		greeting.Result, greeting.Text = maint.CheckFail, "it has the same libvirt host UUID as this host, libvirt refuses to migrate"
-		greeting.Remedy = "set host_uuid in /etc/libvirt/libvirtd.conf on one of the two"
-	case s.ClockOffset.Abs() > clockWarn+s.Latency/2:
-		greeting.Result, greeting.Text = maint.CheckWarn, fmt.Sprintf("its clock is off by %s", s.ClockOffset.Round(time.Millisecond))
-		greeting.Remedy = "run a time service (chrony) on both hosts"
-	}
-	return []maint.Check{greeting, p.checkLibvirt(ctx)}
-}
-
-// defaultPort is libvirtd's for a transport, "" where a dial says nothing; see
-// libvirt's documentation of remote URIs.
-func defaultPort(scheme string) string {
-	switch scheme {
-	case "qemu+tls":
-		return "16514"
-	case "qemu+tcp":
-		return "16509"
-	case "qemu+ssh":
-		return "22"
-	}
-	return ""
-}
-
-// checkLibvirt sees whether the peer's libvirt listens where this host's
-// libvirtd will look for it.
-func (p *peer) checkLibvirt(ctx context.Context) maint.Check {
-	c := maint.Check{Rung: "D", Name: "peer " + p.name + " libvirt", Result: maint.CheckOK}
-	u, err := url.Parse(p.cfg.LibvirtURI)
-	if err != nil || defaultPort(u.Scheme) == "" {
-		c.Result, c.Text = maint.CheckNA, "cannot be checked for "+p.cfg.LibvirtURI
-		return c
-	}
-	port := u.Port()
-	if port == "" {
-		port = defaultPort(u.Scheme)
-	}
-	ctx, cancel := context.WithTimeout(ctx, dialWait)
-	defer cancel()
-	conn, err := new(net.Dialer).DialContext(ctx, "tcp", net.JoinHostPort(u.Hostname(), port))
-	if err != nil {
-		c.Result, c.Text = maint.CheckFail, fmt.Sprintf("%s: %v", p.cfg.LibvirtURI, err)
-		c.Remedy = "enable libvirt's remote socket there (systemctl enable --now libvirtd-tls.socket) and open the port"
-		var unresolved *net.DNSError
-		if errors.As(err, &unresolved) {
-			c.Text = fmt.Sprintf("%s: the name %s does not resolve here", p.cfg.LibvirtURI, u.Hostname())
-			c.Remedy = "add it to DNS or /etc/hosts, or use an address in peers." + p.name + ".libvirt_uri"
-		}
-		return c
-	}
-	conn.Close()
-	c.Text = p.cfg.LibvirtURI + " accepts connections"
 	return c
 }

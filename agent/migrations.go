@@ -121,7 +121,8 @@ func (a *Agent) migration(op maint.Op, p *peer, to migrate.Destination) *migrate
 		Op: op.ID, Guest: op.Guest, UUID: op.GuestUUID, From: a.cfg.Host, To: p.name,
 		Source: source{a.hyp, a.local}, Destination: to, Log: a.log.With("op", op.ID),
 		Params: maint.MoveParams{DestURI: p.cfg.LibvirtURI, MigrateURI: p.cfg.MigrateURI,
-			TLS: a.cfg.Migration.TLS, BandwidthMiBs: op.Migrate.BandwidthMiBs},
+			TLS: a.cfg.Migration.TLS, TLSName: p.cfg.TLSName, BandwidthMiBs: op.Migrate.BandwidthMiBs,
+			Compression: a.cfg.Migration.Compression, ZeroCopy: a.cfg.Migration.ZeroCopy},
 		MaxPause: op.Migrate.MaxPause, Allow: op.Migrate.Allow,
 		Deadline: op.Deadline,
 		Progress: func(j maint.Job) {

@@ -179,10 +179,10 @@ func TestHugePagesArePromised(t *testing.T) {
 		return maint.Arrival{Op: maint.OpID(fmt.Sprint("mig-", n)), Guest: fmt.Sprint("web-", n), GuestUUID: fmt.Sprintf("10000000-0000-4000-8000-00000000000%d", n),
 			MemoryBytes: 64 << 20, DomainType: "qemu", Pages: []maint.PageNeed{{PageBytes: 2 << 20, Bytes: 64 << 20}}}
 	}
-	if err := fromA.Reserve(ctx, arrival(1)); err != nil {
+	if _, err := fromA.Reserve(ctx, arrival(1)); err != nil {
 		t.Fatal(err)
 	}
-	if got := refusal(t, fromA.Reserve(ctx, arrival(2))); len(got) != 1 || got[0] != maint.CodeNoPages {
+	if got := refusal(t, errOf(fromA.Reserve(ctx, arrival(2)))); len(got) != 1 || got[0] != maint.CodeNoPages {
 		t.Errorf("the second is refused for %v", got)
 	}
 	if err := fromA.Release(ctx, "mig-1"); err != nil {
@@ -190,7 +190,7 @@ func TestHugePagesArePromised(t *testing.T) {
 	}
 	second := arrival(2)
 	second.Needs = &maint.Needs{SwTPM: true} // is for a check to refuse, not for a reservation
-	if err := fromA.Reserve(ctx, second); err != nil {
+	if _, err := fromA.Reserve(ctx, second); err != nil {
 		t.Errorf("when the first has given them up: %v", err)
 	}
 }

@@ -105,6 +105,11 @@ func (s source) Describe(ctx context.Context, uuid string) (migrate.Description,
 	return migrate.Description{CPUXML: x.CPU, Inactive: x.Inactive, Needs: n.Needs, Pages: n.Pages, Bound: n.Bound, Unsafe: n.Unsafe}, err
 }
 
+// MoveSupport implements migrate.Supporter.
+func (s source) MoveSupport(ctx context.Context, uuid string) (maint.MoveSupport, error) {
+	return hypervisor.MoveSupport(ctx, s.Hypervisor, uuid)
+}
+
 // lostPeer stands for a peer that was taken out of the configuration while an
 // operation with it was open: it can be asked nothing.
 type lostPeer struct{ why *maint.Problem }
@@ -114,7 +119,9 @@ func (l lostPeer) err() error { return fmt.Errorf("%w: %w", maint.ErrPeerDown, l
 func (l lostPeer) Check(context.Context, maint.Arrival) ([]maint.Problem, error) {
 	return nil, l.err()
 }
-func (l lostPeer) Reserve(context.Context, maint.Arrival) error     { return l.err() }
+func (l lostPeer) Reserve(context.Context, maint.Arrival) (maint.Landing, error) {
+	return maint.Landing{}, l.err()
+}
 func (l lostPeer) Release(context.Context, maint.OpID) error        { return l.err() }
 func (l lostPeer) View(context.Context, string) (maint.View, error) { return maint.View{}, l.err() }
 func (l lostPeer) Settle(context.Context, maint.Settlement) error   { return l.err() }

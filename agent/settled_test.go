@@ -15,7 +15,7 @@ func arrived(t *testing.T, ctx context.Context, b *agenttest.Node) (uuid string,
 	t.Helper()
 	uuid, op = "10000000-0000-4000-8000-00000000a0a0", "mig-a"
 	r := maint.Arrival{Op: op, Guest: "web-1", GuestUUID: uuid, MemoryBytes: 1 << 20, DomainType: "qemu"}
-	if err := b.Agent.Reserve(ctx, "a", r); err != nil {
+	if _, err := b.Agent.Reserve(ctx, "a", r); err != nil {
 		t.Fatal(err)
 	}
 	b.Host.PutGuest("web-1", func(g *maint.Guest) { g.UUID = uuid })

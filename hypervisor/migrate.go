@@ -2,7 +2,9 @@ package hypervisor
 
 import (
 	"context"
+	"errors"
 	"math"
+	"regexp"
 	"time"
 
 	"github.com/digitalocean/go-libvirt"
@@ -39,7 +41,9 @@ func (h *Host) DryRun(ctx context.Context, uuid string, p maint.MoveParams) erro
 // without us. That is intended; it is what lets the daemon be restarted in the
 // middle of a copy. To end a migration, call AbortJob. For the same reason no
 // error tells where the guest is. A context's error, maint.ErrHypervisorDown, or
-// libvirt's own may each come with the guest on either host: look at both.
+// libvirt's own may each come with the guest on either host: look at both. The one
+// exception is maint.ErrParameter: libvirt has done nothing. It wraps
+// maint.ErrCertificate where libvirt or QEMU says that TLS failed.
 //
 // The connection is Migrate's alone, since calls on one connection queue
 // behind each other and this one may last for hours. No deadline is set for it.
@@ -57,9 +61,30 @@ func (h *Host) Migrate(ctx context.Context, uuid string, p maint.MoveParams) err
 			_, err := l.DomainMigratePerform3Params(d, opt(p.DestURI), moveParams(p), nil, moveFlags(p))
 			return struct{}{}, err
 		})
-		return err
+		return refusedMove(err)
 	})
 }
+
+// aboutTLS finds what libvirt and QEMU say of a certificate, or of TLS, that keeps
+// them from each other: neither has an error of its own for it.
+var aboutTLS = regexp.MustCompile(`(?i)certificate|TLS handshake|TLS credentials|TLS session`)
+
+// refusedMove has the error of a migration wrap what it is about.
+func refusedMove(err error) error {
+	var e *Error
+	switch {
+	case !errors.As(err, &e):
+		return err
+	case e.Code == int(libvirt.ErrInvalidArg), e.Code == int(libvirt.ErrArgumentUnsupported):
+		return because(err, maint.ErrParameter)
+	case e.Code != 0 && aboutTLS.MatchString(e.Message):
+		return because(err, maint.ErrCertificate)
+	}
+	return err
+}
+
+// migrateZeroCopy is VIR_MIGRATE_ZEROCOPY, which go-libvirt does not have.
+const migrateZeroCopy libvirt.DomainMigrateFlags = 1 << 20
 
 // moveFlags are the flags of virDomainMigrateToURI3. CHANGE_PROTECTION keeps
 // the domain from being redefined or undefined under the copy.
@@ -80,6 +105,12 @@ func moveFlags(p maint.MoveParams) libvirt.DomainMigrateFlags {
 	if p.Slow {
 		flags |= libvirt.MigrateAutoConverge
 	}
+	if p.Compression != "" {
+		flags |= libvirt.MigrateCompressed
+	}
+	if p.ZeroCopy {
+		flags |= migrateZeroCopy
+	}
 	return flags
 }
 
@@ -92,7 +123,9 @@ func moveParams(p maint.MoveParams) []libvirt.TypedParam {
 		}
 	}
 	text(libvirt.MigrateParamURI, p.MigrateURI)
+	text(libvirt.MigrateParamListenAddress, p.Listen)
 	text(libvirt.MigrateParamTLSDestination, p.TLSName)
+	text(libvirt.MigrateParamCompression, p.Compression)
 	if p.BandwidthMiBs > 0 {
 		params = append(params, libvirt.TypedParam{
 			Field: libvirt.MigrateParamBandwidth,

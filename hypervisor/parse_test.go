@@ -1,6 +1,7 @@
 package hypervisor
 
 import (
+	"errors"
 	"os"
 	"strings"
 	"testing"
@@ -173,6 +174,11 @@ func TestMoveFlags(t *testing.T) {
 			base | libvirt.MigrateTLS,
 			map[string]any{"migrate_uri": "tcp://10.0.0.2", "tls.destination": "b", "bandwidth": uint64(5)},
 		},
+		{
+			maint.MoveParams{Compression: "zstd", Parallel: 4, Listen: "10.0.0.2"}, base | libvirt.MigrateCompressed | libvirt.MigrateParallel,
+			map[string]any{"compression": "zstd", "parallel.connections": int32(4), "listen_address": "10.0.0.2"},
+		},
+		{maint.MoveParams{ZeroCopy: true}, base | 1<<20, map[string]any{}},
 	} {
 		if got := moveFlags(tt.p); got != tt.flags {
 			t.Errorf("flags of %+v: %b, want %b", tt.p, got, tt.flags)
@@ -183,6 +189,29 @@ func TestMoveFlags(t *testing.T) {
 		}
 		if diff := cmp.Diff(tt.params, params); diff != "" {
 			t.Errorf("parameters of %+v (-want +got):\n%s", tt.p, diff)
+		}
+	}
+}
+
+func TestRefusedMove(t *testing.T) {
+	for _, tt := range []struct {
+		code    int
+		message string
+		want    error
+	}{
+		{38, "authentication failed: Failed to verify peer's certificate", maint.ErrCertificate},
+		{1, "internal error: unable to execute QEMU command 'migrate': Certificate does not match the hostname host-b", maint.ErrCertificate},
+		{9, "operation failed: job 'migration out' failed: TLS handshake failed: A TLS fatal alert has been received.", maint.ErrCertificate},
+		{8, "invalid argument: Unsupported compression method 'zstd'", maint.ErrParameter},
+		{8, "unsupported flags (0x100000) in function qemuDomainMigratePerform3Params", maint.ErrParameter},
+		{38, "unable to connect to server at 'host-b:16514': Connection refused", nil},
+		{0, "given up: about a certificate", nil},
+	} {
+		err := refusedMove(NewError("x", "sock", tt.code, tt.message))
+		for _, is := range []error{maint.ErrCertificate, maint.ErrParameter} {
+			if errors.Is(err, is) != (is == tt.want) {
+				t.Errorf("%q: is %v: %t", tt.message, is, errors.Is(err, is))
+			}
 		}
 	}
 }

@@ -27,6 +27,11 @@ type Engine interface {
 	LiftBandwidth(ctx context.Context, uuid string) error
 }
 
+// Supporter tells what a guest's QEMU can do for its migration.
+type Supporter interface {
+	MoveSupport(ctx context.Context, uuid string) (maint.MoveSupport, error)
+}
+
 // Describer tells what a guest is made of and how its copy gets on.
 type Describer interface {
 	Job(ctx context.Context, uuid string) (maint.Job, error)
@@ -73,13 +78,16 @@ type Source interface {
 	Describer
 	Keeper
 	Marker
+	Pathfinder
+	Supporter
 }
 
 // Admission is the destination's say before a guest comes.
 type Admission interface {
 	Check(ctx context.Context, a maint.Arrival) ([]maint.Problem, error)
-	// Reserve keeps room, or renews it; a *maint.Refusal says why not.
-	Reserve(ctx context.Context, a maint.Arrival) error
+	// Reserve keeps room, or renews it, and says where memory is taken in; a
+	// *maint.Refusal says why not.
+	Reserve(ctx context.Context, a maint.Arrival) (maint.Landing, error)
 	Release(ctx context.Context, op maint.OpID) error
 }
 
@@ -123,6 +131,8 @@ type Migration struct {
 	Deadline time.Time
 	// Progress is told the statistics of the running copy.
 	Progress func(maint.Job)
+
+	landing maint.Landing // as the destination has said last
 }
 
 // The names of the phases.
@@ -160,7 +170,7 @@ func (m *Migration) Reserve(ctx context.Context, s Scratch) error {
 	if _, err := s.Load(PhasePreflight, &b); err != nil {
 		return err
 	}
-	return m.retry(ctx, restartGrace, func(ctx context.Context) error { return m.Destination.Reserve(ctx, b.Arrival) })
+	return m.retry(ctx, restartGrace, func(ctx context.Context) error { return m.reserve(ctx, b.Arrival) })
 }
 
 // Release gives the room up. An unreachable peer is no failure: the

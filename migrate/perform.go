@@ -119,7 +119,7 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 			return err
 		}
 		// Once more before the effect: the peer answers, and still has room.
-		if err := m.retry(ctx, restartGrace, func(ctx context.Context) error { return m.Destination.Reserve(ctx, b.Arrival) }); err != nil {
+		if err := m.retry(ctx, restartGrace, func(ctx context.Context) error { return m.reserve(ctx, b.Arrival) }); err != nil {
 			return err
 		}
 		a.Number, a.Over, a.Persistent = a.Number+1, false, now.here.Guest.Persistent
@@ -178,7 +178,8 @@ func (m *Migration) unmoved(ctx context.Context, now situation, a attempt, c *co
 	case a.Number == 0 && len(problems) > 0:
 		return m.refuse(problems)
 	case failed != nil:
-		return fail(maint.CodeFailed, m.remedy(), "the copy to %s failed: %v", m.To, failed)
+		code, remedy := m.blame(failed)
+		return fail(code, remedy, "the copy to %s failed: %v", m.To, failed)
 	case !begun && !m.Deadline.IsZero() && time.Now().After(m.Deadline):
 		return fail(maint.CodeTimeout, "try again",
 			"belayd on %s was away until the operation's time was over, and begins no copy to %s after it", m.From, m.To)
@@ -226,7 +227,7 @@ func (m *Migration) renew(ctx context.Context, a maint.Arrival) (stop func()) {
 		defer close(ended)
 		for wait(until, renewEvery) {
 			ask, cancel := context.WithTimeout(ctx, askTimeout)
-			if err := m.Destination.Reserve(ask, a); err != nil && ctx.Err() == nil {
+			if _, err := m.Destination.Reserve(ask, a); err != nil && ctx.Err() == nil {
 				m.Log.Warn("cannot renew the reservation", "peer", m.To, "err", err)
 			}
 			cancel()
@@ -279,9 +280,26 @@ func (m *Migration) copy(ctx, detach context.Context, s Scratch, a attempt, c *c
 		p.BandwidthMiBs = 0
 	}
 	p.Slow = slices.Contains(a.Means, maint.MeansSlow)
+	if p, err = m.equip(ctx, s, m.land(p)); err != nil {
+		return err
+	}
 	done := make(chan error, 1)
-	go func() { done <- m.Source.Migrate(detach, m.UUID, p) }()
+	go func() { done <- m.send(detach, s, p) }()
 	return m.watch(ctx, detach, done, c, s)
+}
+
+// send has libvirt migrate the guest. Where it knows nothing of what is to make the copy
+// faster, it has done nothing, and does so without.
+func (m *Migration) send(ctx context.Context, s Scratch, p maint.MoveParams) error {
+	err := m.Source.Migrate(ctx, m.UUID, p)
+	if !errors.Is(err, maint.ErrParameter) || p.Compression == "" && !p.ZeroCopy {
+		return err
+	}
+	if err := s.Note("compression and zero-copy are left out: %v", err); err != nil {
+		return err
+	}
+	p.Compression, p.ZeroCopy = "", false
+	return m.Source.Migrate(ctx, m.UUID, p)
 }
 
 // cancelled is the end of an operation whose time is over, or that is not wanted any
@@ -298,6 +316,14 @@ func (m *Migration) cancelled(ctx context.Context, c *convergence) error {
 	}
 	return maint.Problemf(maint.CodeAborted, "guest "+m.Guest, "",
 		"the operation was aborted; the guest runs on %s as before", m.From)
+}
+
+// blame is the code and the remedy for a copy that libvirt says has failed.
+func (m *Migration) blame(err error) (maint.Code, string) {
+	if errors.Is(err, maint.ErrCertificate) {
+		return maint.CodeCertificate, fmt.Sprintf("see on both hosts with 'belay doctor' which certificate is wrong, and in QEMU's log on %s what it refused: all must be of one CA, and that of QEMU on %s (server-cert.pem, in the folder migrate_tls_x509_cert_dir of its qemu.conf) for the name that it is called by", m.To, m.To)
+	}
+	return maint.CodeFailed, m.remedy()
 }
 
 func (m *Migration) remedy() string {

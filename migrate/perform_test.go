@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"belay/agent/maint"
+	"belay/hypervisor"
 	"belay/hypervisor/hypervisortest"
 )
 
@@ -28,6 +30,14 @@ func (h here) Mark(_ context.Context, files []maint.FileNeed) ([]maint.FileNeed,
 	return files, func() {}
 }
 
+func (h here) CheckWay(context.Context, string, string, maint.MoveParams) []maint.Problem { return nil }
+
+func (h here) Reaches(netip.Addr) error { return nil }
+
+func (h here) MoveSupport(ctx context.Context, uuid string) (maint.MoveSupport, error) {
+	return hypervisor.MoveSupport(ctx, h.Host, uuid)
+}
+
 // there is a host as a Destination. A function that is set is asked first, and
 // has the answer if that is an error.
 type there struct {
@@ -36,6 +46,7 @@ type there struct {
 	settle   func(context.Context) error
 	others   func(context.Context) error // all other questions
 	promises atomic.Int64
+	landing  maint.Landing
 }
 
 func ask(ctx context.Context, f func(context.Context) error) error {
@@ -49,12 +60,12 @@ func (d *there) Check(ctx context.Context, _ maint.Arrival) ([]maint.Problem, er
 	return nil, ask(ctx, d.others)
 }
 
-func (d *there) Reserve(ctx context.Context, _ maint.Arrival) error {
+func (d *there) Reserve(ctx context.Context, _ maint.Arrival) (maint.Landing, error) {
 	if err := ask(ctx, d.reserve); err != nil {
-		return err
+		return maint.Landing{}, err
 	}
 	d.promises.Store(1)
-	return nil
+	return d.landing, nil
 }
 
 func (d *there) Release(ctx context.Context, _ maint.OpID) error {

@@ -51,12 +51,15 @@ func (m *Migration) survey(ctx context.Context) (b before, problems []maint.Prob
 		return b, nil, refusal
 	}
 	problems = append(problems, m.rooted(d)...)
+	problems = append(problems, m.plain()...)
 	there, err := m.ask(ctx, b.Arrival, d.Needs)
 	switch {
 	case err != nil && op.Err() != nil: // we gave up, which is not the peer's fault
 		return b, nil, fmt.Errorf("cannot ask %s for guest %s: %w", m.To, m.Guest, err)
 	case err != nil:
 		problems = append(problems, *maint.AsProblem(err, maint.CodePeerDown, "peer "+m.To))
+	default:
+		problems = append(problems, m.Source.CheckWay(ctx, m.From, m.To, m.Params)...)
 	}
 	problems = append(problems, there...)
 	if refusal != nil && !told(problems, d, refusal) {
@@ -133,5 +136,6 @@ func (m *Migration) describe(ctx context.Context, g maint.Guest) (before, Descri
 	return before{Persistent: g.Persistent, Autostart: g.Autostart, XML: d.Inactive, Arrival: maint.Arrival{
 		Op: m.Op, Guest: g.Name, GuestUUID: g.UUID, MemoryBytes: g.MemoryBytes, VCPUs: g.VCPUs,
 		Arch: host.Arch, DomainType: g.DomainType, MachineType: g.MachineType, HostUUID: host.UUID,
-		CPUXML: d.CPUXML, Pages: d.Pages}}, d, nil
+		CPUXML: d.CPUXML, Pages: d.Pages,
+		Way: &maint.Way{URI: m.Params.MigrateURI, TLS: m.Params.TLS, TLSName: m.Params.TLSName}}}, d, nil
 }

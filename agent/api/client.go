@@ -298,9 +298,10 @@ func (c *Client) Check(ctx context.Context, a maint.Arrival) (ps []maint.Problem
 	return ps, c.call(ctx, "POST", "/v1/peer/checks", a, &ps)
 }
 
-// Reserve asks a peer to keep room for a guest, or to keep it longer.
-func (c *Client) Reserve(ctx context.Context, a maint.Arrival) error {
-	return c.call(ctx, "PUT", "/v1/peer/reservations/"+segment(string(a.Op)), a, nil)
+// Reserve asks a peer to keep room for a guest, or to keep it longer, and where it takes
+// its memory in. An older peer says nothing of that.
+func (c *Client) Reserve(ctx context.Context, a maint.Arrival) (l maint.Landing, err error) {
+	return l, c.call(ctx, "PUT", "/v1/peer/reservations/"+segment(string(a.Op)), a, &l)
 }
 
 // Release gives that room up.

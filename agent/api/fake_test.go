@@ -205,8 +205,8 @@ func (f *fakeAgent) Check(_ context.Context, from string, a maint.Arrival) ([]ma
 	return nil, f.called("Check", from)
 }
 
-func (f *fakeAgent) Reserve(_ context.Context, from string, a maint.Arrival) error {
-	return f.called("Reserve "+string(a.Op), from)
+func (f *fakeAgent) Reserve(_ context.Context, from string, a maint.Arrival) (maint.Landing, error) {
+	return maint.Landing{URI: "tcp://192.0.2.2"}, f.called("Reserve "+string(a.Op), from)
 }
 
 func (f *fakeAgent) Release(_ context.Context, from string, id maint.OpID) error {

@@ -120,7 +120,7 @@ type Clocks interface {
 // certificate name.
 type PeerSide interface {
 	Check(ctx context.Context, from string, a maint.Arrival) ([]maint.Problem, error)
-	Reserve(ctx context.Context, from string, a maint.Arrival) error
+	Reserve(ctx context.Context, from string, a maint.Arrival) (maint.Landing, error)
 	Release(ctx context.Context, from string, id maint.OpID) error
 	View(ctx context.Context, uuid string) (maint.View, error)
 	Settle(ctx context.Context, from string, s maint.Settlement) error
@@ -262,7 +262,7 @@ func routes(a Agent) []route {
 				if q.Op != opID(r) {
 					return nil, maint.Problemf(maint.CodeBadRequest, "reservation "+string(opID(r)), "send the operation's own ID", "the body is of operation %q", q.Op)
 				}
-				return nil, a.Reserve(r.Context(), c.Name, q)
+				return a.Reserve(r.Context(), c.Name, q)
 			})
 		}},
 		{"DELETE", "/v1/peer/reservations/{id}", peers, func(r *http.Request, c Caller) (any, error) { return nil, a.Release(r.Context(), c.Name, opID(r)) }},

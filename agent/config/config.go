@@ -148,31 +148,9 @@ type Limits struct {
 	MigrationsIn  int  `toml:"migrations_in"`  // at once
 }
 
-// Migration has the defaults for migrations.
-type Migration struct {
-	Timeout       Duration `toml:"timeout"`
-	BandwidthMiBs uint64   `toml:"bandwidth_mib_s"` // MiB/s; 0 for no limit
-	TLS           bool     `toml:"tls"`             // encrypt guest memory on the wire
-	// MaxPause is the longest pause that a copy may end with, and Allow what may be done
-	// for one that does not end otherwise.
-	MaxPause Duration      `toml:"max_pause"`
-	Allow    []maint.Means `toml:"allow"`
-}
-
-// MaxMigrationPause is the longest that a migration's pause may be allowed to be.
-const MaxMigrationPause = time.Minute
-
 // Journal says how long history is kept.
 type Journal struct {
 	Keep Duration `toml:"keep"`
-}
-
-// Peer is another host that guests may go to.
-type Peer struct {
-	Address    string `toml:"address"`     // host:port of its belayd
-	CertName   string `toml:"cert_name"`   // in its certificate; default: the peer's name
-	LibvirtURI string `toml:"libvirt_uri"` // as this host's libvirtd reaches it
-	MigrateURI string `toml:"migrate_uri"` // where memory goes; "" lets libvirt choose
 }
 
 func defaults() Config {
@@ -344,20 +322,7 @@ func (c *Config) check() error {
 	if c.Limits.MigrationsIn < 1 || c.Limits.MigrationsIn > 8 {
 		bad("limits.migrations_in", "%d is not between 1 and 8", c.Limits.MigrationsIn)
 	}
-	if c.Migration.Timeout.Duration <= 0 {
-		bad("migration.timeout", "must be longer than 0")
-	}
-	if c.Migration.BandwidthMiBs > maxBandwidth {
-		bad("migration.bandwidth_mib_s", "%d is out of range; it is in MiB/s, 0 means no limit", c.Migration.BandwidthMiBs)
-	}
-	if p := c.Migration.MaxPause.Duration; p < time.Millisecond || p > MaxMigrationPause {
-		bad("migration.max_pause", "%s is not between 1ms and %s", p, MaxMigrationPause)
-	}
-	for _, m := range c.Migration.Allow {
-		if !slices.Contains(maint.AllMeans, m) {
-			bad("migration.allow", "%q is none of %v", m, maint.AllMeans)
-		}
-	}
+	c.Migration.check(bad)
 	if limit := c.Hold.MaxPauseLimit.Duration; limit < MinPause || limit > maxPause {
 		bad("hold.max_pause_limit", "%s is not between %s and %s", limit, MinPause, maxPause)
 	} else if p := c.Hold.MaxPause.Duration; p < MinPause || p > limit {
@@ -422,31 +387,7 @@ func (c *Config) check() error {
 	if c.Journal.Keep.Duration <= 0 {
 		bad("journal.keep", "must be longer than 0")
 	}
-	certs := make(map[string]string) // the peers' names, by cert_name
-	for name, p := range c.Peers {
-		key := "peers." + name
-		if name == c.Host {
-			bad(key, "is this host's own name; take it out, or set host")
-		}
-		if !isName(name) {
-			bad("peers", "%q is not a name: it is empty, or has spaces or control characters", name)
-		}
-		if !isHostPort(p.Address) || strings.HasPrefix(p.Address, ":") || strings.HasSuffix(p.Address, ":0") {
-			bad(key+".address", "%q is not host:port", p.Address)
-		}
-		if u, err := url.Parse(p.LibvirtURI); err != nil || !strings.HasPrefix(u.Scheme, "qemu+") || u.Host == "" {
-			bad(key+".libvirt_uri", "%q is not a libvirt URI of another host, such as qemu+tls://%s/system", p.LibvirtURI, name)
-		}
-		if p.CertName == "" {
-			p.CertName = name
-			c.Peers[name] = p
-		}
-		// Who asks is known by this name alone.
-		if other, taken := certs[p.CertName]; taken {
-			bad("peers", "%s and %s have the same cert_name %q; each needs its own", min(name, other), max(name, other), p.CertName)
-		}
-		certs[p.CertName] = name
-	}
+	c.checkPeers(bad)
 	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
 	return errors.Join(errs...)
 }
@@ -465,8 +406,6 @@ const (
 	maxNotice = 7 * 24 * time.Hour
 	// maxPause is the longest that a leash can be armed for.
 	maxPause = 24 * time.Hour
-	// maxBandwidth is what a request for a migration may ask for, MiB/s.
-	maxBandwidth = 1 << 20
 )
 
 // isHostPort accepts what can be listened on or dialled, as far as can be told

@@ -100,6 +100,8 @@ bandwidth_mib_s = 500
 max_pause = "1s"
 allow = ["parallel", "slow"]
 tls = true
+address = "198.51.100.1"
+compression = "zstd"
 [hold]
 max_pause = "5s"
 max_pause_limit = "30s"
@@ -147,7 +149,7 @@ libvirt_uri = "qemu+ssh://root@host-c/system"
 			OperatorCerts: []string{"ops-laptop"}, ViewerCerts: []string{"wall"}},
 		Libvirt: Libvirt{Socket: "/run/libvirt/virtqemud-sock", URI: "qemu:///session", StateDir: "/qemu"},
 		Limits:  Limits{GuestMemory: Size{64 << 30}, MemoryReserve: Size{1 << 40}, MigrationsOut: 1, MigrationsIn: 8},
-		Migration: Migration{Timeout: Duration{90 * time.Minute}, BandwidthMiBs: 500, TLS: true,
+		Migration: Migration{Timeout: Duration{90 * time.Minute}, BandwidthMiBs: 500, TLS: true, Address: "198.51.100.1", Compression: "zstd",
 			MaxPause: Duration{time.Second}, Allow: []maint.Means{maint.MeansParallel, maint.MeansSlow}},
 		Hold: Hold{MaxPause: Duration{5 * time.Second}, MaxPauseLimit: Duration{30 * time.Second},
 			LeashSilence: Duration{2 * time.Second}, KillLibvirt: Duration{4 * time.Second}, CommandsBy: "operators", Leash: "/usr/libexec/leash"},
@@ -210,6 +212,13 @@ func TestMistakes(t *testing.T) {
 			[]string{"belayd.toml:2", `"access.operators"`}},
 		{"text for truth", "[migration]\ntls = 'yes'\n",
 			[]string{"belayd.toml:2", `"migration.tls"`}},
+		{"no address", "[migration]\naddress = 'host-a'\n", []string{`migration.address: "host-a" is not an address of this host`}},
+		{"an address of nobody else", "[migration]\naddress = '127.0.0.1'\n", []string{`migration.address: "127.0.0.1"`}},
+		{"unknown compression", "[migration]\ncompression = 'mt'\n", []string{`migration.compression: "mt" is none of [xbzrle zlib zstd]`}},
+		{"zero-copy, and TLS", "[migration]\nzero_copy = true\ntls = true\n", []string{"migration.zero_copy", "TLS copies what it encrypts"}},
+		{"zero-copy, and compression", "[migration]\nzero_copy = true\ncompression = 'zstd'\n", []string{"migration.zero_copy", "choose one of"}},
+		{"no migrate_uri", tlsFiles + "[peers.b]\naddress = 'b:7443'\nlibvirt_uri = 'qemu+tls://b/system'\nmigrate_uri = '192.0.2.2'\n", []string{`peers.b.migrate_uri: "192.0.2.2"`}},
+		{"no tls_name", tlsFiles + "[peers.b]\naddress = 'b:7443'\nlibvirt_uri = 'qemu+tls://b/system'\ntls_name = 'a b'\n", []string{"peers.b.tls_name"}},
 		{"negative bandwidth", "[migration]\nbandwidth_mib_s = -1\n",
 			[]string{"belayd.toml:2", `"migration.bandwidth_mib_s"`}},
 		{"bad duration", "[migration]\n\ntimeout = 'soon'\n",

@@ -169,6 +169,9 @@ type MoveParams struct {
 	DestURI string `json:"dest_uri"`
 	// MigrateURI is where QEMU sends memory, "" to let the destination choose.
 	MigrateURI string `json:"migrate_uri,omitempty"`
+	// Listen is the address that QEMU listens on at the destination, "" for what its
+	// qemu.conf says.
+	Listen string `json:"listen,omitempty"`
 	// TLS encrypts the memory stream with QEMU's native TLS; TLSName is the
 	// name in the destination's certificate where it differs from the URI's.
 	TLS     bool   `json:"tls,omitempty"`
@@ -180,6 +183,10 @@ type MoveParams struct {
 	// Slow has QEMU slow the guest's vCPUs down, more and more, while it writes more
 	// than can be sent (auto-converge).
 	Slow bool `json:"slow,omitempty"`
+	// Compression is one of Compressions, "" for none; ZeroCopy has memory sent from
+	// where it is. Some of it needs Parallel (see Compressions).
+	Compression string `json:"compression,omitempty"`
+	ZeroCopy    bool   `json:"zero_copy,omitempty"`
 	// SameHost says that source and destination are on one host: a disk that
 	// is opened through the host's page cache, or is a local file, is then the
 	// same for both (VIR_MIGRATE_UNSAFE).
@@ -187,4 +194,23 @@ type MoveParams struct {
 	// Persist defines the guest on the destination and undefines it on the
 	// source; false for a transient guest.
 	Persist bool `json:"persist"`
+}
+
+// The ways to compress guests' memory. XBZRLE sends of a page that was sent before what
+// has changed of it, by one connection only; the others compress what several
+// connections carry.
+const (
+	CompressXBZRLE = "xbzrle"
+	CompressZlib   = "zlib"
+	CompressZstd   = "zstd"
+)
+
+// Compressions are all of them.
+var Compressions = []string{CompressXBZRLE, CompressZlib, CompressZstd}
+
+// MoveSupport is what the QEMU of a guest can do for its migration.
+type MoveSupport struct {
+	Capabilities []string // QAPI's MigrationCapability: "xbzrle", "zero-copy-send", …
+	// Multifd are the compressions of several connections: "zlib", "zstd", …
+	Multifd []string
 }

@@ -42,6 +42,8 @@ type Arrival struct {
 	Needs *Needs `json:"needs,omitempty"`
 	// AntiAffinity are groups of which no other guest may be where it goes.
 	AntiAffinity []string `json:"anti_affinity,omitempty"`
+	// Way is how its memory is to come, nil from a source that is too old to say.
+	Way *Way `json:"way,omitempty"`
 }
 
 // maxGuestMemory is more than any guest has, bytes; it keeps sums in range.
@@ -73,6 +75,11 @@ func (a Arrival) Validate() error {
 	if a.Needs != nil {
 		if why := a.Needs.validate(); why != "" {
 			return bad("needs", "%s", why)
+		}
+	}
+	if a.Way != nil {
+		if why := a.Way.validate(); why != "" {
+			return bad("way", "%s", why)
 		}
 	}
 	return nil

@@ -21,6 +21,10 @@ var (
 	// ErrUnsafeStorage: libvirt refuses a migration for how the guest's disks are
 	// stored or cached.
 	ErrUnsafeStorage = errors.New("libvirt holds its storage unsafe to migrate")
+	// ErrCertificate: a migration failed for a certificate, or for how TLS began.
+	ErrCertificate = errors.New("a certificate is not accepted")
+	// ErrParameter: libvirt knows nothing of a parameter or flag, and has done nothing.
+	ErrParameter = errors.New("libvirt does not take this parameter")
 	// ErrLocked: a disk's lease is held by somebody else.
 	ErrLocked = errors.New("a disk's lease is held by somebody else")
 )
@@ -63,6 +67,9 @@ const (
 	CodeSecret           Code = "secret-missing"
 	CodeSocket           Code = "socket"
 	CodePort             Code = "port"
+	CodeTLS              Code = "tls-required"
+	CodeCertificate      Code = "certificate"
+	CodeMigrationNetwork Code = "migration-network"
 	CodeSourceRefuses    Code = "source-refuses"
 	CodeJournal          Code = "journal-unwritable"
 	CodeShuttingDown     Code = "shutting-down"

@@ -85,6 +85,7 @@ func Contract(t *testing.T, env Env) {
 		{"DryRun", testDryRun},
 		{"Move", testMove},
 		{"MoveTransient", testMoveTransient},
+		{"MoveWith", testMoveWith},
 		{"MovePaused", testMovePaused},
 		{"MoveNowhere", testMoveNowhere},
 		{"MoveNameTaken", testMoveNameTaken},

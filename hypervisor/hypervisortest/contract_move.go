@@ -3,6 +3,7 @@ package hypervisortest
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -68,6 +69,42 @@ func testMidCopyTuned(t *testing.T, env Env) {
 	must(t, m.wait(t))
 	wantState(t, env.B, uuid, maint.GuestRunning, "migrated")
 	wantGone(t, env.A, uuid)
+}
+
+// testMoveWith: libvirt refuses what it does not know, and does nothing. What QEMU
+// says that it can do works.
+func testMoveWith(t *testing.T, env Env) {
+	h, ctx := env.A.Hypervisor(), t.Context()
+	uuid := newGuest(t, env, "with")
+	s, err := hypervisor.MoveSupport(ctx, h, uuid)
+	must(t, err)
+	for _, c := range []string{"xbzrle", "multifd"} {
+		if !slices.Contains(s.Capabilities, c) {
+			t.Errorf("QEMU has no %q: %v", c, s.Capabilities)
+		}
+	}
+	if !slices.Contains(s.Multifd, "zlib") {
+		t.Errorf("compressions of several connections: %v", s.Multifd)
+	}
+	wantIs(t, "Migrate with an unknown compression", h.Migrate(ctx, uuid, maint.MoveParams{DestURI: env.B.URI(), Compression: "cabbage"}), maint.ErrParameter)
+	wantState(t, env.A, uuid, maint.GuestRunning, "booted")
+	wantNoJob(t, env.A, uuid)
+	wantGone(t, env.B, uuid)
+
+	must(t, h.Migrate(ctx, uuid, maint.MoveParams{DestURI: env.B.URI(), Persist: true, Compression: maint.CompressXBZRLE}))
+	wantState(t, env.B, uuid, maint.GuestRunning, "migrated")
+	if !slices.Contains(s.Capabilities, "zero-copy-send") {
+		return
+	}
+	err = env.B.Hypervisor().Migrate(ctx, uuid, maint.MoveParams{DestURI: env.A.URI(), Persist: true, Parallel: 2, ZeroCopy: true})
+	if e, ok := errors.AsType[*hypervisor.Error](err); ok && e.Code == codeSystem {
+		t.Logf("the guest's memory cannot be locked here: %v", err) // a container's root may not raise limits
+		wantState(t, env.B, uuid, maint.GuestRunning, "migrated")
+		wantGone(t, env.A, uuid)
+		return
+	}
+	must(t, err)
+	wantState(t, env.A, uuid, maint.GuestRunning, "migrated")
 }
 
 func testMoveTransient(t *testing.T, env Env) {

@@ -287,6 +287,7 @@ func (h *Host) failed(op string, code int, message string, causes ...error) erro
 // The libvirt error codes (virErrorNumber) and functions used here.
 const (
 	codeInternal         = 1
+	codeInvalidArg       = 8
 	codeOperationFailed  = 9
 	codeSystem           = 38
 	codeNoDomain         = 42

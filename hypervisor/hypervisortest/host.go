@@ -32,8 +32,9 @@ type Host struct {
 	secrets   []maint.SecretNeed
 	onAgent   Answer
 	onQMP     Answer
-	interrupt chan struct{} // closed when connections to libvirt are lost, and replaced
-	frozen    chan struct{} // closed by Thaw; nil when libvirt is not frozen
+	cameBy    maint.MoveParams // how the last guest came that came here
+	interrupt chan struct{}    // closed when connections to libvirt are lost, and replaced
+	frozen    chan struct{}    // closed by Thaw; nil when libvirt is not frozen
 
 	hub       *feed.Hub
 	closed    chan struct{}

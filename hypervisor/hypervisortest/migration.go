@@ -81,6 +81,13 @@ func (h *Host) Migrate(ctx context.Context, uuid string, p maint.MoveParams) err
 	return err
 }
 
+// CameBy tells how the last guest came that came here.
+func (h *Host) CameBy() maint.MoveParams {
+	h.w.mu.Lock()
+	defer h.w.mu.Unlock()
+	return h.cameBy
+}
+
 // begin makes the guest on the destination and starts the copy.
 func (h *Host) begin(uuid string, p maint.MoveParams) (*migration, error) {
 	g, err := h.find(uuid)
@@ -89,6 +96,9 @@ func (h *Host) begin(uuid string, p maint.MoveParams) (*migration, error) {
 	}
 	if err := h.canLeave(g, opPerform); err != nil {
 		return nil, err
+	}
+	if p.Compression != "" && p.Compression != maint.CompressXBZRLE { // as libvirt 9.0
+		return nil, hypervisor.NewError(opPerform, h.socket(), codeInvalidArg, fmt.Sprintf("invalid argument: Unsupported compression method '%s'", p.Compression), maint.ErrParameter)
 	}
 	dst := h.w.byURI(p.DestURI)
 	if dst == nil || !dst.up || !reachable(h, dst) {
@@ -266,6 +276,7 @@ func (m *migration) resume() {
 	job.Downtime = m.copy.Blackout
 	g := m.dst.guests[m.uuid]
 	g.in, g.completed = nil, &job
+	m.dst.cameBy = m.params
 	g.clock = m.src.guests[m.uuid].clock
 	if m.params.Persist {
 		known := g.Persistent

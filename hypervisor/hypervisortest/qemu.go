@@ -24,8 +24,8 @@ func (h *Host) SetQEMU(version string) {
 	h.info.QEMUVersion = version
 }
 
-// OnQMP has f answer commands to QEMUs. By itself a QEMU knows query-status and
-// query-version.
+// OnQMP has f answer commands to QEMUs. By itself a QEMU knows query-status,
+// query-version and what a migration can have.
 func (h *Host) OnQMP(f Answer) {
 	h.w.mu.Lock()
 	defer h.w.mu.Unlock()
@@ -80,6 +80,14 @@ func (h *Host) QMP(ctx context.Context, uuid, command string, args any) (json.Ra
 			return map[string]any{"status": g.runState(), "running": g.State == maint.GuestRunning, "singlestep": false}, nil
 		case "query-version":
 			return qemuVersion(g.qemu), nil
+		case "query-migrate-capabilities":
+			return []map[string]any{{"capability": "xbzrle", "state": false}, {"capability": "multifd", "state": false}, {"capability": "zero-copy-send", "state": false}}, nil
+		case "query-qmp-schema":
+			return []map[string]any{
+				{"name": "migrate-set-parameters", "meta-type": "command", "arg-type": "7"},
+				{"name": "7", "meta-type": "object", "members": []map[string]any{{"name": "multifd-compression", "type": "8"}}},
+				{"name": "8", "meta-type": "enum", "values": []string{"none", "zlib", "zstd"}},
+			}, nil
 		}
 		return nil, refused(&hypervisor.QMPError{Class: "CommandNotFound", Desc: "The command " + command + " has not been found"})
 	})

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -192,10 +193,12 @@ func (w *World) AddHost(name string, o HostOptions) *Host {
 	return h
 }
 
-// byURI finds the host that answers at a migration's destination URI.
+// byURI finds the host that answers at a migration's destination URI, by whatever
+// transport.
 func (w *World) byURI(uri string) *Host {
+	_, place, _ := strings.Cut(uri, "://")
 	for _, h := range w.hosts {
-		if h.URI() == uri {
+		if _, own, _ := strings.Cut(h.URI(), "://"); own == place {
 			return h
 		}
 	}

@@ -27,12 +27,13 @@ type Host struct {
 
 	addresses func() ([]net.Addr, error) // net.InterfaceAddrs
 	wait      time.Duration              // patience
+	now       func() time.Time
 }
 
 // New looks at the host whose root folder is root, "" for the one it runs on. The
 // records of marks are kept in the folder marks, which is made when it is needed.
 func New(root, marks string) *Host {
-	return &Host{root: root, marks: marks, turns: make(chan struct{}, most), addresses: net.InterfaceAddrs, wait: patience}
+	return &Host{root: root, marks: marks, turns: make(chan struct{}, most), addresses: net.InterfaceAddrs, wait: patience, now: time.Now}
 }
 
 // at is where a path of the host is.

@@ -89,8 +89,10 @@ type Cluster struct {
 // Node is one host with its belayd.
 type Node struct {
 	*lab.Host
-	// Settings are further lines of configuration; set before Start.
-	Settings string
+	// Settings are further lines of configuration, PeerSettings those of each peer; set
+	// before Start. ByAddress has peers' libvirt be called by address.
+	Settings, PeerSettings string
+	ByAddress              bool
 
 	lab *lab.Lab
 	bin Binaries
@@ -155,7 +157,11 @@ func (n *Node) config() string {
 	fmt.Fprintf(&b, "[tls]\nca = %q\ncert = %q\nkey = %q\n", n.lab.CAFile(), n.CertFile(), n.KeyFile())
 	for _, h := range n.lab.Hosts {
 		if h.Name != n.Name {
-			fmt.Fprintf(&b, "[peers.%s]\naddress = \"%s:%s\"\nlibvirt_uri = %q\n", h.Name, h.Addr, port, h.PeerURI(n.lab.TLS))
+			uri := h.PeerURI(n.lab.TLS)
+			if n.ByAddress {
+				uri = strings.Replace(uri, h.Name, h.Addr.String(), 1)
+			}
+			fmt.Fprintf(&b, "[peers.%s]\naddress = \"%s:%s\"\nlibvirt_uri = %q\n%s\n", h.Name, h.Addr, port, uri, n.PeerSettings)
 		}
 	}
 	return b.String()

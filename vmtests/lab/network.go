@@ -16,6 +16,9 @@ const (
 	// Uplink is the host's link into the LAN, a port of Bridge.
 	Uplink = "uplink"
 
+	// MigrationLink is the host's link into a migration network.
+	MigrationLink = "mig"
+
 	// lan is the bridge in the switch's namespace. Its ports have the names
 	// of the hosts behind them.
 	lan = "lan"
@@ -87,6 +90,33 @@ func (h *Host) addNetwork(ctx context.Context) error {
 	return h.lab.ip(ctx, sw,
 		"link set "+h.Name+" master "+lan,
 		"link set "+h.Name+" up")
+}
+
+// AddMigrationNetwork gives all hosts a second network, of nothing but them: a link
+// MigrationLink each, with the host's MigrationAddr, to a bridge of its own.
+func (l *Lab) AddMigrationNetwork(ctx context.Context) error {
+	sw := l.netns("switch")
+	if err := l.ip(ctx, sw, "link add "+MigrationLink+" type bridge stp_state 0 forward_delay 0 mcast_snooping 0", "link set "+MigrationLink+" up"); err != nil {
+		return fmt.Errorf("migration network: %w", err)
+	}
+	for _, h := range l.Hosts {
+		port := h.Name + "-m"
+		err := l.ip(ctx, h.netns, fmt.Sprintf("link add %s type veth peer name %s netns %s", MigrationLink, port, sw),
+			fmt.Sprintf("addr add %s/%d dev %s", h.MigrationAddr(), lanBits, MigrationLink), "link set "+MigrationLink+" up")
+		if err == nil {
+			err = l.ip(ctx, sw, "link set "+port+" master "+MigrationLink, "link set "+port+" up")
+		}
+		if err != nil {
+			return fmt.Errorf("migration network of %s: %w", h.Name, err)
+		}
+	}
+	return nil
+}
+
+// MigrationAddr is the host's address in the network that AddMigrationNetwork makes.
+func (h *Host) MigrationAddr() netip.Addr {
+	a := h.Addr.As4()
+	return netip.AddrFrom4([4]byte{a[0], a[1] + 1, a[2], a[3]})
 }
 
 // SetLink cuts the host from the LAN (false) or connects it again (true), as

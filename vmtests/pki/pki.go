@@ -49,7 +49,16 @@ func (c CA) KeyFile(name string) string { return filepath.Join(c.dir, name+"-key
 // IssueHost makes a certificate for a server that is also a client of its
 // peers, good for name and the addresses.
 func (c CA) IssueHost(name string, addrs ...net.IP) error {
+	return c.IssueHostUntil(time.Now().Add(lifetime), name, addrs...)
+}
+
+// IssueHostUntil is IssueHost of a certificate that ends at a time, which may have been
+// before.
+func (c CA) IssueHostUntil(end time.Time, name string, addrs ...net.IP) error {
 	t := template(name)
+	if t.NotAfter = end; end.Before(t.NotBefore) {
+		t.NotBefore = end.Add(-time.Hour)
+	}
 	t.DNSNames, t.IPAddresses = []string{name}, addrs
 	t.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}
 	return c.issue(t, name)

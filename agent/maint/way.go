@@ -1,0 +1,28 @@
+package maint
+
+// Way is how a source means to send a guest's memory. The destination judges it.
+type Way struct {
+	// URI is where the source is configured to send it ("tcp://198.51.100.2"), "" for
+	// where the destination says.
+	URI string `json:"uri,omitempty"`
+	// TLS is that it is encrypted.
+	TLS bool `json:"tls,omitempty"`
+	// TLSName is the name that the certificate of the destination's QEMU is to have, ""
+	// for one that the destination says.
+	TLSName string `json:"tls_name,omitempty"`
+}
+
+// Landing is where a destination takes a guest's memory in.
+type Landing struct {
+	URI     string `json:"uri,omitempty"`      // as of a Way; "" lets its libvirt choose
+	Listen  string `json:"listen,omitempty"`   // the one address to listen on; "" leaves it to its qemu.conf
+	TLSName string `json:"tls_name,omitempty"` // a name that the certificate of its QEMU has
+}
+
+// validate says what of a way cannot be meant, "" when all can.
+func (w Way) validate() string {
+	if w.URI != "" && !plain(w.URI, maxWord) || w.TLSName != "" && !plain(w.TLSName, maxWord) {
+		return "its URI or name is too long, or has control characters"
+	}
+	return ""
+}
