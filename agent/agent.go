@@ -275,6 +275,7 @@ func (a *Agent) runToEnd(ctx context.Context, op maint.Op) {
 			a.metrics.ended(op, outcome)
 			ended, _ := a.journal.Op(op.ID)
 			a.endEvents(ended)
+			a.giveRoomUp(ended)
 			return
 		case a.life.Err() != nil:
 			a.log.Info("operation left open for the next start", "op", op.ID)

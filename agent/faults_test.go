@@ -270,6 +270,17 @@ func TestLeftover(t *testing.T) {
 	if g, err := w.Nodes[0].Host.Guest(ctxFor(t, patience), uuid); err != nil || g.State != maint.GuestPaused {
 		t.Errorf("the agent has touched the leftover: %+v, %v", g, err)
 	}
+	ctx := ctxFor(t, patience)
+	for { // nothing else gives the room up, and it could not be moved on meanwhile
+		s, err := w.Nodes[1].Client.Status(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(s.Reservations) == 0 {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
 }
 
 // TestAbortInEveryPhase aborts and waits until the wish has reached libvirt

@@ -183,6 +183,24 @@ func (a *Agent) finish(ctx context.Context, m *migrate.Migration, op maint.Op, s
 	return m.Release(ctx, s)
 }
 
+// roomTimeout is how long a peer is asked to give up room that would lapse anyway.
+const roomTimeout = 10 * time.Second
+
+// giveRoomUp ends the reservation of a migration that was done partly: nothing comes
+// after that, and as long as a guest is expected it cannot be moved on. It is done when the
+// end is on record, since until then the reservation is what lets the guest be settled.
+func (a *Agent) giveRoomUp(op maint.Op) {
+	p := a.peers[op.Peer]
+	if op.Kind != maint.OpMigrate || op.Outcome != maint.OutcomePartly || p == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(a.life, roomTimeout)
+	defer cancel()
+	if err := p.to.Release(ctx, op.ID); err != nil {
+		a.log.Warn("the reservation could not be given up, it will lapse", "op", op.ID, "peer", op.Peer, "err", err)
+	}
+}
+
 func (a *Agent) unknownPeer(name string) *maint.Problem {
 	names := a.peerNames()
 	remedy := "add it to belayd's configuration as [peers." + name + "]"
