@@ -41,6 +41,8 @@ type convoy struct {
 	// await returns the migration as it has ended.
 	await func(ctx context.Context, m maint.GuestMove) (maint.Op, error)
 	abort func(ctx context.Context, m maint.GuestMove) error
+	// waits reports whether the migration waits for its guest's notice.
+	waits func(maint.GuestMove) bool
 	// look may plan more; see drainage.
 	look func(ctx context.Context, last bool) (wait bool, err error)
 
@@ -114,8 +116,8 @@ func (c *convoy) run(ctx context.Context) error {
 			if wait, err = c.more(ctx, len(under) == 0); err != nil {
 				return err
 			}
-		} else if err := c.abortNow(life, under, aborted); err != nil {
-			return err
+		} else {
+			c.abortThose(life, under, aborted)
 		}
 		for _, m := range c.moves() {
 			if _, is := under[m.GuestUUID]; is || m.State != maint.MoveMoving {
@@ -207,32 +209,24 @@ func (c *convoy) more(ctx context.Context, idle bool) (wait bool, err error) {
 	return wait, nil
 }
 
-// abortNow has those be aborted that are on their way, if that was asked for.
-func (c *convoy) abortNow(ctx context.Context, under map[string]maint.GuestMove, aborted map[string]bool) error {
+// abortThose has migrations be aborted once the convoy is over: those whose guests
+// still have their notice, and if that was asked for all.
+func (c *convoy) abortThose(ctx context.Context, under map[string]maint.GuestMove, aborted map[string]bool) {
 	op, _ := c.a.journal.Op(c.op)
-	if !op.AbortNow {
-		return nil
-	}
-	for uuid, m := range under {
-		if aborted[uuid] {
+	for _, m := range op.Moves { // as they were completed, which under does not know
+		if _, runs := under[m.GuestUUID]; !runs || aborted[m.GuestUUID] || !op.AbortNow && !c.waits(m) {
 			continue
-		}
-		for _, now := range op.Moves { // as it was completed
-			if now.GuestUUID == uuid {
-				m = now
-			}
 		}
 		var p *maint.Problem
 		err := c.abort(ctx, m)
-		if err != nil && errors.As(err, &p) && p.Code == maint.CodeUnknownOp {
+		if errors.As(err, &p) && p.Code == maint.CodeUnknownOp {
 			continue // it is about to begin, or will not
 		}
 		if err != nil {
 			c.a.log.Warn("cannot abort what runs of an operation", "op", c.op, "guest", m.Guest, "err", err)
 		}
-		aborted[uuid] = true
+		aborted[m.GuestUUID] = true
 	}
-	return nil
 }
 
 // try sees one migration from its beginning, unless it has begun, to its end.

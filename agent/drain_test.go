@@ -217,51 +217,6 @@ func TestDrainRefused(t *testing.T) {
 	}
 }
 
-// TestDrainTriesAnotherPeer: a peer at which copies fail loses its guests to another.
-func TestDrainTriesAnotherPeer(t *testing.T) {
-	t.Parallel()
-	f := newFleet(t, 4, nil, "a", "b", "c")
-	f.OnPhase(func(uuid string, p hypervisortest.Phase) {
-		b := f.Nodes[1].Host
-		if g, err := b.Guest(context.Background(), uuid); p == hypervisortest.PhaseCopying && err == nil && g.Job != "" {
-			b.KillQEMU(t, uuid)
-		}
-	})
-	op := f.drain(maint.DrainRequest{})
-	if op.Outcome != maint.OutcomeDone || f.count()["c"] != 4 {
-		t.Fatalf("%s: %v, %v", op.Outcome, op.Problems, f.at())
-	}
-	tries := 0
-	for _, m := range op.Moves {
-		tries += m.Tries
-	}
-	if tries == 0 {
-		t.Error("no move has failed: b was not tried")
-	}
-}
-
-// TestDrainGivesUp: with no peer left to try a guest stays, the others go.
-func TestDrainGivesUp(t *testing.T) {
-	t.Parallel()
-	f := newFleet(t, 3, nil, "a", "b")
-	unlucky := f.uuids["web-2"]
-	f.OnPhase(func(uuid string, p hypervisortest.Phase) {
-		if p == hypervisortest.PhaseCopying && uuid == unlucky {
-			f.Nodes[1].Host.KillQEMU(t, uuid)
-		}
-	})
-	op := f.drain(maint.DrainRequest{})
-	at := f.at()
-	if op.Outcome != maint.OutcomePartly || at["web-2"] != "a" || at["web-1"] != "b" || at["web-3"] != "b" || len(op.Problems) != 1 {
-		t.Fatalf("%s: %v, %v", op.Outcome, op.Problems, at)
-	}
-	for _, m := range op.Moves {
-		if m.Guest == "web-2" && (m.State != maint.MoveLeft || m.Tries != 3) {
-			t.Errorf("%+v", m)
-		}
-	}
-}
-
 // holding has copies not end, and returns when n have begun.
 func (f *fleet) holding(n int) (begun func()) {
 	f.a.Host.HoldCopies()
@@ -280,66 +235,6 @@ func (f *fleet) holding(n int) (begun func()) {
 				f.t.Fatal("no copy has begun")
 			}
 		}
-	}
-}
-
-// TestDrainAborted: no more begin; those on their way end as they will, or are
-// aborted; the drain's own cordon is lifted, another's stays.
-func TestDrainAborted(t *testing.T) {
-	t.Parallel()
-	for _, c := range []struct {
-		name        string
-		now, before bool // abort what runs; cordoned before
-		moved       int
-	}{{"gently", false, false, 2}, {"now", true, false, 0}, {"cordoned before", false, true, 2}} {
-		t.Run(c.name, func(t *testing.T) {
-			t.Parallel()
-			f := newFleet(t, 5, func(c *config.Config) { c.Limits.MigrationsOut = 2 }, "a", "b", "c")
-			ctx := ctxFor(t, time.Minute)
-			if c.before {
-				if _, err := f.a.Client.Cordon(ctx, "mine"); err != nil {
-					t.Fatal(err)
-				}
-			}
-			begun := f.holding(2)
-			op, err := f.a.Client.Drain(ctx, maint.DrainRequest{})
-			if err != nil {
-				t.Fatal(err)
-			}
-			begun()
-			var refusal *maint.Refusal
-			if err := f.a.Client.Uncordon(ctx); !errors.As(err, &refusal) {
-				t.Errorf("uncordoned in the middle: %v", err)
-			}
-			if _, err := f.a.Client.Drain(ctx, maint.DrainRequest{}); !errors.As(err, &refusal) || refusal.Problems[0].Code != maint.CodeBusy {
-				t.Errorf("a second drain: %v", err)
-			}
-			abort := f.a.Client.Abort
-			if c.now {
-				abort = f.a.Client.AbortNow
-			}
-			if _, err := abort(ctx, op.ID); err != nil {
-				t.Fatal(err)
-			}
-			if !c.now {
-				f.a.Host.ReleaseCopies()
-			}
-			op = await(t, ctx, f.a, op.ID)
-			if n := f.count(); op.Outcome != maint.OutcomeAborted || n["a"] != 5-c.moved || n["b"]+n["c"] != c.moved {
-				t.Fatalf("%s: %v, %v", op.Outcome, op.Problems, f.at())
-			}
-			if k := f.cordoned(); (k != nil) != c.before {
-				t.Errorf("cordon: %+v", k)
-			}
-			for _, m := range op.Moves {
-				if m.State != maint.MoveMoved && (m.State != maint.MoveLeft || len(m.Problems) == 0) {
-					t.Errorf("%+v", m)
-				}
-			}
-			if running := slices.ContainsFunc(f.ops(f.a), func(op maint.Op) bool { return op.State != maint.OpEnded }); running {
-				t.Error("an operation goes on")
-			}
-		})
 	}
 }
 

@@ -33,6 +33,10 @@ func newDrainage(a *Agent, op maint.Op, s *run.Scratch) *convoy {
 		})
 		return end, err
 	}
+	c.waits = func(m maint.GuestMove) bool {
+		child, _ := a.journal.Op(m.Op)
+		return child.Step == phaseAnnounce
+	}
 	c.abort = func(ctx context.Context, m maint.GuestMove) error {
 		_, err := a.Abort(ctx, byDrain+string(op.ID), m.Op)
 		return err
@@ -136,15 +140,9 @@ func (d *drainage) limits(ctx context.Context) error {
 	if d.asked {
 		return nil
 	}
-	names := d.op.Drain.To
-	if len(names) == 0 {
-		names = d.a.peerNames()
-	}
 	to := make(map[string]migrate.Destination)
-	for _, name := range names {
-		if d.a.peers[name] != nil {
-			to[name] = d.a.peers[name].to
-		}
+	for _, name := range d.a.peersFor(*d.op.Drain) {
+		to[name] = d.a.peers[name].to
 	}
 	rooms, _ := d.a.rooms(ctx, to)
 	for name, r := range rooms {

@@ -17,10 +17,7 @@ import (
 // place says where guests go, beside those that other moves of the drain send, or
 // have sent, to peers.
 func (a *Agent) place(ctx context.Context, r maint.DrainRequest, guests []maint.Guest, others []maint.GuestMove, shun ...string) ([]maint.GuestMove, error) {
-	names := r.To
-	if len(names) == 0 {
-		names = a.peerNames()
-	}
+	names := a.peersFor(r)
 	to := a.destinations(ctx, names)
 	rooms, closed := a.rooms(ctx, to)
 	var ask []maint.Guest
@@ -71,6 +68,15 @@ func (a *Agent) place(ctx context.Context, r maint.DrainRequest, guests []maint.
 		moves = append(moves, m)
 	}
 	return moves, nil
+}
+
+// peersFor are the peers that a drain's guests may go to, as far as they are still
+// configured.
+func (a *Agent) peersFor(r maint.DrainRequest) []string {
+	if len(r.To) == 0 {
+		return a.peerNames()
+	}
+	return slices.DeleteFunc(slices.Clone(r.To), func(name string) bool { return a.peers[name] == nil })
 }
 
 // keyOf tells guests apart; of one in the twin only the name may be known.

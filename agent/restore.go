@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"belay/agent/config"
@@ -200,7 +201,14 @@ func newReturn(ctx context.Context, a *Agent, op maint.Op, s *run.Scratch) *conv
 		m.Op = there.ID
 		return err
 	}
-	c.await = func(ctx context.Context, m maint.GuestMove) (maint.Op, error) { return a.awaitReturn(ctx, m) }
+	var waiting sync.Map // by UUID, whether its notice is waited for
+	c.await = func(ctx context.Context, m maint.GuestMove) (maint.Op, error) {
+		return a.awaitReturn(ctx, m, func(there maint.Op) { waiting.Store(m.GuestUUID, there.Step == phaseAnnounce) })
+	}
+	c.waits = func(m maint.GuestMove) bool {
+		is, known := waiting.Load(m.GuestUUID)
+		return known && is.(bool)
+	}
 	c.abort = func(ctx context.Context, m maint.GuestMove) error {
 		p := a.peers[m.Peer]
 		if p == nil || m.Op == "" {
@@ -235,14 +243,17 @@ const (
 
 // awaitReturn follows a peer's migration to its end. If the peer is not heard of for
 // long, this host says whether the guest has come.
-func (a *Agent) awaitReturn(ctx context.Context, m maint.GuestMove) (maint.Op, error) {
+func (a *Agent) awaitReturn(ctx context.Context, m maint.GuestMove, tell func(maint.Op)) (maint.Op, error) {
 	heard := time.Now()
 	for {
 		p := a.peers[m.Peer]
 		if p == nil {
 			return maint.Op{}, a.unknownPeer(m.Peer)
 		}
-		op, err := p.client.WatchReturn(ctx, m.Op, func(maint.Op) { heard = time.Now() })
+		op, err := p.client.WatchReturn(ctx, m.Op, func(there maint.Op) {
+			heard = time.Now()
+			tell(there)
+		})
 		if err == nil || ctx.Err() != nil {
 			return op, err
 		}

@@ -32,6 +32,7 @@ func parts() []part {
 	return []part{
 		{name: "daemon", rounds: 101, run: benchDaemon},
 		{name: "migrate", rounds: 12, run: benchMigrate}, // an even number has both go each way equally often
+		{name: "drain", rounds: 8, run: benchDrain},
 		{name: "hold", rounds: 7, run: benchHold},
 		{name: "clock", rounds: 50, run: benchClock},
 		{name: "vmm", rounds: 7, run: benchVMM},
