@@ -112,7 +112,7 @@ func TestBlocked(t *testing.T) {
 		{"all at once", map[string]hypervisortest.HostOptions{"b": {CannotRun: []string{"qemu64"}, Arch: "aarch64", MemoryBytes: 1}}, nil,
 			func(w *agenttest.World, uuid string) {
 				w.Nodes[1].Host.PutGuest("web-1")
-				w.Nodes[0].Host.Pause(t, uuid)
+				w.Nodes[0].Host.FailDisk(t, uuid)
 			},
 			[]maint.Code{maint.CodeGuestPaused, maint.CodeNameTaken, maint.CodeDomainType, maint.CodeCPU, maint.CodeNoRoom}},
 	} {

@@ -191,13 +191,18 @@ func (m *Migration) Verify(ctx context.Context, s Scratch) error {
 	if _, err := s.Load(PhasePreflight, &b); err != nil {
 		return err
 	}
+	var a attempt
+	if _, err := s.Load(PhasePerform, &a); err != nil {
+		return err
+	}
+	moved := Story{Begun: MoveSeen, Persistent: b.Persistent, Paused: a.Paused}
 	settle := maint.Settlement{Op: m.Op, GuestUUID: m.UUID, Persistent: b.Persistent, Autostart: b.Autostart, XML: b.XML}
 	if err := m.retry(ctx, settleGrace, func(ctx context.Context) error { return m.Destination.Settle(ctx, settle) }); err != nil {
 		return maint.Problemf(maint.CodeUnverified, "guest "+m.Guest,
 			fmt.Sprintf("on %s: virsh dominfo %s; then set persistence and autostart as wanted (were: persistent %t, autostart %t)", m.To, m.Guest, b.Persistent, b.Autostart),
 			"runs on %s, but its definition there could not be settled: %v", m.To, err)
 	}
-	now, err := m.settle(ctx, Story{Begun: MoveSeen, Persistent: b.Persistent})
+	now, err := m.settle(ctx, moved)
 	switch {
 	case err != nil:
 		return err
@@ -206,13 +211,13 @@ func (m *Migration) Verify(ctx context.Context, s Scratch) error {
 	case !now.Moved():
 		return m.unsettled(now)
 	}
-	if err := m.noteArrival(ctx, s); err != nil || now.Action != RemoveDefinition {
+	if err := m.noteArrival(ctx, s, a.Paused); err != nil || now.Action != RemoveDefinition {
 		return err
 	}
 	// libvirt was interrupted before it undefined it. It refuses this of a guest that was
 	// started there at this very moment.
 	if err := m.Source.UndefineInactive(ctx, m.UUID); err != nil && !errors.Is(err, maint.ErrNoGuest) {
-		if now, lookErr := m.settle(ctx, Story{Begun: MoveSeen}); lookErr == nil && !now.Moved() {
+		if now, lookErr := m.settle(ctx, moved); lookErr == nil && !now.Moved() {
 			return m.unsettled(now)
 		}
 		return maint.Problemf(maint.CodeLeftover, "guest "+m.Guest, fmt.Sprintf("on %s: virsh undefine %s", m.From, m.Guest),
@@ -221,14 +226,17 @@ func (m *Migration) Verify(ctx context.Context, s Scratch) error {
 	return s.Note("removed the definition that was left on %s", m.From)
 }
 
-// noteArrival writes down what the guest does on the destination where that is
-// not to run: its owner may have paused it, or its disk failed, on the way.
-func (m *Migration) noteArrival(ctx context.Context, s Scratch) error {
+// noteArrival writes down what the guest does on the destination where that is not to
+// run: its owner may have paused it, before (paused) or on the way, or its disk failed.
+func (m *Migration) noteArrival(ctx context.Context, s Scratch, paused bool) error {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	v, err := m.Destination.View(ctx, m.UUID)
 	if err != nil || v.Guest == nil || v.Running() {
 		return nil // how it was moments ago has been verified
+	}
+	if paused && v.Guest.State == maint.GuestPaused {
+		return s.Note("the guest was paused on %s, and is so on %s; its clock is behind by as long when it is resumed", m.From, m.To)
 	}
 	return s.Note("on %s the guest is %s (%s), which is not Belay's doing", m.To, v.Guest.State, v.Guest.Reason)
 }

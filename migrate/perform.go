@@ -33,8 +33,9 @@ const (
 type attempt struct {
 	Number int  `json:"number"`
 	Over   bool `json:"over,omitempty"`
-	// Persistent: see Story.
+	// Persistent and Paused: see Story.
 	Persistent bool `json:"persistent,omitempty"`
+	Paused     bool `json:"paused,omitempty"`
 	// Means are those with which it is begun.
 	Means []maint.Means `json:"means,omitempty"`
 }
@@ -51,7 +52,7 @@ func (a attempt) anew() (n int) {
 
 // story is what it tells of the migration.
 func (a attempt) story() Story {
-	story := Story{Begun: CopyBegun, Persistent: a.Persistent}
+	story := Story{Begun: CopyBegun, Persistent: a.Persistent, Paused: a.Paused}
 	switch {
 	case a.Number == 0:
 		story.Begun = NothingBegun
@@ -122,7 +123,8 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 		if err := m.retry(ctx, restartGrace, func(ctx context.Context) error { return m.reserve(ctx, b.Arrival) }); err != nil {
 			return err
 		}
-		a.Number, a.Over, a.Persistent = a.Number+1, false, now.here.Guest.Persistent
+		g := now.here.Guest
+		a.Number, a.Over, a.Persistent, a.Paused = a.Number+1, false, g.Persistent, g.State == maint.GuestPaused
 		if err := s.Save(a); err != nil {
 			return err
 		}

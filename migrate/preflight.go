@@ -104,6 +104,9 @@ func (m *Migration) ask(ctx context.Context, a maint.Arrival, needs maint.Needs)
 	return m.Destination.Check(ctx, a)
 }
 
+// reasonUser is why a guest is paused that somebody has paused, as with virsh suspend.
+const reasonUser = "user"
+
 // unfit is why a guest in this state is not to be moved.
 func (m *Migration) unfit(g maint.Guest) (problems []maint.Problem) {
 	add := func(code maint.Code, remedy, format string, args ...any) {
@@ -112,6 +115,7 @@ func (m *Migration) unfit(g maint.Guest) (problems []maint.Problem) {
 	switch {
 	case !g.State.Active():
 		add(maint.CodeGuestOff, "start it first, or move its definition with virsh", "is %s", g.State)
+	case g.State == maint.GuestPaused && g.Reason == reasonUser: // it arrives paused
 	case g.State == maint.GuestPaused:
 		add(maint.CodeGuestPaused, "resume it first (virsh resume), if whoever paused it agrees",
 			"is paused (%s), and Belay did not pause it", g.Reason)

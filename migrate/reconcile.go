@@ -29,6 +29,9 @@ type Story struct {
 	// Persistent: the guest has a definition, that goes with it. libvirt writes it on
 	// the destination before it starts the guest there.
 	Persistent bool
+	// Paused: it was paused before the copy was begun, and arrives so. It never runs by
+	// this operation's doing, on either host.
+	Paused bool
 }
 
 // State is where a guest is, seen from both hosts at once and with the journal's story.
@@ -246,6 +249,10 @@ func see(v *maint.View) sight {
 //	copy, over     stopped             absent, persistent  Stranded           resume source
 //	               stopped                                 Doubtful           alarm
 //	               paused                                  NotMoved           begin: its owner's doing
+//	paused before  stopped, paused     paused              MovedLeftover      finish: so it arrives
+//	paused before  stopped, paused     unknown             Unknown            wait
+//	paused before  stopped, paused     absent              NotMoved           begin
+//	paused before  stopped, paused     off                 Doubtful           alarm: it has come, and ended there
 //
 //	               absent, off         postcopy, broken    PostCopyLostHere   alarm
 //	               absent, off         arriving, stopped   Switching          wait
@@ -268,6 +275,9 @@ func see(v *maint.View) sight {
 // there is none; its QEMU there is gone; and no migration is left on the source that
 // could tell the destination anything. A transient domain leaves no such trace, nor does
 // one that the destination had a definition of: Doubtful.
+//
+// The lines "paused before" are in force instead of those of the same sights above. That
+// the source does not run says nothing there of whether it has been received.
 //
 // PausedTwice is what is left when the source's libvirtd dies after Finish (libvirt's
 // Confirm is lost) and the guest was paused since on the destination, by its owner or an
@@ -359,16 +369,20 @@ func reconcileStopped(s, d sight, story Story) Verdict {
 	switch {
 	case d == running || d == resumed || d == sending:
 		return Verdict{MovedLeftover, Finish}
+	case d == paused && story.Paused:
+		return Verdict{MovedLeftover, Finish}
 	case d == paused:
 		return Verdict{PausedTwice, Alarm}
 	case d.process():
 		return Verdict{Switching, Wait}
 	case story.Begun == MoveSeen && d != unknown:
 		return Verdict{MovedLeftover, Finish}
-	case s == paused:
+	case s == paused && !story.Paused:
 		return Verdict{NotMoved, Begin}
 	case d == unknown:
 		return Verdict{Unknown, Wait}
+	case d == absent && story.Paused:
+		return Verdict{NotMoved, Begin}
 	case d == absent && story.Persistent && story.Begun != PostCopyBegun:
 		return Verdict{Stranded, ResumeSource}
 	}

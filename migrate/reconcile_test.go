@@ -9,6 +9,48 @@ import (
 	"belay/agent/maint"
 )
 
+// verdictsPaused is what differs for a guest that was paused before.
+const verdictsPaused = `
+copy
+source    unknown   absent    off       running   resumed   sending   arriving  stopped   paused    postcopy  broken
+stopped   unknown   not       doubtful  leftover  leftover  leftover  switch    switch    leftover  switch    switch
+paused    unknown   not       doubtful  leftover  leftover  leftover  switch    switch    leftover  switch    switch
+
+moved
+stopped   unknown   leftover  leftover  leftover  leftover  leftover  switch    switch    leftover  switch    switch
+paused    unknown   leftover  leftover  leftover  leftover  leftover  switch    switch    leftover  switch    switch
+`
+
+// A guest that was paused is started nowhere, and arrives paused.
+func TestReconcilePaused(t *testing.T) {
+	t.Parallel()
+	for _, text := range strings.Split(strings.TrimSpace(verdictsPaused), "\n\n") {
+		lines := strings.Split(text, "\n")
+		differs := make(map[sight][]string)
+		for _, line := range lines[1:] {
+			cells := strings.Fields(line)
+			differs[sight(cells[0])] = cells[1:]
+		}
+		for _, s := range sights {
+			for i, d := range sights {
+				story := Story{Begun: Begun(lines[0]), Persistent: true}
+				want := short[Reconcile(shown[s], shown[d], story)]
+				if cells, there := differs[s]; there {
+					want = cells[i]
+				}
+				story.Paused = true
+				got := Reconcile(shown[s], shown[d], story)
+				if short[got] != want {
+					t.Errorf("%s begun, source %s, destination %s: %+v, want %s", story.Begun, s, d, got, want)
+				}
+				if story.Persistent = false; Reconcile(shown[s], shown[d], story).Action == ResumeSource || got.Action == ResumeSource {
+					t.Errorf("%s begun, source %s, destination %s: it is to be started", story.Begun, s, d)
+				}
+			}
+		}
+	}
+}
+
 // sights are all, in the order of the tables.
 var sights = []sight{unknown, absent, off, running, resumed, sending, arriving, stopped, paused, postcopy, broken}
 
@@ -163,7 +205,9 @@ func TestReconcileKeepsPromises(t *testing.T) {
 			}
 		}
 	}
-	known := func(v *maint.View) bool { return v != nil && (v.Guest == nil || v.Guest.Job != jobUnsettled || !v.Guest.State.Active()) }
+	known := func(v *maint.View) bool {
+		return v != nil && (v.Guest == nil || v.Guest.Job != jobUnsettled || !v.Guest.State.Active())
+	}
 	active := func(v *maint.View) bool { return v != nil && v.Guest != nil && v.Guest.State.Active() }
 	runs := func(v *maint.View) bool { return v != nil && v.Running() }
 	is := func(v *maint.View, reasons ...string) bool {

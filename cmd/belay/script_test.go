@@ -137,6 +137,8 @@ func (p *stage) command(s *testscript.TestScript, args []string) {
 		}
 	case "pause":
 		a.Host.Pause(p.t, p.uuids[arg(0)])
+	case "fail-disk":
+		a.Host.FailDisk(p.t, p.uuids[arg(0)])
 	case "off":
 		a.Host.Stop(p.t, p.uuids[arg(0)], "shutdown")
 	case "taken":

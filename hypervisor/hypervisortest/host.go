@@ -187,6 +187,15 @@ func (h *Host) Pause(t testing.TB, uuid string) {
 	})
 }
 
+// FailDisk has a guest's vCPUs stopped by QEMU, for an error of its disk.
+func (h *Host) FailDisk(t testing.TB, uuid string) {
+	t.Helper()
+	h.change(t, uuid, func(g *guest) {
+		g.become(maint.GuestPaused, "I/O error")
+		h.lifecycle(g, "suspended", "i/o error")
+	})
+}
+
 // Unpause starts a guest's vCPUs, as an operator would (virsh resume), or, while
 // libvirt is down, as whoever speaks to QEMU's monitor does.
 func (h *Host) Unpause(t testing.TB, uuid string) {
