@@ -45,6 +45,7 @@ type Hypervisor interface {
 // Inspector reads the host and what its guests are made of.
 type Inspector interface {
 	Info(ctx context.Context) (maint.Host, error)
+	DiskSize(ctx context.Context, uuid, disk string) (bytes, allocated uint64, err error)
 	GuestXML(ctx context.Context, uuid string) (hypervisor.GuestXML, error)
 }
 
@@ -85,6 +86,7 @@ type Journal interface {
 	Records(id maint.OpID) ([]maint.Record, error)
 	Scheduled() maint.Scheduled
 	Cordon() *maint.Cordon
+	Disks() []maint.MadeDisks
 	Changed() <-chan struct{}
 	Health() error
 	Prune(before time.Time) (int, error)
@@ -118,6 +120,8 @@ type Agent struct {
 	// arrivals serialises admission of arriving guests, so that two cannot
 	// be promised the same room.
 	arrivals sync.Mutex
+	// storage serialises what is made and removed for disks on their way here.
+	storage sync.Mutex
 
 	// live is owned by the loop.
 	live map[maint.OpID]*liveOp
@@ -165,6 +169,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	helpers.Go(func() { a.followArrivals(a.life) })
 	helpers.Go(func() { a.followEvents(a.life) })
 	helpers.Go(func() { a.followCampaigns(a.life) })
+	helpers.Go(func() { a.followDisks(a.life) })
 	for ctx.Err() == nil {
 		select {
 		case f := <-a.requests:

@@ -54,6 +54,7 @@ func (a *Agent) Check(ctx context.Context, from string, r maint.Arrival) ([]main
 	}
 	ps := migrate.CheckArrival(ctx, r, room, a.hyp)
 	ps = append(ps, a.apart(r, guests, kept)...)
+	ps = append(ps, a.checkDisks(ctx, r)...)
 	if r.Needs != nil {
 		needs, err := a.checkNeeds(ctx, *r.Needs)
 		if err != nil {
@@ -193,7 +194,7 @@ func (a *Agent) reserve(ctx context.Context, from string, r maint.Arrival) error
 		}
 	}
 	data, err := json.Marshal(maint.Reservation{Op: r.Op, From: from, GuestUUID: r.GuestUUID, Guest: r.Guest,
-		MemoryBytes: r.MemoryBytes, Pages: r.Pages, AntiAffinity: r.AntiAffinity, Expires: time.Now().Add(reservationLife)})
+		MemoryBytes: r.MemoryBytes, Pages: r.Pages, AntiAffinity: r.AntiAffinity, Disks: r.Disks, Expires: time.Now().Add(reservationLife)})
 	if err != nil {
 		return err
 	}
@@ -267,6 +268,9 @@ func (a *Agent) Settle(ctx context.Context, from string, s maint.Settlement) err
 	g, err := a.hyp.Guest(ctx, s.GuestUUID)
 	if err != nil {
 		return a.downProblem(err)
+	}
+	if err := a.keepDisks(s.Op); err != nil {
+		return err
 	}
 	if s.Persistent && !g.Persistent && s.XML != "" {
 		if !defines(s.XML, s.GuestUUID) {

@@ -1,6 +1,7 @@
 package agent_test
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"log/slog"
@@ -88,17 +89,22 @@ func TestKilledAnywhere(t *testing.T) {
 		victim int
 		fail   bool // the destination's QEMU dies in the middle
 		late   bool // the agent comes back only when libvirt is done
+		disk   bool // is copied along
 	}{
-		{"source", 0, false, false},
-		{"source, back late", 0, false, true},
-		{"source, failing copy", 0, true, false},
-		{"destination", 1, false, false},
+		{"source", 0, false, false, false},
+		{"source, back late", 0, false, true, false},
+		{"source, failing copy", 0, true, false, false},
+		{"destination", 1, false, false, false},
+		{"source, with a disk", 0, false, false, true},
+		{"source, failing copy, with a disk", 0, true, false, true},
+		{"destination, with a disk", 1, false, false, true},
+		{"destination, failing copy, with a disk", 1, true, false, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			points := 0
 			for n := 0; ; n++ {
-				at := killedAt(t, c.victim, n, c.fail, c.late)
+				at := killedAt(t, c.victim, n, c.fail, c.late, c.disk)
 				if at == "" {
 					break
 				}
@@ -112,11 +118,17 @@ func TestKilledAnywhere(t *testing.T) {
 	}
 }
 
-func killedAt(t *testing.T, victim, n int, fail, late bool) (at string) {
+func killedAt(t *testing.T, victim, n int, fail, late, disk bool) (at string) {
 	t.Helper()
 	w := agenttest.New(t, quiet(t), nil, "a", "b")
 	source := w.Nodes[0]
-	uuid := source.Host.PutGuest("web-1", func(g *maint.Guest) { g.Autostart = true })
+	var uuid string
+	r := maint.MigrateRequest{Guest: "web-1", To: "b"}
+	if disk {
+		uuid, r.CopyDisks = withDisk(t, w), []string{maint.CopyAll}
+	} else {
+		uuid = source.Host.PutGuest("web-1", func(g *maint.Guest) { g.Autostart = true })
+	}
 	k := &killer{node: w.Nodes[victim], left: n, dead: make(chan struct{})}
 	w.Nodes[victim].Stop()
 	w.Nodes[victim].Start(k.hook)
@@ -129,7 +141,7 @@ func killedAt(t *testing.T, victim, n int, fail, late bool) (at string) {
 	}
 
 	ctx := ctxFor(t, 60*time.Second)
-	op, err := source.Client.Migrate(ctx, maint.MigrateRequest{Guest: "web-1", To: "b"})
+	op, err := source.Client.Migrate(ctx, r)
 	restarted := make(chan struct{})
 	go func() {
 		defer close(restarted)
@@ -180,6 +192,20 @@ func killedAt(t *testing.T, victim, n int, fail, late bool) (at string) {
 		t.Fatal(story)
 	case !fail && victim == 0 && op.ID != "" && op.Outcome != maint.OutcomeDone:
 		t.Fatal(story)
+	}
+	if disk {
+		lies := map[string]string{"a": "other", "b": "other web-1.raw"}[want]
+		for folder(t, w.Nodes[1]) != lies {
+			select {
+			case <-time.After(5 * time.Millisecond):
+			case <-ctx.Done():
+				t.Fatalf("%s: of disks b has %q, want %q", story, folder(t, w.Nodes[1]), lies)
+			}
+		}
+		on := map[string]*agenttest.Node{"a": w.Nodes[0], "b": w.Nodes[1]}[want]
+		if !bytes.Equal(on.Host.ReadFile(t, diskPath), image) || !bytes.Equal(source.Host.ReadFile(t, diskPath), image) {
+			t.Fatalf("%s: its disk is damaged", story)
+		}
 	}
 	for _, node := range w.Nodes {
 		node.Stop()

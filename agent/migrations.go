@@ -51,6 +51,9 @@ func (a *Agent) migrate(ctx context.Context, by string, r maint.MigrateRequest, 
 	if r.Allow == nil {
 		r.Allow = a.cfg.Migration.Allow
 	}
+	if r.CopyDisks == nil {
+		r.CopyDisks = []string{a.cfg.Migration.CopyDisks}
+	}
 	now := time.Now()
 	op := maint.Op{ID: newOpID("mig", now), Kind: maint.OpMigrate, Guest: g.Name, GuestUUID: g.UUID,
 		Peer: p.name, By: by, Reason: r.Reason, Deadline: now.Add(r.Timeout), Migrate: &r}
@@ -83,6 +86,9 @@ func (a *Agent) checkRequest(r maint.MigrateRequest) error {
 			return bad("allow", fmt.Sprintf("choose of %v", maint.AllMeans), "%q is none of the means", m)
 		}
 	}
+	if why := maint.CheckCopyDisks(r.CopyDisks); why != "" {
+		return bad("copy_disks", "name disks as virsh domblklist does, or \"all\", or \"none\"", "%s", why)
+	}
 	return cmp.Or(checkReason(r.Reason), checkEmergency(r.Emergency))
 }
 
@@ -106,7 +112,12 @@ func (a *Agent) migrateSteps(op maint.Op) []run.Step {
 				defer cancel()
 				return unlessUnsettled(op, m.Perform(ctx, a.life, s))
 			}),
-			Undo: func(ctx context.Context, s *run.Scratch) error { return m.Cancel(ctx, s) }},
+			Undo: func(ctx context.Context, s *run.Scratch) error {
+				if err := m.Cancel(ctx, s); err != nil {
+					return err
+				}
+				return m.RemoveDisks(ctx, s)
+			}},
 		{Name: migrate.PhaseVerify,
 			Do: func(ctx context.Context, s *run.Scratch) error { return unlessUnsettled(op, m.Verify(ctx, s)) }},
 		{Name: migrate.PhaseFinish,
@@ -124,6 +135,7 @@ func (a *Agent) migration(op maint.Op, p *peer, to migrate.Destination) *migrate
 			TLS: a.cfg.Migration.TLS, TLSName: p.cfg.TLSName, BandwidthMiBs: op.Migrate.BandwidthMiBs,
 			Compression: a.cfg.Migration.Compression, ZeroCopy: a.cfg.Migration.ZeroCopy},
 		MaxPause: op.Migrate.MaxPause, Allow: op.Migrate.Allow,
+		Disks:    migrate.DiskCopying{Which: op.Migrate.CopyDisks, From: source{a.hyp, a.local}, To: disksOf(p, to)},
 		Deadline: op.Deadline,
 		Progress: func(j maint.Job) {
 			a.progress.Store(op.ID, j)
@@ -176,6 +188,14 @@ func (a *Agent) finish(ctx context.Context, m *migrate.Migration, op maint.Op, s
 		}
 	}
 	result.Total = time.Since(op.Started)
+	if result.Disks, err = m.Left(s); err != nil {
+		return err
+	}
+	for _, d := range result.Disks {
+		if err := s.Note("disk %s was copied; %s is left on %s as it was, for you to remove", d.Target, d.Path, m.From); err != nil {
+			return err
+		}
+	}
 	if err := s.Record(maint.RecMoved, result); err != nil {
 		return err
 	}

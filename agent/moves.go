@@ -100,14 +100,31 @@ func (a *Agent) verdicts(ctx context.Context, what string, guests []maint.Guest,
 
 func (a *Agent) verdict(ctx context.Context, g maint.Guest, p *peer, to migrate.Destination) (maint.MoveVerdict, error) {
 	v := maint.MoveVerdict{Guest: g.Name, GuestUUID: g.UUID, Peer: p.name, Problems: a.engaged(g)}
-	op := maint.Op{ID: newOpID("why", time.Now()), Guest: g.Name, GuestUUID: g.UUID,
-		Migrate: &maint.MigrateRequest{BandwidthMiBs: a.cfg.Migration.BandwidthMiBs}}
-	problems, err := a.migration(op, p, to).Survey(ctx)
+	survey := func(copy string) (*migrate.Migration, []maint.Problem, error) {
+		op := maint.Op{ID: newOpID("why", time.Now()), Guest: g.Name, GuestUUID: g.UUID,
+			Migrate: &maint.MigrateRequest{BandwidthMiBs: a.cfg.Migration.BandwidthMiBs, CopyDisks: []string{copy}}}
+		m := a.migration(op, p, to)
+		problems, err := m.Survey(ctx)
+		return m, problems, err
+	}
+	m, problems, err := survey(a.cfg.Migration.CopyDisks)
 	if err != nil {
 		return v, err
 	}
+	v.CanMove = len(v.Problems)+len(problems) == 0
+	if v.CanMove {
+		v.Copies = m.Copies()
+	}
+	if len(v.Problems) == 0 && slices.ContainsFunc(problems, ofDisk) && a.cfg.Migration.CopyDisks == maint.CopyNone {
+		with, against, err := survey(maint.CopyAll)
+		if err != nil {
+			return v, err
+		}
+		if len(against) == 0 {
+			v.Copies = with.Copies()
+		}
+	}
 	v.Problems = append(v.Problems, problems...)
-	v.CanMove = len(v.Problems) == 0
 	return v, nil
 }
 
@@ -125,4 +142,9 @@ func (a *Agent) engaged(g maint.Guest) []maint.Problem {
 		}
 	}
 	return ps
+}
+
+// ofDisk reports whether a problem is one that copying disks could lift.
+func ofDisk(p maint.Problem) bool {
+	return p.Code == maint.CodeDiskMissing || p.Code == maint.CodeDiskNotShared
 }

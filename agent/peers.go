@@ -128,3 +128,20 @@ func (l lostPeer) Settle(context.Context, maint.Settlement) error   { return l.e
 func (l lostPeer) CompletedJob(context.Context, string) (maint.Job, error) {
 	return maint.Job{}, l.err()
 }
+
+func (l lostPeer) CheckFiles(context.Context, maint.FilesQuestion) ([]maint.FileView, error) {
+	return nil, l.err()
+}
+func (l lostPeer) MakeDisks(context.Context, maint.OpID) error   { return l.err() }
+func (l lostPeer) RemoveDisks(context.Context, maint.OpID) error { return l.err() }
+
+// disksOf is a destination as copies of disks have it.
+func disksOf(p *peer, to migrate.Destination) migrate.DiskHost {
+	if c, ok := to.(carrying); ok {
+		to = c.Destination
+	}
+	if lost, ok := to.(lostPeer); ok {
+		return lost
+	}
+	return p.client
+}

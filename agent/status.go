@@ -59,6 +59,7 @@ func (a *Agent) conditions(snap *snapshot) []maint.Condition {
 		}
 	}
 	cs = append(cs, a.astray(snap.guests)...)
+	cs = append(cs, a.strayDisks()...)
 	leashes := a.leftovers()
 	cs = append(cs, a.abandoned(leashes, snap.guests)...)
 	cs = append(cs, a.overdue(leashes)...)

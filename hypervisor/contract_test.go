@@ -171,6 +171,36 @@ func (s *site) NewAgentGuest(t testing.TB, name string) string {
 	return s.virsh(t, "domuuid", name)
 }
 
+func (s *site) NewDiskGuest(t testing.TB, name string) (uuid, path string) {
+	t.Helper()
+	text, err := os.ReadFile(s.disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path = "/var/lib/libvirt/images/" + name + ".raw"
+	s.WriteFile(t, path, text)
+	return s.define(t, name, path, ""), path
+}
+
+func (s *site) WriteFile(t testing.TB, path string, text []byte) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(s.host.Path(path)), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(s.host.Path(path), text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (s *site) ReadFile(t testing.TB, path string) []byte {
+	t.Helper()
+	text, err := os.ReadFile(s.host.Path(path))
+	if err != nil && !os.IsNotExist(err) {
+		t.Fatal(err)
+	}
+	return text
+}
+
 // NewLeasedGuest starts a guest with a disk that it may write, which is what
 // virtlockd keeps leases of.
 func (s *site) NewLeasedGuest(t testing.TB, name string) string {

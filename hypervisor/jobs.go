@@ -151,6 +151,12 @@ func jobOf(kind int32, params []libvirt.TypedParam) maint.Job {
 			pageSize = n
 		case libvirt.DomainJobMemoryIteration:
 			job.Iteration = n
+		case libvirt.DomainJobDiskTotal:
+			job.DiskTotal = n
+		case libvirt.DomainJobDiskRemaining:
+			job.DiskLeft = n
+		case libvirt.DomainJobDiskBps:
+			job.DiskPerSecond = n
 		case libvirt.DomainJobAutoConvergeThrottle:
 			job.SlowedPercent = int(n)
 		}

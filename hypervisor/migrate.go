@@ -111,7 +111,7 @@ func moveFlags(p maint.MoveParams) libvirt.DomainMigrateFlags {
 	if p.ZeroCopy {
 		flags |= migrateZeroCopy
 	}
-	return flags
+	return flags | copyFlags(p)
 }
 
 // moveParams are the typed parameters of virDomainMigrateToURI3.
@@ -138,7 +138,7 @@ func moveParams(p maint.MoveParams) []libvirt.TypedParam {
 			Value: *libvirt.NewTypedParamValueInt(int32(p.Parallel)),
 		})
 	}
-	return params
+	return append(params, copyParams(p)...)
 }
 
 // SetMaxDowntime lets the domain's running migration end with a pause of so long, in

@@ -57,7 +57,10 @@ type idXML struct {
 // backingXML is one file that another is an overlay of; an empty one ends the
 // chain.
 type backingXML struct {
-	Type    string      `xml:"type,attr"`
+	Type   string `xml:"type,attr"`
+	Format struct {
+		Type string `xml:"type,attr"`
+	} `xml:"format"`
 	Source  sourceXML   `xml:"source"`
 	Backing *backingXML `xml:"backingStore"`
 }

@@ -131,8 +131,11 @@ type Migration struct {
 	Deadline time.Time
 	// Progress is told the statistics of the running copy.
 	Progress func(maint.Job)
+	// Disks, unless empty, says which disks are copied along.
+	Disks DiskCopying
 
-	landing maint.Landing // as the destination has said last
+	landing maint.Landing    // as the destination has said last
+	copies  []maint.DiskCopy // the disks that are copied along
 }
 
 // The names of the phases.
@@ -156,6 +159,7 @@ type before struct {
 func (m *Migration) params(persist bool) maint.MoveParams {
 	p := m.Params
 	p.Persist = persist
+	m.copyParams(&p)
 	return p
 }
 

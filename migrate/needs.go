@@ -94,8 +94,8 @@ func (c *needsCheck) add(code maint.Code, remedy, format string, args ...any) {
 
 // What an operator can do about disks.
 const (
-	shareIt  = "have the same storage at the same path on both hosts; Belay does not copy disks yet: to move one to shared storage under the running guest, virsh blockcopy GUEST DISK --dest PATH --pivot --wait"
-	mountIt  = "mount the storage there at the same path as here. If it is this host's own: Belay does not copy disks yet, move the disk to shared storage first (virsh blockcopy GUEST DISK --dest PATH --pivot --wait)"
+	shareIt  = "have the same storage at the same path on both hosts; to move a disk to shared storage under the running guest, virsh blockcopy GUEST DISK --dest PATH --pivot --wait; or have it copied along (belay migrate --copy-disks), with nothing there at its path"
+	mountIt  = "mount the storage there at the same path as here; if it is this host's own, have the disk copied along: belay migrate --copy-disks"
 	bringIt  = "copy it there to the same path, put it on shared storage, or take it out of the guest (virsh change-media GUEST DISK --eject for a drive)"
 	reviveIt = "see there what its mount or path waits for (findmnt, dmesg)"
 )
@@ -120,6 +120,12 @@ func (c *needsCheck) file(n maint.FileNeed) {
 	case n.Bytes != 0 && n.Bytes != f.Bytes:
 		c.add(maint.CodeDiskDiffers, bringIt, "%s has %d bytes there and %d here; it is %s", n.Path, f.Bytes, n.Bytes, n.For)
 	}
+}
+
+// SameFile reports whether nothing speaks against a file's being the very same storage as
+// the one that is needed, also where nothing is known of it.
+func SameFile(n maint.FileNeed, f File) bool {
+	return f.Hangs || !f.Known || f.Kind == n.Kind && same(n, f)
 }
 
 // same reports whether nothing speaks against a file's being the very same. A

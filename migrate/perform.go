@@ -123,6 +123,9 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 		if err := m.retry(ctx, restartGrace, func(ctx context.Context) error { return m.reserve(ctx, b.Arrival) }); err != nil {
 			return err
 		}
+		if err := m.makeDisks(ctx, b.Arrival.Disks); err != nil {
+			return err
+		}
 		g := now.here.Guest
 		a.Number, a.Over, a.Persistent, a.Paused = a.Number+1, false, g.Persistent, g.State == maint.GuestPaused
 		if err := s.Save(a); err != nil {

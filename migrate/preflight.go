@@ -43,16 +43,18 @@ func (m *Migration) survey(ctx context.Context) (b before, problems []maint.Prob
 		return b, nil, err
 	}
 	problems = m.unfit(g)
+	there, err := m.ask(ctx, &b.Arrival, d.Needs)
 	var refusal error // libvirt's own, which needs a running guest
 	if len(problems) == 0 {
-		refusal = m.Source.DryRun(ctx, m.UUID, m.params(g.Persistent))
+		dry, cancel := context.WithTimeout(op, askTimeout) // the peer may have taken all of the other
+		refusal = m.Source.DryRun(dry, m.UUID, m.params(g.Persistent))
+		cancel()
 	}
-	if errors.Is(refusal, maint.ErrHypervisorDown) {
+	if errors.Is(refusal, maint.ErrHypervisorDown) || refusal != nil && op.Err() != nil {
 		return b, nil, refusal
 	}
 	problems = append(problems, m.rooted(d)...)
 	problems = append(problems, m.plain()...)
-	there, err := m.ask(ctx, b.Arrival, d.Needs)
 	switch {
 	case err != nil && op.Err() != nil: // we gave up, which is not the peer's fault
 		return b, nil, fmt.Errorf("cannot ask %s for guest %s: %w", m.To, m.Guest, err)
@@ -86,6 +88,9 @@ func (m *Migration) rooted(d Description) (problems []maint.Problem) {
 			"detach it ("+b.How+"), migrate, attach one of the destination's", "has %s, which belongs to %s", b.What, m.From))
 	}
 	for _, f := range d.Unsafe {
+		if m.isCopied(f.Path) { // it is read as the guest sees it
+			continue
+		}
 		problems = append(problems, *maint.Problemf(maint.CodeDiskCache, "guest "+m.Guest,
 			"set cache='none' in its definition and restart it", "leaves out flushes to %s (%s, cache='unsafe'): what is in this host's memory would be missed at the destination", f.Path, f.For))
 	}
@@ -94,14 +99,24 @@ func (m *Migration) rooted(d Description) (problems []maint.Problem) {
 
 // ask has the destination judge the arrival. While it does, what must be the same
 // storage on both hosts is marked.
-func (m *Migration) ask(ctx context.Context, a maint.Arrival, needs maint.Needs) ([]maint.Problem, error) {
+//
+// What is to be copied is written into a.
+func (m *Migration) ask(ctx context.Context, a *maint.Arrival, needs maint.Needs) ([]maint.Problem, error) {
 	var unmark func()
 	needs.Files, unmark = m.Source.Mark(ctx, needs.Files)
 	defer unmark()
-	if !needs.Empty() { // an older belayd knows of no needs
-		a.Needs = &needs
+	var problems []maint.Problem
+	var err error
+	if needs.Files, problems, err = m.chooseCopies(ctx, needs.Files); err != nil {
+		return nil, err
 	}
-	return m.Destination.Check(ctx, a)
+	a.Disks = m.copies
+	question := *a
+	if !needs.Empty() { // an older belayd knows of no needs
+		question.Needs = &needs
+	}
+	there, err := m.Destination.Check(ctx, question)
+	return append(problems, there...), err
 }
 
 // reasonUser is why a guest is paused that somebody has paused, as with virsh suspend.

@@ -136,8 +136,8 @@ func TestLand(t *testing.T) {
 		}
 	}
 	p := maint.MoveParams{MigrateURI: "tcp://b"}
-	if got := (&Migration{}).land(p); got != p {
-		t.Errorf("an older peer changes the way to %+v", got)
+	if diff := cmp.Diff(p, (&Migration{}).land(p)); diff != "" {
+		t.Errorf("an older peer changes the way (-want +got):\n%s", diff)
 	}
 }
 

@@ -44,7 +44,8 @@ func longOnly(t *testing.T) {
 	}
 }
 
-func newBed(t *testing.T, c lab.Config) *bed {
+// newBed has the guest be as edits change it, when there are hosts and it is none yet.
+func newBed(t *testing.T, c lab.Config, edits ...func(*bed, *guest.Spec)) *bed {
 	t.Helper()
 	img, accel := guest.ForTest(t)
 	c.QEMU = img.QEMU
@@ -63,6 +64,9 @@ func newBed(t *testing.T, c lab.Config) *bed {
 	}
 	t.Cleanup(func() { b.obs.Close() })
 	spec := guest.Spec{Name: "web-1", MemoryMiB: 192, Accel: accel, IP: netip.MustParsePrefix("10.77.1.1/16"), Heartbeat: heartbeats}
+	for _, edit := range edits {
+		edit(b, &spec)
+	}
 	b.guest, err = guest.Start(b.ctx(2*time.Minute), b.a, spec, img)
 	if err != nil {
 		t.Fatal(err)

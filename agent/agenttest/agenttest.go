@@ -156,19 +156,21 @@ func NewOn(t testing.TB, log *slog.Logger, hosts map[string]hypervisortest.HostO
 		check(t, l.Close())
 	}
 	for _, name := range names {
-		n := &Node{t: t, log: log.With("host", name), CA: ca, Host: w.AddHost(name, hosts[name])}
+		home := filepath.Join(dir, name)
+		options := hosts[name]
+		options.Root = filepath.Join(home, "root")
+		n := &Node{t: t, log: log.With("host", name), CA: ca, Host: w.AddHost(name, options)}
 		alive := func() bool { l := n.living.Load(); return l != nil && !l.over.Load() }
 		n.Leashes, n.Steps = &preservetest.Leashes{Host: n.Host, Alive: alive}, &preservetest.Steps{}
-		home := filepath.Join(dir, name)
 		check(t, os.Mkdir(home, 0o700))
-		n.Root, n.LeashDir = filepath.Join(home, "root"), filepath.Join(home, "leash")
+		n.Root, n.LeashDir = options.Root, filepath.Join(home, "leash")
 		n.Config = config.Config{
 			Host: name, StateDir: filepath.Join(home, "state"), RunDir: "/run",
 			API:       config.API{Socket: filepath.Join(home, "sock"), Listen: addrs[name]},
 			TLS:       config.TLS{CA: ca.CertFile("ca"), Cert: ca.CertFile(name), Key: ca.KeyFile(name)},
 			Access:    config.Access{OperatorCerts: []string{"ops"}, ViewerCerts: []string{"eyes"}},
 			Limits:    config.Limits{MigrationsOut: 4, MigrationsIn: 4},
-			Migration: config.Migration{Timeout: config.Duration{Duration: time.Minute}},
+			Migration: config.Migration{Timeout: config.Duration{Duration: time.Minute}, CopyDisks: maint.CopyNone},
 			Hold: config.Hold{MaxPause: config.Duration{Duration: 10 * time.Second}, MaxPauseLimit: config.Duration{Duration: time.Minute},
 				CommandsBy: "root", Leash: "/bin/true"}, // the leashes are in memory
 			Journal: config.Journal{Keep: config.Duration{Duration: time.Hour}},

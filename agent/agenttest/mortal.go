@@ -44,6 +44,11 @@ func (m mortalHost) Supplies(ctx context.Context) (maint.Supplies, error) {
 	return m.Hypervisor.Supplies(ctx)
 }
 
+func (m mortalHost) DiskSize(ctx context.Context, uuid, disk string) (bytes, allocated uint64, err error) {
+	defer m.around("DiskSize")()
+	return m.Hypervisor.DiskSize(ctx, uuid, disk)
+}
+
 func (m mortalHost) HugePages(ctx context.Context) ([]maint.PagePool, error) {
 	defer m.around("HugePages")()
 	return m.Hypervisor.HugePages(ctx)

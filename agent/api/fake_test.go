@@ -229,6 +229,22 @@ func (f *fakeAgent) Greeting(context.Context) (Greeting, error) {
 	return Greeting{Version: "fake"}, f.called("Greeting", "")
 }
 
+func (f *fakeAgent) CheckFiles(context.Context, maint.FilesQuestion) ([]maint.FileView, error) {
+	return nil, f.called("CheckFiles", "")
+}
+
+func (f *fakeAgent) MakeDisks(_ context.Context, from string, id maint.OpID) error {
+	return f.called("MakeDisks "+string(id), from)
+}
+
+func (f *fakeAgent) RemoveDisks(_ context.Context, from string, id maint.OpID) error {
+	return f.called("RemoveDisks "+string(id), from)
+}
+
+func (f *fakeAgent) MoveEnd(_ context.Context, from string, id maint.OpID) (maint.MoveEnd, error) {
+	return maint.MoveOpen, f.called("MoveEnd "+string(id), from)
+}
+
 // as identifies everybody as one caller.
 func as(name string, role maint.Role) Identify {
 	return func(*http.Request) Caller { return Caller{Name: name, Role: role} }

@@ -134,6 +134,13 @@ type PeerSide interface {
 	Return(ctx context.Context, from string, r maint.ReturnRequest) (maint.Op, error)
 	WatchReturn(ctx context.Context, from string, id maint.OpID, f func(maint.Op) error) error
 	AbortReturn(ctx context.Context, from string, id maint.OpID) (maint.Op, error)
+
+	// Of disks that are copied along:
+	CheckFiles(ctx context.Context, q maint.FilesQuestion) ([]maint.FileView, error)
+	MakeDisks(ctx context.Context, from string, id maint.OpID) error
+	RemoveDisks(ctx context.Context, from string, id maint.OpID) error
+	// MoveEnd is asked of the source, by the destination.
+	MoveEnd(ctx context.Context, from string, id maint.OpID) (maint.MoveEnd, error)
 }
 
 // Greeting is how one host introduces itself to another.
@@ -266,6 +273,12 @@ func routes(a Agent) []route {
 			})
 		}},
 		{"DELETE", "/v1/peer/reservations/{id}", peers, func(r *http.Request, c Caller) (any, error) { return nil, a.Release(r.Context(), c.Name, opID(r)) }},
+		{"POST", "/v1/peer/files", peers, func(r *http.Request, _ Caller) (any, error) {
+			return with(r, func(q maint.FilesQuestion) (any, error) { return a.CheckFiles(r.Context(), q) })
+		}},
+		{"PUT", "/v1/peer/disks/{id}", peers, func(r *http.Request, c Caller) (any, error) { return nil, a.MakeDisks(r.Context(), c.Name, opID(r)) }},
+		{"DELETE", "/v1/peer/disks/{id}", peers, func(r *http.Request, c Caller) (any, error) { return nil, a.RemoveDisks(r.Context(), c.Name, opID(r)) }},
+		{"GET", "/v1/peer/moves/{id}", peers, func(r *http.Request, c Caller) (any, error) { return a.MoveEnd(r.Context(), c.Name, opID(r)) }},
 		{"GET", "/v1/peer/guests/{uuid}", peers, func(r *http.Request, _ Caller) (any, error) { return a.View(r.Context(), r.PathValue("uuid")) }},
 		{"GET", "/v1/peer/guests/{uuid}/job", peers, func(r *http.Request, _ Caller) (any, error) { return a.CompletedJob(r.Context(), r.PathValue("uuid")) }},
 		{"GET", "/v1/peer/arrivals/{id}", peers, func(r *http.Request, c Caller) (any, error) { return a.Arrival(r.Context(), c.Name, opID(r)) }},

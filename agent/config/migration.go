@@ -28,6 +28,9 @@ type Migration struct {
 	// for one that does not end otherwise.
 	MaxPause Duration      `toml:"max_pause"`
 	Allow    []maint.Means `toml:"allow"`
+	// CopyDisks is whether disks that are not shared are copied along: maint.CopyAll or
+	// maint.CopyNone.
+	CopyDisks string `toml:"copy_disks"`
 }
 
 // MaxMigrationPause is the longest that a migration's pause may be allowed to be.
@@ -75,6 +78,9 @@ func (m Migration) check(bad func(key, format string, args ...any)) {
 		if !slices.Contains(maint.AllMeans, means) {
 			bad("migration.allow", "%q is none of %v", means, maint.AllMeans)
 		}
+	}
+	if d := m.CopyDisks; d != maint.CopyAll && d != maint.CopyNone {
+		bad("migration.copy_disks", "%q is neither %q nor %q", d, maint.CopyAll, maint.CopyNone)
 	}
 }
 

@@ -36,6 +36,7 @@ type Journal struct {
 	ops       map[maint.OpID]*maint.Op
 	reserved  map[maint.OpID]maint.Reservation
 	arrived   map[maint.OpID]maint.Arrived
+	disks     map[maint.OpID]maint.MadeDisks // of which it is to be seen what becomes of them
 	scheduled maint.Scheduled
 	cordon    *maint.Cordon // nil: the host takes guests in
 	last      uint64
@@ -67,6 +68,7 @@ func Open(dir string) (*Journal, error) {
 		ops:       make(map[maint.OpID]*maint.Op),
 		reserved:  make(map[maint.OpID]maint.Reservation),
 		arrived:   make(map[maint.OpID]maint.Arrived),
+		disks:     make(map[maint.OpID]maint.MadeDisks),
 		scheduled: maint.NewScheduled(),
 		changed:   make(chan struct{})}
 	if err := j.load(); err != nil {
@@ -185,7 +187,12 @@ func (j *Journal) Append(recs ...maint.Record) error {
 				return fmt.Errorf("cannot read an arrival: %w", err)
 			}
 		}
-		if isReservation(recs[i].Kind) || isCordon(recs[i].Kind) || recs[i].Kind == maint.RecArrived {
+		if recs[i].Kind == maint.RecDisks {
+			if err := json.Unmarshal(recs[i].Data, new(maint.MadeDisks)); err != nil {
+				return fmt.Errorf("cannot read what is made for disks: %w", err)
+			}
+		}
+		if k := recs[i].Kind; isReservation(k) || isCordon(k) || k == maint.RecArrived || k == maint.RecDisks {
 			continue
 		}
 		op := trial[recs[i].Op]
@@ -258,6 +265,8 @@ func (j *Journal) apply(r maint.Record) error {
 		}
 		j.arrived[r.Op] = a
 		return nil
+	case maint.RecDisks:
+		return j.foldDisks(r)
 	case maint.RecEvent:
 		return j.foldScheduled(r)
 	case maint.RecCordoned:
@@ -392,7 +401,8 @@ func (j *Journal) Health() error {
 }
 
 // Prune deletes the records of operations and scheduled events that ended before t,
-// of reservations that lapsed and of guests that came before t. It makes one record of those about
+// of reservations that lapsed, of guests that came and of disks that were settled before t.
+// It makes one record of those about
 // scheduled events that are older than an hour: guests can cause many. It returns how
 // many records went.
 func (j *Journal) Prune(t time.Time) (int, error) {
@@ -415,6 +425,10 @@ func (j *Journal) Prune(t time.Time) (int, error) {
 		}
 		if r.Kind == maint.RecArrived {
 			return j.arrived[r.Op].At.Before(t)
+		}
+		if r.Kind == maint.RecDisks {
+			_, open := j.disks[r.Op]
+			return r.Time.Before(t) && !open
 		}
 		return gone[r.Op]
 	}

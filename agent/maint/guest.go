@@ -156,6 +156,11 @@ type Job struct {
 	BytesPerSecond uint64        `json:"bytes_per_second"`
 	DirtyPerSecond uint64        `json:"dirty_bytes_per_second"` // page rate × page size
 	Iteration      uint64        `json:"iteration"`              // passes over memory
+	// DiskTotal, DiskLeft and DiskPerSecond are of disks that are copied along, bytes: all
+	// of them first, then, beside memory, what the guest writes to them.
+	DiskTotal     uint64 `json:"disk_total_bytes,omitempty"`
+	DiskLeft      uint64 `json:"disk_left_bytes,omitempty"`
+	DiskPerSecond uint64 `json:"disk_bytes_per_second,omitempty"`
 	// SlowedPercent is by how much the guest's vCPUs are slowed down for the copy
 	// (auto-converge).
 	SlowedPercent int `json:"slowed_percent,omitempty"`
@@ -187,6 +192,12 @@ type MoveParams struct {
 	// where it is. Some of it needs Parallel (see Compressions).
 	Compression string `json:"compression,omitempty"`
 	ZeroCopy    bool   `json:"zero_copy,omitempty"`
+	// CopyDisks are the targets of the disks that are copied along; nil is none.
+	CopyDisks []string `json:"copy_disks,omitempty"`
+	// CopyOverlays has overlays be copied without the images below them.
+	CopyOverlays bool `json:"copy_overlays,omitempty"`
+	// SyncWrites has each write to such a disk wait for the destination.
+	SyncWrites bool `json:"sync_writes,omitempty"`
 	// SameHost says that source and destination are on one host: a disk that
 	// is opened through the host's page cache, or is a local file, is then the
 	// same for both (VIR_MIGRATE_UNSAFE).

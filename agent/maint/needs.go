@@ -219,4 +219,7 @@ type MoveVerdict struct {
 	Peer      string    `json:"peer"`
 	CanMove   bool      `json:"can_move"`
 	Problems  []Problem `json:"problems"` // every reason against
+	// Copies are the disks that are copied along, if it can move. If it cannot, and they
+	// are named, it could with them copied: with 'belay migrate --copy-disks'.
+	Copies []DiskCopy `json:"copies,omitempty"`
 }

@@ -60,8 +60,11 @@ type MigrateRequest struct {
 	MaxPause time.Duration `json:"max_pause_ns,omitempty"`
 	// Allow is what may be done to a copy that does not come to its end otherwise;
 	// nil is the host's default, and empty nothing.
-	Allow  []Means `json:"allow"`
-	Reason string  `json:"reason,omitempty"`
+	Allow []Means `json:"allow"`
+	// CopyDisks are the disks that are copied along if they are not shared: CopyAll,
+	// CopyNone, or their targets. nil is the host's default.
+	CopyDisks []string `json:"copy_disks,omitempty"`
+	Reason    string   `json:"reason,omitempty"`
 	// Emergency waives the guest's notice, and says why.
 	Emergency string `json:"emergency,omitempty"`
 }
@@ -154,6 +157,9 @@ type MoveResult struct {
 	Total      time.Duration `json:"total_ns"`    // the whole operation
 	MemorySent uint64        `json:"memory_sent_bytes"`
 	Iterations uint64        `json:"iterations"`
+	// Disks are those that were copied. Their images are left on the host that the guest
+	// has left, as they were when it did.
+	Disks []DiskCopy `json:"disks,omitempty"`
 }
 
 // RecordKind is what a Record says.
@@ -181,6 +187,7 @@ const (
 	RecReserved   RecordKind = "reserved"    // room kept for an arriving guest; Data is the Reservation
 	RecReleased   RecordKind = "released"    // that room was given up
 	RecArrived    RecordKind = "arrived"     // a guest has come, or was seen to; Data is the Arrived
+	RecDisks      RecordKind = "disks"       // files made for its disks; Data is the MadeDisks
 	RecEvent      RecordKind = "event"       // scheduled events; Data is the EventChange
 	RecCordoned   RecordKind = "cordoned"    // the host takes no guests in; Data is the Cordon
 	RecUncordoned RecordKind = "uncordoned"  // and does again; By asked for it
@@ -235,4 +242,6 @@ type Reservation struct {
 	Pages []PageNeed `json:"pages,omitempty"`
 	// AntiAffinity are groups of which no other guest may be there.
 	AntiAffinity []string `json:"anti_affinity,omitempty"`
+	// Disks are those that are to be copied along.
+	Disks []DiskCopy `json:"disks,omitempty"`
 }

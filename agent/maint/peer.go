@@ -37,6 +37,8 @@ type Arrival struct {
 	// Pages are the huge pages that its memory is made of, none for a guest
 	// whose memory is ordinary.
 	Pages []PageNeed `json:"pages,omitempty"`
+	// Disks are those that are copied along.
+	Disks []DiskCopy `json:"disks,omitempty"`
 	// Needs is what else it uses of a host. Checks want it; a reservation is of
 	// memory only.
 	Needs *Needs `json:"needs,omitempty"`
@@ -71,6 +73,9 @@ func (a Arrival) Validate() error {
 	}
 	if why := validPages(a.Pages); why != "" {
 		return bad("pages", "%s", why)
+	}
+	if why := validDisks(a.Disks); why != "" {
+		return bad("disks", "%s", why)
 	}
 	if a.Needs != nil {
 		if why := a.Needs.validate(); why != "" {

@@ -59,6 +59,8 @@ const (
 	CodeDiskNotShared    Code = "disk-not-shared"
 	CodeDiskDiffers      Code = "disk-differs"
 	CodeDiskCache        Code = "disk-cache"
+	CodeDiskInTheWay     Code = "disk-in-the-way"
+	CodeDiskCopy         Code = "disk-copy"
 	CodeStorageHangs     Code = "storage-hangs"
 	CodeNetwork          Code = "network-missing"
 	CodeHostDevice       Code = "host-device"

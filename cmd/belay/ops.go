@@ -25,6 +25,7 @@ func (a *app) migrateCmd() *cobra.Command {
 runs where it ran before. Ctrl-C detaches: the migration goes on.`,
 		Example: `  belay migrate web-1 --to host-b
   belay migrate web-1 --to host-b --timeout 10m --reason "firmware"
+  belay migrate web-1 --to host-b --copy-disks --timeout 4h
   belay migrate web-1 --to host-b --detach`,
 		ValidArgsFunction: a.completeGuests,
 		RunE: func(c *cobra.Command, args []string) error {
@@ -57,6 +58,7 @@ runs where it ran before. Ctrl-C detaches: the migration goes on.`,
 	f.Uint64Var(&r.BandwidthMiBs, "bandwidth", 0, "limit for the memory stream in MiB/s (default: belayd's migration.bandwidth_mib_s)")
 	f.DurationVar(&r.MaxPause, "max-pause", 0, "longest pause that the copy may end with; it ends with a shorter one if the guest writes little enough (default: belayd's migration.max_pause)")
 	f.StringSliceVar(&allow, "allow", nil, "what may be done if the guest writes faster than the network takes it, tried in this order: bandwidth (lift the limit), parallel (copy anew by several connections), slow (copy anew and slow the guest down) (default: belayd's migration.allow)")
+	copyDisksFlag(f, &r.CopyDisks)
 	f.StringVar(&r.Reason, "reason", "", "why, for the record")
 	emergencyFlag(f, &r.Emergency)
 	f.BoolVar(&detach, "detach", false, "print the operation's ID and return at once")
@@ -301,6 +303,9 @@ func describe(op maint.Op) string {
 		return op.Step + ": " + movesInWords(op)
 	case op.Progress != nil && op.Step == "perform":
 		p := op.Progress
+		if disks := describeDisks(p); disks != "" {
+			return "perform: " + disks
+		}
 		return fmt.Sprintf("perform: %s of %s left, %s/s, pass %d", bytes(p.MemoryLeft), bytes(p.MemoryTotal), bytes(p.BytesPerSecond), p.Iteration)
 	}
 	return op.Step
@@ -320,6 +325,7 @@ func printOp(w io.Writer, op maint.Op) {
 		row(w, "downtime", span(op.Move.Downtime)+" (QEMU)")
 		row(w, "memory sent", fmt.Sprintf("%s in %d passes, %s", bytes(op.Move.MemorySent), op.Move.Iterations, span(op.Move.Copy)))
 	}
+	printCopied(w, op)
 	if v := op.Replaced; v != nil {
 		row(w, "method", v.Method)
 		row(w, "paused for", span(v.Pause)+suffix(", at most, in pauses: ", times(v.Pauses)))

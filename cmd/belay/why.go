@@ -23,7 +23,12 @@ func printVerdicts(w io.Writer, vs []maint.MoveVerdict) {
 	row(w, "GUEST", "TO", "VERDICT")
 	for _, v := range vs {
 		verdict := "can move"
-		if !v.CanMove {
+		switch {
+		case v.CanMove && len(v.Copies) > 0:
+			verdict = "can move, with its disks copied: " + copied(v.Copies)
+		case len(v.Copies) > 0:
+			verdict = "can move with --copy-disks: " + copied(v.Copies) + "; without:"
+		case !v.CanMove:
 			verdict = fmt.Sprintf("cannot move: %s", count(len(v.Problems), "reason"))
 		}
 		row(w, v.Guest, v.Peer, verdict)

@@ -28,6 +28,11 @@ type Site interface {
 	FreeLease(t testing.TB, uuid string)
 	// SendAway pauses a guest and has its QEMU send it somewhere, past libvirt.
 	SendAway(t testing.TB, uuid string)
+	// NewDiskGuest starts one that writes to vda, a raw image at a path that is the host's
+	// own; WriteFile and ReadFile are for such paths. What is not there reads as nil.
+	NewDiskGuest(t testing.TB, name string) (uuid, path string)
+	WriteFile(t testing.TB, path string, text []byte)
+	ReadFile(t testing.TB, path string) []byte
 	// NewFile is the path of a file, not there yet, that libvirt can write.
 	NewFile(t testing.TB) (path string)
 	// StartGuest, PauseGuest, ResumeGuest and DestroyGuest do as virsh's
@@ -89,6 +94,7 @@ func Contract(t *testing.T, env Env) {
 		{"MovePaused", testMovePaused},
 		{"MoveNowhere", testMoveNowhere},
 		{"MoveNameTaken", testMoveNameTaken},
+		{"MoveWithDisk", testMoveWithDisk},
 		{"MidCopyTuned", testMidCopyTuned},
 		{"MidCopyAbort", testMidCopyAbort},
 		{"MidCopyCallerLeaves", testMidCopyCallerLeaves},

@@ -1,6 +1,7 @@
 package hypervisortest_test
 
 import (
+	"bytes"
 	"context"
 	"path/filepath"
 	"testing"
@@ -43,14 +44,22 @@ func (s site) RemoveGuest(t testing.TB, uuid string) {
 	}
 }
 
+func (s site) NewDiskGuest(t testing.TB, name string) (uuid, path string) {
+	path = "/disks/" + name + ".raw"
+	s.WriteFile(t, path, bytes.Repeat([]byte("disk"), 1<<18))
+	return s.PutGuest(name, func(g *maint.Guest) {
+		g.Disks = []maint.Disk{{Target: "vda", Kind: "disk", Type: "file", Source: path, Format: "raw"}}
+	}), path
+}
+
 func TestContract(t *testing.T) {
 	w := hypervisortest.NewWorld()
 	defer w.Close()
 	w.SetCopy(hypervisortest.Copy{Step: 5 * time.Millisecond, Blackout: time.Millisecond})
 	const hard = "Skylake-Server"
 	hypervisortest.Contract(t, hypervisortest.Env{
-		A:       site{w.AddHost("host-a", hypervisortest.HostOptions{HugePages: []maint.PagePool{{PageBytes: 2 << 20, Free: 3}}})},
-		B:       site{w.AddHost("host-b", hypervisortest.HostOptions{CannotRun: []string{hard}})},
+		A:       site{w.AddHost("host-a", hypervisortest.HostOptions{Root: t.TempDir(), HugePages: []maint.PagePool{{PageBytes: 2 << 20, Free: 3}}})},
+		B:       site{w.AddHost("host-b", hypervisortest.HostOptions{Root: t.TempDir(), CannotRun: []string{hard}})},
 		HardCPU: "<cpu mode='custom' match='exact'><model fallback='forbid'>" + hard + "</model></cpu>",
 	})
 }

@@ -13,6 +13,7 @@
 // time (see Copy). What ends it early leaves what libvirt leaves:
 //
 //	          source            destination     ended early by              leaves
+//	disks     running           paused          as copying; only where disks are copied
 //	copying   running           paused          abort, either libvirt       source running,
 //	                                            killed, destination's       destination gone
 //	                                            QEMU killed, LAN cut 30 s

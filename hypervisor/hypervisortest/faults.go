@@ -291,6 +291,7 @@ const (
 	codeOperationFailed  = 9
 	codeSystem           = 38
 	codeNoDomain         = 42
+	codeNoPool           = 49
 	codeOperationInvalid = 55
 	codeArgument         = 74 // VIR_ERR_ARGUMENT_UNSUPPORTED
 	codeOperationAborted = 78

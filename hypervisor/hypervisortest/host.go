@@ -18,6 +18,7 @@ type Host struct {
 	info      maint.Host
 	cannotRun []string
 	pools     []maint.PagePool
+	root      string // of its files
 
 	// All below is guarded by w.mu.
 	guests    map[string]*guest // by UUID

@@ -17,6 +17,7 @@ type Hypervisor interface {
 	Ping(ctx context.Context) error
 	Info(ctx context.Context) (maint.Host, error)
 	Supplies(ctx context.Context) (maint.Supplies, error)
+	DiskSize(ctx context.Context, uuid, disk string) (bytes, allocated uint64, err error)
 	HugePages(ctx context.Context) ([]maint.PagePool, error)
 	Guests(ctx context.Context) ([]maint.Guest, error)
 	Guest(ctx context.Context, nameOrUUID string) (maint.Guest, error)

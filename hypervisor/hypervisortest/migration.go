@@ -36,9 +36,12 @@ type migration struct {
 }
 
 // DryRun checks what libvirt checks at the beginning of a migration.
-func (h *Host) DryRun(ctx context.Context, uuid string, _ maint.MoveParams) error {
+func (h *Host) DryRun(ctx context.Context, uuid string, p maint.MoveParams) error {
 	_, err := onGuest(ctx, h, "DryRun", uuid, func(g *guest) (struct{}, error) {
 		if err := g.idle(); err != nil {
+			return struct{}{}, err
+		}
+		if err := h.canCopy(g, "DomainMigrateBegin3Params", p.CopyDisks); err != nil {
 			return struct{}{}, err
 		}
 		return struct{}{}, h.canLeave(g, "DomainMigrateBegin3Params")
@@ -100,6 +103,9 @@ func (h *Host) begin(uuid string, p maint.MoveParams) (*migration, error) {
 	if p.Compression != "" && p.Compression != maint.CompressXBZRLE { // as libvirt 9.0
 		return nil, hypervisor.NewError(opPerform, h.socket(), codeInvalidArg, fmt.Sprintf("invalid argument: Unsupported compression method '%s'", p.Compression), maint.ErrParameter)
 	}
+	if err := h.canCopy(g, opPerform, p.CopyDisks); err != nil {
+		return nil, err
+	}
 	dst := h.w.byURI(p.DestURI)
 	if dst == nil || !dst.up || !reachable(h, dst) {
 		return nil, h.failed(opPerform, codeSystem,
@@ -119,6 +125,9 @@ func (h *Host) begin(uuid string, p maint.MoveParams) (*migration, error) {
 				fmt.Sprintf("operation failed: domain '%s' already exists with uuid %s", other.Name, other.UUID))
 		}
 	}
+	if err := dst.canTake(g, p.CopyDisks); err != nil {
+		return nil, err
+	}
 
 	m := &migration{
 		src: h, dst: dst, uuid: uuid, params: p, copy: h.w.copy,
@@ -126,6 +135,9 @@ func (h *Host) begin(uuid string, p maint.MoveParams) (*migration, error) {
 		pause: 300 * time.Millisecond, left: g.MemoryBytes, // QEMU's default
 		wasPaused: g.State == maint.GuestPaused,
 		done:      make(chan struct{}),
+	}
+	if len(p.CopyDisks) > 0 {
+		m.phase = PhaseDisks
 	}
 	g.out = m
 	arriving := &guest{Guest: g.Guest, note: g.note, in: m, there: g.there, back: g.back}
@@ -146,6 +158,12 @@ func reachable(a, b *Host) bool { return !a.cut && !b.cut }
 
 // run is the migration's course. Whatever ends it early, end has cleaned up.
 func (m *migration) run() {
+	if m.phase == PhaseDisks {
+		m.src.w.entered(m.uuid, PhaseDisks)
+		if !m.wait(m.copy.Step/2) || !m.do(func() { m.copyDisks(false) }) || !m.wait(m.copy.Step/2) || !m.do(func() { m.phase = PhaseCopying }) {
+			return
+		}
+	}
 	m.src.w.entered(m.uuid, PhaseCopying)
 	for {
 		if !m.wait(m.takes()) {
@@ -155,7 +173,7 @@ func (m *migration) run() {
 			break
 		}
 	}
-	if !m.step(m.suspend) || !m.wait(m.copy.Blackout) || !m.step(m.resume) || !m.wait(0) {
+	if !m.step(m.suspend) || !m.wait(m.copy.Blackout) || !m.do(func() { m.copyDisks(true) }) || !m.step(m.resume) || !m.wait(0) {
 		return
 	}
 	m.step(m.confirm)
@@ -244,6 +262,16 @@ func (m *migration) passDone() bool {
 	return false
 }
 
+// do does something, unless the migration is over, and reports whether it goes on.
+func (m *migration) do(f func()) bool {
+	m.src.w.mu.Lock()
+	defer m.src.w.mu.Unlock()
+	if !m.over {
+		f()
+	}
+	return !m.over
+}
+
 // step makes a transition, unless the migration is over, and tells the hook.
 func (m *migration) step(transition func()) bool {
 	m.src.w.mu.Lock()
@@ -313,7 +341,7 @@ func (m *migration) end(err error) {
 	if m.over {
 		return
 	}
-	if g := m.src.guests[m.uuid]; g != nil && m.phase != PhaseCopying && !m.wasPaused && !m.sourceGone {
+	if g := m.src.guests[m.uuid]; g != nil && m.phase != PhaseDisks && m.phase != PhaseCopying && !m.wasPaused && !m.sourceGone {
 		// Before the destination runs the source goes on. After that it does
 		// so too if it lives and never hears how it went: it must take the
 		// silence for a failure.
@@ -341,6 +369,12 @@ func (m *migration) finish(err error) {
 // stats are the running statistics: the first pass copies all memory, each
 // later one a quarter of the one before.
 func (m *migration) stats() maint.Job {
+	job := m.memoryStats()
+	m.diskStats(&job)
+	return job
+}
+
+func (m *migration) memoryStats() maint.Job {
 	total := m.src.guests[m.uuid].MemoryBytes
 	elapsed := time.Since(m.started)
 	if m.copy.Writes != (Writes{}) {

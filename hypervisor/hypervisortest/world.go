@@ -56,6 +56,7 @@ type Phase string
 
 // The phases of a migration, in their order. See the package's documentation.
 const (
+	PhaseDisks     Phase = "disks"     // begun, where disks are copied; the destination has the guest, paused
 	PhaseCopying   Phase = "copying"   // begun; the destination has the guest, paused
 	PhaseSuspended Phase = "suspended" // the source's vCPUs are stopped
 	PhaseResumed   Phase = "resumed"   // the destination's run
@@ -150,6 +151,9 @@ type HostOptions struct {
 	// when they are in a CPU's XML.
 	CannotRun []string
 	HugePages []maint.PagePool
+	// Root is the folder that stands for the host's own, for the files of disks that are
+	// copied. Only then are there any.
+	Root string
 }
 
 // AddHost adds a host with libvirt running and no guests.
@@ -172,6 +176,7 @@ func (w *World) AddHost(name string, o HostOptions) *Host {
 		},
 		cannotRun: o.CannotRun,
 		pools:     o.HugePages,
+		root:      o.Root,
 		networks:  make(map[string]bool),
 		storage:   make(map[string]bool),
 		guests:    make(map[string]*guest),
