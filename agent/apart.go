@@ -88,17 +88,17 @@ func (a *Agent) Room(ctx context.Context) (maint.PeerRoom, error) {
 		return maint.PeerRoom{}, a.downProblem(err)
 	}
 	kept := a.journal.Reservations(time.Now())
-	r := maint.PeerRoom{In: a.cfg.Limits.MigrationsIn, Out: a.cfg.Limits.MigrationsOut, AntiAffinity: a.occupied("", guests, kept)}
+	r := maint.PeerRoom{In: a.cfg.Limits.MigrationsIn, Out: a.cfg.Limits.MigrationsOut, Tells: a.cfg.Events.Enabled, AntiAffinity: a.occupied("", guests, kept)}
 	r.FreeBytes, r.LimitBytes = migrate.Room{Host: host, Guests: guests, Reservations: kept,
 		MemoryLimit: a.cfg.Limits.GuestMemory.Bytes, MemoryReserve: a.cfg.Limits.MemoryReserve.Bytes}.Left()
 	return r, nil
 }
 
-// crowded reports whether a migration that is part of a drain has to wait for others
-// of it: as many as may are under way, or on their way to the same peer.
+// crowded reports whether a migration that is part of a drain, or that a peer has asked
+// for, has to wait for others: as many as may are under way, or on their way to the same
+// peer, which would refuse it.
 func (a *Agent) crowded(op maint.Op) bool {
-	whole, known := a.journal.Op(op.Part)
-	if !known || whole.Drain == nil {
+	if op.Part == "" && op.Return == nil {
 		return false
 	}
 	all, there := 0, 0
@@ -106,14 +106,16 @@ func (a *Agent) crowded(op maint.Op) bool {
 		if other.Kind != maint.OpMigrate || other.ID == op.ID || other.State == maint.OpEnded || a.waiting(other) {
 			continue
 		}
-		if other.Part == op.Part {
+		if op.Part != "" && other.Part == op.Part {
 			all++
 		}
 		if other.Peer == op.Peer {
 			there++
 		}
 	}
-	parallel := whole.Drain.Parallel
-	in := a.peers[op.Peer].takesIn()
+	parallel, in := 0, a.peers[op.Peer].takesIn()
+	if whole, known := a.journal.Op(op.Part); known && whole.Drain != nil {
+		parallel = whole.Drain.Parallel
+	}
 	return parallel > 0 && all >= parallel || in > 0 && there >= in
 }

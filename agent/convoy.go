@@ -41,6 +41,9 @@ type convoy struct {
 	// await returns the migration as it has ended.
 	await func(ctx context.Context, m maint.GuestMove) (maint.Op, error)
 	abort func(ctx context.Context, m maint.GuestMove) error
+	// tells reports whether guests that go to, or come from, a peer are told beforehand
+	// by the host that they leave.
+	tells func(peer string) bool
 	// waits reports whether the migration waits for its guest's notice.
 	waits func(maint.GuestMove) bool
 	// look may plan more; see drainage.
@@ -191,11 +194,10 @@ func (c *convoy) more(ctx context.Context, idle bool) (wait bool, err error) {
 		}
 		ready = append(ready, m)
 	}
-	atOnce, perPeer := c.atOnce, c.perPeer
-	if c.a.cfg.Events.Enabled { // see crowded
-		atOnce, perPeer = len(ready), make(map[string]int)
-		for _, m := range ready {
-			perPeer[m.Peer] = len(ready)
+	atOnce, perPeer := c.atOnce, maps.Clone(c.perPeer)
+	for _, m := range ready {
+		if c.tells(m.Peer) {
+			atOnce, perPeer[m.Peer] = len(ready), len(ready)
 		}
 	}
 	for _, m := range evacuate.Next(ready, atOnce, perPeer) {

@@ -249,3 +249,47 @@ func TestRestoreAborted(t *testing.T) {
 		})
 	}
 }
+
+// TestRestoreTellsGuests: they are told side by side by the hosts that they leave, and
+// each comes when it has approved, no more at once than may come.
+func TestRestoreTellsGuests(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 4, func(c *config.Config) {
+		c.Limits.MigrationsIn = 2
+		if c.Host == "b" {
+			c.Events = config.Events{Enabled: true, Policy: "all"}
+		}
+	}, "a", "b")
+	if op := f.drain(maint.DrainRequest{}); op.Outcome != maint.OutcomeDone {
+		t.Fatalf("%s: %v", op.Outcome, op.Problems)
+	}
+	b, ctx := f.Nodes[1], ctxFor(t, time.Minute)
+	op, err := f.a.Client.Restore(ctx, maint.RestoreRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var events []maint.ScheduledEvent
+	told := errors.New("told")
+	if err := b.Client.WatchEvents(ctx, false, func(es []maint.ScheduledEvent) error {
+		if events = es; len(es) == 4 {
+			return told
+		}
+		return nil
+	}); !errors.Is(err, told) {
+		t.Fatal(err)
+	}
+	for _, e := range events {
+		if _, err := b.Client.ApproveEvent(ctx, e.ID, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	op = await(t, ctx, f.a, op.ID)
+	if op.Outcome != maint.OutcomeDone || f.count()["a"] != 4 {
+		t.Fatalf("%s: %v, %v", op.Outcome, op.Problems, f.at())
+	}
+	for _, m := range op.Moves {
+		if m.Tries > 0 {
+			t.Errorf("had its notice for nothing: %+v", m)
+		}
+	}
+}

@@ -15,6 +15,7 @@ import (
 func newDrainage(a *Agent, op maint.Op, s *run.Scratch) *convoy {
 	c := newConvoy(a, op, s)
 	c.atOnce = cmp.Or(op.Drain.Parallel, a.cfg.Limits.MigrationsOut)
+	c.tells = func(string) bool { return a.cfg.Events.Enabled }
 	c.name = func(m *maint.GuestMove) { m.Op = newOpID("mig", time.Now()) }
 	c.begun = func(m maint.GuestMove) bool {
 		_, known := a.journal.Op(m.Op)

@@ -185,6 +185,7 @@ func newReturn(ctx context.Context, a *Agent, op maint.Op, s *run.Scratch) *conv
 	for name, r := range rooms {
 		c.perPeer[name] = r.Out
 	}
+	c.tells = func(peer string) bool { return rooms[peer].Tells }
 	c.name = func(m *maint.GuestMove) { m.Token, m.Op = strings.ToLower(rand.Text()), "" }
 	c.begun = func(m maint.GuestMove) bool { return m.Op != "" }
 	c.begin = func(ctx context.Context, m *maint.GuestMove) error {

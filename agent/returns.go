@@ -42,6 +42,7 @@ func (a *Agent) Return(ctx context.Context, from string, r maint.ReturnRequest) 
 	if c := a.journal.Cordon(); c != nil && a.draining() {
 		return maint.Op{}, refuse(what, maint.Problemf(maint.CodeHostBusy, "host "+a.cfg.Host, "wait for that to end", "is being drained itself%s", c.Why()))
 	}
+	a.rooms(ctx, a.destinations(ctx, []string{home})) // how many it takes in at once, see crowded
 	return a.migrate(ctx, byPeer+from, maint.MigrateRequest{Guest: r.GuestUUID, To: home, MaxPause: r.MaxPause, Reason: r.Reason},
 		func(op *maint.Op) { op.Return = &r })
 }

@@ -123,6 +123,8 @@ type PeerRoom struct {
 	// many it moves away.
 	In  int `json:"in"`
 	Out int `json:"out"`
+	// Tells says that its guests are told before they are moved.
+	Tells bool `json:"tells,omitempty"`
 	// AntiAffinity has the groups of its guests, and of those on their way to
 	// it, with the name of one of each.
 	AntiAffinity map[string]string `json:"anti_affinity,omitempty"`
