@@ -3,6 +3,7 @@ package hypervisor
 import (
 	"errors"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -88,6 +89,24 @@ func TestMemoryBacking(t *testing.T) {
 		g, err := ParseGuest("<domain>" + text + "</domain>")
 		if err != nil || g.MemorySource != want.source || g.MemoryShared != want.shared {
 			t.Errorf("%s: %q, shared %t, %v", text, g.MemorySource, g.MemoryShared, err)
+		}
+	}
+}
+
+// TestParseAntiAffinity: as libvirt keeps what virsh metadata is given.
+func TestParseAntiAffinity(t *testing.T) {
+	for text, want := range map[string][]string{
+		"": nil,
+		"<metadata><x:placement xmlns:x='urn:belay:placement:1' anti-affinity='db'/></metadata>":                        {"db"},
+		"<metadata><placement xmlns='urn:belay:placement:1' anti-affinity=' web  db web'/></metadata>":                  {"db", "web"},
+		"<metadata><placement xmlns='urn:belay:placement:1' anti-affinity=''/></metadata>":                              nil,
+		"<metadata><placement xmlns='urn:other:1' anti-affinity='db'/></metadata>":                                      nil,
+		"<metadata><o xmlns='urn:o'/><p:placement xmlns:p='urn:belay:placement:1' anti-affinity='db'/></metadata>":      {"db"},
+		"<description><placement xmlns='urn:belay:placement:1' anti-affinity='db'/></description><metadata></metadata>": nil,
+	} {
+		g, err := ParseGuest("<domain>" + text + "</domain>")
+		if err != nil || !slices.Equal(g.AntiAffinity, want) {
+			t.Errorf("%s: %q, %v, want %q", text, g.AntiAffinity, err, want)
 		}
 	}
 }

@@ -119,6 +119,8 @@ imds_v1 = true
 ec2_shows_freeze = true
 [events.notice]
 Freeze = "20m"
+[anti_affinity]
+db = ["db-*"]
 [events.owners.shop]
 guests = ["shop-*"]
 [[events.windows]]
@@ -158,7 +160,7 @@ libvirt_uri = "qemu+ssh://root@host-c/system"
 			Notice: map[string]Duration{"Freeze": {20 * time.Minute}}, Owners: map[string]Owner{"shop": {Guests: []string{"shop-*"}}},
 			Windows: []Window{{Guests: []string{"shop-*"}, Rule: "FREQ=DAILY;BYHOUR=2", Zone: "Europe/Berlin", Length: Duration{3 * time.Hour},
 				From: "2026-12-01", Except: []string{"2026-12-24"}}}},
-		Journal: Journal{Keep: Duration{24 * time.Hour}},
+		Journal: Journal{Keep: Duration{24 * time.Hour}}, AntiAffinity: map[string][]string{"db": {"db-*"}},
 		Peers: map[string]Peer{
 			"host-b": {Address: "192.0.2.2:7443", CertName: "host-b", LibvirtURI: "qemu+tls://host-b/system", MigrateURI: "tcp://192.0.2.2"},
 			"host-c": {Address: "host-c:7443", CertName: "c.example.net", LibvirtURI: "qemu+ssh://root@host-c/system"},
@@ -201,6 +203,10 @@ func TestMistakes(t *testing.T) {
 			[]string{"events.windows, number 1", "for no guests"}},
 		{"no pattern", "[events.owners.shop]\nguests = ['[']\n",
 			[]string{"events.owners.shop", `"["`}},
+		{"a group of nobody", "[anti_affinity]\ndb = []\n",
+			[]string{"anti_affinity.db", "for no guests"}},
+		{"a group without a name", "[anti_affinity]\n'' = ['db-1']\n",
+			[]string{"anti_affinity", `"" is not a name`}},
 		{"nothing like it", "[api]\nfrobnicate = true\n",
 			[]string{"belayd.toml:2", `there is no setting "api.frobnicate"`}},
 		{"below a value", "[api.listen]\nport = 1\n",

@@ -39,7 +39,7 @@ func open(t *testing.T, dir string) *Journal {
 }
 
 var kinds = []maint.RecordKind{maint.RecAccepted, maint.RecResumed, maint.RecStepStart, maint.RecStepNote, maint.RecStepDone,
-	maint.RecStepFailed, maint.RecUndoStart, maint.RecUndoDone, maint.RecUndoFailed, maint.RecAbort, maint.RecMoved, maint.RecEnded,
+	maint.RecStepFailed, maint.RecUndoStart, maint.RecUndoDone, maint.RecUndoFailed, maint.RecAbort, maint.RecMove, maint.RecMoved, maint.RecEnded,
 	maint.RecReserved, maint.RecReleased}
 
 // Whatever is appended, and whatever of it is refused: what a reopened journal
@@ -67,6 +67,8 @@ func TestReopenedJournalHasTheSameState(t *testing.T) {
 				r.Data = data(maint.Ending{Outcome: maint.OutcomeFailed, Problems: []maint.Problem{{Code: maint.CodeFailed}}})
 			case maint.RecMoved:
 				r.Data = data(maint.MoveResult{From: "a", To: "b"})
+			case maint.RecMove:
+				r.Data = data(maint.GuestMove{GuestUUID: rapid.SampledFrom([]string{"u1", "u2"}).Draw(rt, "guest"), State: maint.MoveMoving})
 			case maint.RecReserved:
 				r.Data = data(maint.Reservation{Op: r.Op, Guest: "g", Expires: time.Now().Add(time.Hour).Round(0)})
 			}
@@ -110,7 +112,7 @@ func TestNothingFollowsAnEnd(t *testing.T) {
 	if err := j.Append(accepted("a"), end); err != nil {
 		t.Fatal(err)
 	}
-	for _, k := range kinds[:12] {
+	for _, k := range kinds[:13] {
 		if err := j.Append(maint.Record{Op: "a", Kind: k, Step: "one", Data: data(maint.Ending{})}); err == nil {
 			t.Errorf("%q was accepted after the end", k)
 		}
