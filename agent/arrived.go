@@ -6,13 +6,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"belay/agent/maint"
 )
 
 // What a guest needs that has moved, and that need not be waited for, its new host
-// does for it by itself: its clock lost the blackout. It begins when the old host
+// does for it by itself: its clock lost the blackout, and the LAN must find it. It begins when the old host
 // settles the guest, goes on over a restart of belayd, and is told to the old host,
 // whose operation has ended by then.
 
@@ -57,7 +58,7 @@ func (a *Agent) noteArrived(came maint.Arrived) error {
 func (a *Agent) seeTo(ctx context.Context, came maint.Arrived) {
 	bounded, cancel := context.WithTimeout(ctx, clockWait)
 	defer cancel()
-	report := maint.ArrivalReport{Clock: a.clockOfArrival(bounded, came)}
+	report := a.reportOn(bounded, came)
 	if ctx.Err() != nil {
 		return // the next belayd does it again
 	}
@@ -73,6 +74,22 @@ func (a *Agent) seeTo(ctx context.Context, came maint.Arrived) {
 			return
 		}
 	}
+}
+
+// reportOn does it, all at once: the clock first of what asks the guest's agent.
+func (a *Agent) reportOn(ctx context.Context, came maint.Arrived) (r maint.ArrivalReport) {
+	g, err := a.hyp.Guest(ctx, came.GuestUUID)
+	runs := err == nil && g.State == maint.GuestRunning
+	var ports sync.WaitGroup
+	if runs {
+		ports.Go(func() { r.Ports = a.portsOfArrival(ctx, g) })
+	}
+	r.Clock = a.clockOfArrival(ctx, came)
+	if runs {
+		r.Agent = a.agentOfArrival(ctx, g)
+	}
+	ports.Wait()
+	return r
 }
 
 // clockOfArrival puts the clock of a guest right that has come here.
@@ -181,6 +198,7 @@ func (a *Agent) hear(ctx context.Context, op maint.Op) {
 			return
 		}
 	}
+	a.seenFromHere(ctx, report.Ports)
 	data, err := json.Marshal(report)
 	for err == nil && a.append(maint.Record{Op: op.ID, Kind: maint.RecSeenTo, Data: data}) != nil {
 		if !pause(ctx, journalRetry) {

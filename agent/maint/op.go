@@ -226,6 +226,28 @@ type Arrived struct {
 // ArrivalReport is what a host did for a guest that has come to it, when it ran there.
 type ArrivalReport struct {
 	Clock ClockReport `json:"clock"`
+	// Agent is AgentAnswers or AgentSilent; "" for a guest that has none, or does not run.
+	Agent string        `json:"agent,omitempty"`
+	Ports []ArrivedPort `json:"ports,omitempty"`
+}
+
+// What became of the guest agent of a guest that has come.
+const (
+	AgentAnswers = "answers"
+	AgentSilent  = "does not answer"
+)
+
+// ArrivedPort is an interface of a guest that has come, on a Linux bridge.
+type ArrivedPort struct {
+	MAC string `json:"mac"`
+	Tap string `json:"tap"`
+	// Learned is that the new host's bridge has learned that the guest is behind it, and
+	// Announced how often its QEMU was told to announce it again for that.
+	Learned   bool `json:"learned"`
+	Announced int  `json:"announced,omitempty"`
+	// SeenAt is the port by which the old host's bridge sees the guest now, "" where it
+	// has not heard of it since.
+	SeenAt string `json:"seen_at,omitempty"`
 }
 
 // Reservation is room kept on a destination for a guest that is on its way.

@@ -337,6 +337,7 @@ func printOp(w io.Writer, op maint.Op) {
 	if op.Arrival != nil {
 		k := op.Arrival.Clock
 		row(w, "clock", fmt.Sprintf("%s: was off by %s, is by %s", k.State, offset(k.Before), clockAfter(k)))
+		printArrival(w, *op.Arrival)
 	}
 	printHeld(w, op)
 	printMoves(w, op)
@@ -352,6 +353,23 @@ func printOp(w io.Writer, op maint.Op) {
 		row(w, "resumed", fmt.Sprintf("%d times after a restart of belayd", op.Resumed))
 	}
 	row(w, "outcome", dash(string(op.Outcome)))
+}
+
+// printArrival tells how the guest is found at its new host.
+func printArrival(w io.Writer, r maint.ArrivalReport) {
+	if r.Agent != "" {
+		row(w, "guest agent", r.Agent)
+	}
+	for _, p := range r.Ports {
+		text := "its new host's bridge has learned it behind " + p.Tap
+		if !p.Learned {
+			text = "its new host's bridge has not learned it behind " + p.Tap
+		}
+		if p.Announced > 0 {
+			text += fmt.Sprintf(", announced %d times more", p.Announced)
+		}
+		row(w, p.MAC, text+suffix("; the old host's sees it by ", p.SeenAt))
+	}
 }
 
 // times is a number of times, "" for one.

@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/vishvananda/netlink"
+
 	"belay/agent/maint"
 	"belay/migrate"
 )
@@ -28,12 +30,16 @@ type Host struct {
 	addresses func() ([]net.Addr, error) // net.InterfaceAddrs
 	wait      time.Duration              // patience
 	now       func() time.Time
+
+	neighbours func() ([]netlink.Neigh, error) // of all bridges
+	linkName   func(index int) (string, error)
 }
 
 // New looks at the host whose root folder is root, "" for the one it runs on. The
 // records of marks are kept in the folder marks, which is made when it is needed.
 func New(root, marks string) *Host {
-	return &Host{root: root, marks: marks, turns: make(chan struct{}, most), addresses: net.InterfaceAddrs, wait: patience, now: time.Now}
+	return &Host{root: root, marks: marks, turns: make(chan struct{}, most), addresses: net.InterfaceAddrs, wait: patience, now: time.Now,
+		neighbours: neighbours, linkName: linkName}
 }
 
 // at is where a path of the host is.
