@@ -116,6 +116,14 @@ func (m *Migration) copyParams(p *maint.MoveParams) {
 	p.SyncWrites = len(m.copies) > 0 && slices.Contains(m.Allow, maint.MeansSlow)
 }
 
+// disksLeft says how far a copy got that was still at its disks, "" for any other.
+func (m *Migration) disksLeft() string {
+	if m.seen.DiskLeft == 0 || m.seen.Iteration > 0 {
+		return ""
+	}
+	return fmt.Sprintf("of its disks, %s are left of %s, at %s/s, with what it writes meanwhile", MiB(m.seen.DiskLeft), MiB(m.seen.DiskTotal), MiB(m.seen.DiskPerSecond))
+}
+
 // makeDisks has the destination make what disks are copied into, anew for each copy.
 func (m *Migration) makeDisks(ctx context.Context, disks []maint.DiskCopy) error {
 	if m.copies = disks; len(disks) == 0 {

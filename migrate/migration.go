@@ -136,6 +136,7 @@ type Migration struct {
 
 	landing maint.Landing    // as the destination has said last
 	copies  []maint.DiskCopy // the disks that are copied along
+	seen    maint.Job        // of the copy, as it was seen last
 }
 
 // The names of the phases.

@@ -49,6 +49,7 @@ func (m *Migration) watch(ctx, detach context.Context, done <-chan error, c *con
 		switch {
 		case err == nil && job.Active && job.Operation == jobOut: // not what came after it
 			m.Progress(job)
+			m.seen = job
 			if c != nil && !c.again && !cancelled {
 				m.tune(detach, c, job, s)
 			}

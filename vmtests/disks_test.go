@@ -104,11 +104,9 @@ func (b *bed) scribble(n *cluster.Node, every time.Duration) (stop func() uint64
 	return func() uint64 { cancel(); <-ended; c.Close(); return seed }
 }
 
-// diskIsWhole checks on the guest's host that its disk has what it wrote last, and that
-// the rest is as it was on the other.
-func (b *bed) diskIsWhole(n, other *cluster.Node, path string, last uint64) {
-	b.t.Helper()
-	b.onDisk(n, func(ctx context.Context, c *guest.Control) error {
+// hasPattern checks that the guest's disk has what scribble had it write last.
+func hasPattern(last uint64) func(context.Context, *guest.Control) error {
+	return func(ctx context.Context, c *guest.Control) error {
 		var said []string
 		for _, seed := range []uint64{last, last - 1} { // the last may not have come to the guest
 			r, err := c.DiskVerify(ctx, probe.DiskSettings{Seed: seed, SizeMiB: busyMiB})
@@ -118,7 +116,14 @@ func (b *bed) diskIsWhole(n, other *cluster.Node, path string, last uint64) {
 			said = append(said, fmt.Sprintf("pattern %d: %d bad blocks, %v", seed, r.BadBlocks, err))
 		}
 		return fmt.Errorf("the disk does not have what the guest wrote last: %s", strings.Join(said, "; "))
-	})
+	}
+}
+
+// diskIsWhole checks on the guest's host that its disk has what it wrote last, and that
+// the rest is as it was on the other.
+func (b *bed) diskIsWhole(n, other *cluster.Node, path string, last uint64) {
+	b.t.Helper()
+	b.onDisk(n, hasPattern(last))
 	here, there := b.rawImage(n, path), b.rawImage(other, path)
 	if len(here) != len(there) || !bytes.Equal(here[busyMiB<<20:], there[busyMiB<<20:]) || bytes.Count(here[busyMiB<<20:writtenMiB<<20], []byte{0}) > 1<<20 {
 		b.t.Fatalf("%s is not the same on both hosts", path)
