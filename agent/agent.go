@@ -127,6 +127,8 @@ type Agent struct {
 	live map[maint.OpID]*liveOp
 	// progress has the statistics of running copies, for readers.
 	progress sync.Map // maint.OpID -> maint.Job
+	// troubles has what is wrong with operations that go on all the same.
+	troubles sync.Map // maint.OpID -> maint.Problem
 }
 
 // liveOp is an operation that a goroutine is running.
@@ -256,6 +258,7 @@ func (a *Agent) start(op maint.Op) {
 		defer abort(nil)
 		a.runToEnd(ctx, op)
 		a.progress.Delete(op.ID)
+		a.troubles.Delete(op.ID)
 		// The loop answers as long as workers run.
 		done := make(chan struct{})
 		a.requests <- func() { delete(a.live, op.ID); close(done) }

@@ -118,6 +118,13 @@ func (g gauges) Collect(ch chan<- prometheus.Metric) {
 	gauge("belay_operations_running", "Operations in progress.", float64(len(s.Operations)))
 	gauge("belay_reservations", "Guests that room is kept for.", float64(len(s.Reservations)))
 	gauge("belay_conditions", "What is wrong with this host now; see belay status.", float64(len(s.Conditions)))
+	broken := 0
+	for _, op := range s.Operations {
+		if op.Trouble != nil && op.Trouble.Code == maint.CodePostCopy {
+			broken++
+		}
+	}
+	gauge("belay_postcopy_broken", "Guests in post-copy whose hosts have lost each other.", float64(broken))
 	for state, n := range s.Guests {
 		gauge("belay_guests", "Guests by state.", float64(n), "state", string(state))
 	}

@@ -141,6 +141,13 @@ func (a *Agent) migration(op maint.Op, p *peer, to migrate.Destination) *migrate
 			a.progress.Store(op.ID, j)
 			a.answerPolls(a.life, op.GuestUUID)
 		},
+		Trouble: func(p *maint.Problem) {
+			if p == nil {
+				a.troubles.Delete(op.ID)
+				return
+			}
+			a.troubles.Store(op.ID, *p)
+		},
 	}
 }
 

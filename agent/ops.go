@@ -12,6 +12,7 @@ import (
 
 	"belay/agent/maint"
 	"belay/agent/run"
+	"belay/migrate"
 )
 
 // maxTimeout bounds what an operator may ask for.
@@ -198,8 +199,14 @@ func (a *Agent) abort(ctx context.Context, wish maint.Record) (maint.Op, error) 
 	}
 	err2 := a.inLoop(ctx, func() {
 		l := a.live[id]
-		if op, _ := a.journal.Op(id); l == nil || op.State == maint.OpEnded {
+		op, _ := a.journal.Op(id)
+		switch {
+		case l == nil || op.State == maint.OpEnded:
 			err = maint.Problemf(maint.CodeEnded, "operation "+string(id), "", "has already ended")
+			return
+		case inPostCopy(op):
+			err = maint.Problemf(maint.CodePostCopy, "operation "+string(id), "wait for its end (belay ops watch "+string(id)+")",
+				"is in post-copy: guest %s runs on %s, part of its memory is still on %s, and there is no way back; it goes on", op.Guest, op.Peer, a.cfg.Host)
 			return
 		}
 		// The wish is carried out even when it cannot be written down.
@@ -212,6 +219,16 @@ func (a *Agent) abort(ctx context.Context, wish maint.Record) (maint.Op, error) 
 		return op, err
 	}
 	return a.Op(ctx, id)
+}
+
+// inPostCopy reports whether a migration has been told to go on as post-copy.
+func inPostCopy(op maint.Op) bool {
+	for _, s := range op.Steps {
+		if s.Name == migrate.PhasePerform {
+			return op.Kind == maint.OpMigrate && migrate.StoryOf(s.Data).Begun == migrate.PostCopyBegun
+		}
+	}
+	return false
 }
 
 // Ops lists all operations, oldest first.
@@ -237,6 +254,10 @@ func (a *Agent) addProgress(op *maint.Op) {
 	if j, ok := a.progress.Load(op.ID); ok && op.State != maint.OpEnded {
 		job := j.(maint.Job)
 		op.Progress = &job
+	}
+	if p, ok := a.troubles.Load(op.ID); ok && op.State != maint.OpEnded {
+		problem := p.(maint.Problem)
+		op.Trouble = &problem
 	}
 }
 

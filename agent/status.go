@@ -58,6 +58,12 @@ func (a *Agent) conditions(snap *snapshot) []maint.Condition {
 			cs = append(cs, maint.Condition{Code: maint.CodePeerDown, Text: p.Error, Since: p.Checked})
 		}
 	}
+	a.troubles.Range(func(id, p any) bool {
+		trouble := p.(maint.Problem)
+		cs = append(cs, maint.Condition{Code: trouble.Code, Remedy: trouble.Remedy,
+			Text: fmt.Sprintf("operation %s: %s %s", id, trouble.Subject, trouble.Reason)})
+		return true
+	})
 	cs = append(cs, a.astray(snap.guests)...)
 	cs = append(cs, a.strayDisks()...)
 	leashes := a.leftovers()

@@ -344,6 +344,11 @@ func (s *site) Release(t testing.TB, uuid string) {
 	s.virsh(t, "migrate-setspeed", uuid, "10000")
 }
 
+func (s *site) BreakPostCopy(t testing.TB, uuid string) {
+	t.Helper()
+	s.virsh(t, "domjobabort", "--postcopy", uuid)
+}
+
 func (s *site) signal(t testing.TB, sig syscall.Signal) {
 	t.Helper()
 	if err := s.host.Kill(context.Background(), lab.Libvirtd, sig); err != nil {

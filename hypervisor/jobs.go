@@ -15,11 +15,20 @@ import (
 // migration libvirt tells nothing but that it is there. It wraps
 // maint.ErrNoGuest.
 //
-// Source: virDomainGetJobStats.
+// Source: virDomainGetJobStats, and virDomainGetState for post-copy.
 func (h *Host) Job(ctx context.Context, uuid string) (maint.Job, error) {
 	var job maint.Job
 	err := h.onDomain(ctx, uuid, func(s *session, d libvirt.Domain) (err error) {
-		job, err = s.job(d)
+		if job, err = s.job(d); err != nil || job.Operation != migrationOut {
+			return err
+		}
+		_, reason, err := s.state(d)
+		switch reason {
+		case "post-copy":
+			job.PostCopy = maint.PostCopyRunning
+		case "post-copy failed":
+			job.PostCopy = maint.PostCopyBroken
+		}
 		return err
 	})
 	return job, err

@@ -51,6 +51,25 @@ func (h *Host) DryRun(ctx context.Context, uuid string, p maint.MoveParams) erro
 // Source: virDomainMigrateToURI3, that is virDomainMigratePerform3Params with
 // VIR_MIGRATE_PEER2PEER.
 func (h *Host) Migrate(ctx context.Context, uuid string, p maint.MoveParams) error {
+	return h.perform(ctx, uuid, p, moveFlags(p))
+}
+
+// migratePostcopyResume is VIR_MIGRATE_POSTCOPY_RESUME, which go-libvirt does not have
+// (libvirt 8.5).
+const migratePostcopyResume libvirt.DomainMigrateFlags = 1 << 19
+
+// ResumePostCopy takes a migration up again that was in post-copy when the way between
+// the hosts broke, and returns as Migrate does. p is what Migrate was given. libvirt
+// refuses it, and nothing changes, while either QEMU still believes that the way stands,
+// or where the destination cannot be reached.
+//
+// Source: virDomainMigrateToURI3 with VIR_MIGRATE_POSTCOPY_RESUME.
+func (h *Host) ResumePostCopy(ctx context.Context, uuid string, p maint.MoveParams) error {
+	p.PostCopy = true
+	return h.perform(ctx, uuid, p, moveFlags(p)|migratePostcopyResume)
+}
+
+func (h *Host) perform(ctx context.Context, uuid string, p maint.MoveParams, flags libvirt.DomainMigrateFlags) error {
 	const op = "DomainMigratePerform3Params"
 	return h.alone(ctx, op, "given up; a migration that has begun goes on", func(ctx context.Context, c *conn) error {
 		d, err := (&session{ctx: ctx, conn: c}).handle(uuid)
@@ -58,7 +77,7 @@ func (h *Host) Migrate(ctx context.Context, uuid string, p maint.MoveParams) err
 			return err
 		}
 		_, err = invoke(ctx, c, op, func(l *libvirt.Libvirt) (struct{}, error) {
-			_, err := l.DomainMigratePerform3Params(d, opt(p.DestURI), moveParams(p), nil, moveFlags(p))
+			_, err := l.DomainMigratePerform3Params(d, opt(p.DestURI), moveParams(p), nil, flags)
 			return struct{}{}, err
 		})
 		return refusedMove(err)
@@ -111,6 +130,9 @@ func moveFlags(p maint.MoveParams) libvirt.DomainMigrateFlags {
 	if p.ZeroCopy {
 		flags |= migrateZeroCopy
 	}
+	if p.PostCopy {
+		flags |= libvirt.MigratePostcopy
+	}
 	return flags | copyFlags(p)
 }
 
@@ -131,6 +153,12 @@ func moveParams(p maint.MoveParams) []libvirt.TypedParam {
 			Field: libvirt.MigrateParamBandwidth,
 			Value: *libvirt.NewTypedParamValueUllong(p.BandwidthMiBs),
 		})
+		if p.PostCopy {
+			params = append(params, libvirt.TypedParam{
+				Field: libvirt.MigrateParamBandwidthPostcopy,
+				Value: *libvirt.NewTypedParamValueUllong(p.BandwidthMiBs),
+			})
+		}
 	}
 	if p.Parallel > 0 {
 		params = append(params, libvirt.TypedParam{
@@ -158,15 +186,41 @@ func (h *Host) SetMaxDowntime(ctx context.Context, uuid string, d time.Duration)
 // maxSpeed is the greatest bandwidth that libvirt takes, MiB/s.
 const maxSpeed = math.MaxInt64 >> 20
 
-// LiftBandwidth takes the limit off the bandwidth of the domain's running migration.
-// It wraps maint.ErrNoGuest.
+// LiftBandwidth takes the limit off the bandwidth of the domain's running migration, also
+// for post-copy where it can come to that. It wraps maint.ErrNoGuest.
 //
-// Source: virDomainMigrateSetMaxSpeed.
+// Source: virDomainMigrateSetMaxSpeed, with VIR_DOMAIN_MIGRATE_MAX_SPEED_POSTCOPY and without.
 func (h *Host) LiftBandwidth(ctx context.Context, uuid string) error {
 	return h.onDomain(ctx, uuid, func(s *session, dom libvirt.Domain) error {
-		_, err := call(s, "DomainMigrateSetMaxSpeed", func(l *libvirt.Libvirt) (struct{}, error) {
-			return struct{}{}, l.DomainMigrateSetMaxSpeed(dom, maxSpeed, 0)
+		lift := func(flags libvirt.DomainMigrateMaxSpeedFlags) error {
+			_, err := call(s, "DomainMigrateSetMaxSpeed", func(l *libvirt.Libvirt) (struct{}, error) {
+				return struct{}{}, l.DomainMigrateSetMaxSpeed(dom, maxSpeed, uint32(flags))
+			})
+			return err
+		}
+		if err := lift(0); err != nil {
+			return err
+		}
+		return lift(libvirt.DomainMigrateMaxSpeedPostcopy)
+	})
+}
+
+// StartPostCopy has the domain's running migration, begun with PostCopy, go on as
+// post-copy: the guest is stopped, and started on the destination, which fetches the
+// memory that it does not have yet. There is no way back from there. It returns when QEMU
+// has taken it in, which is before the guest is stopped; to ask twice does no harm. It
+// wraps maint.ErrNoGuest, and maint.ErrNoJob where libvirt or QEMU refuses: the migration
+// is over, or is none that can go on like this, and has not been told to.
+//
+// Source: virDomainMigrateStartPostCopy.
+func (h *Host) StartPostCopy(ctx context.Context, uuid string) error {
+	return h.onDomain(ctx, uuid, func(s *session, dom libvirt.Domain) error {
+		_, err := call(s, "DomainMigrateStartPostCopy", func(l *libvirt.Libvirt) (struct{}, error) {
+			return struct{}{}, l.DomainMigrateStartPostCopy(dom, 0)
 		})
+		if e := new(Error); errors.As(err, &e) && e.Code != 0 && e.cause == nil {
+			return because(err, maint.ErrNoJob)
+		}
 		return err
 	})
 }

@@ -20,6 +20,9 @@ const (
 	spare, growth = 1.25, 1.5
 	// patience is for how long a copy is watched at least before more is done.
 	patience = 1500 * time.Millisecond
+	// mostSlowed is by how much QEMU slows a guest down at most, per cent
+	// (max-cpu-throttle).
+	mostSlowed = 99
 )
 
 // convergence sees to it that one copy comes to its end: that a pass over the guest's
@@ -33,6 +36,9 @@ type convergence struct {
 	allowed  []maint.Means // what may still be done, the least impact first
 	used     []maint.Means // what was done to this copy, or is to be done to the next
 	again    bool          // it is cancelled, to be begun anew
+	able     bool          // it can go on as post-copy, as it was begun
+	owed     bool          // it was begun anew to do so
+	slowing  bool          // the guest is slowed down as much as it must be
 
 	pause  time.Duration // the longest that the copy may end with now; 0: not set yet
 	passes []pass        // that have been seen since something was done last
@@ -55,12 +61,16 @@ type decision struct {
 }
 
 // beginsAnew reports whether a copy must be begun anew for a means.
-func beginsAnew(m maint.Means) bool { return m != maint.MeansBandwidth }
+func (c *convergence) beginsAnew(m maint.Means) bool {
+	return m != maint.MeansBandwidth && (m != maint.MeansPostCopy || !c.able)
+}
 
 // converge is for a copy that is begun with some means already. Others are tried in the
 // order of maint.AllMeans.
-func (m *Migration) converge(with []maint.Means) *convergence {
-	c := &convergence{maxPause: m.MaxPause}
+func (m *Migration) converge(a attempt) *convergence {
+	with := a.Means
+	c := &convergence{maxPause: m.MaxPause, able: a.Able, slowing: slices.Contains(with, maint.MeansSlow),
+		owed: a.Able && slices.Contains(with, maint.MeansPostCopy)}
 	limited := m.Params.BandwidthMiBs > 0 && !slices.Contains(with, maint.MeansBandwidth)
 	for _, means := range maint.AllMeans {
 		switch {
@@ -68,6 +78,7 @@ func (m *Migration) converge(with []maint.Means) *convergence {
 		case means == maint.MeansBandwidth && !limited:
 		case means == maint.MeansParallel && limited && !slices.Contains(c.allowed, maint.MeansBandwidth):
 			// More connections bring no more through a limit.
+		case means == maint.MeansPostCopy && !m.canPostCopy(a):
 		default:
 			c.allowed = append(c.allowed, means)
 		}
@@ -85,6 +96,10 @@ func (c *convergence) next(j maint.Job) decision {
 	// The first pass is over all memory, and says nothing of what the guest writes.
 	if j.Iteration < 2 || j.BytesPerSecond == 0 {
 		return decision{}
+	}
+	if c.owed {
+		c.owed = false
+		return decision{means: maint.MeansPostCopy, why: "it was begun anew for that"}
 	}
 	if n := len(c.passes); n > 0 && c.passes[n-1].number == j.Iteration {
 		c.passes[n-1].left = max(c.passes[n-1].left, j.MemoryLeft)
@@ -114,15 +129,20 @@ func (c *convergence) next(j maint.Job) decision {
 		c.pause = d.pause
 	}
 	// A pause that would have to be longer than the longest need not be tried.
-	if (d.pause == 0 || needs > c.maxPause) && len(c.allowed) > 0 {
+	if (d.pause == 0 || needs > c.maxPause) && len(c.allowed) > 0 && !c.slower() {
 		d.means, c.allowed = c.allowed[0], c.allowed[1:]
-		c.used, c.again = append(c.used, d.means), beginsAnew(d.means)
+		c.used, c.again = append(c.used, d.means), c.beginsAnew(d.means)
 	}
 	if d == (decision{}) {
 		return d // it may write less later; the operation's time ends it
 	}
 	d.why, c.passes, c.since = c.stuck, nil, j.Elapsed
 	return d
+}
+
+// slower reports whether QEMU will slow the guest down further, before post-copy.
+func (c *convergence) slower() bool {
+	return c.slowing && c.slowed < mostSlowed && c.allowed[0] == maint.MeansPostCopy
 }
 
 // remedy is for a copy that did not come to its end in time.

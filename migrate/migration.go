@@ -25,6 +25,16 @@ type Engine interface {
 	// SetMaxDowntime and LiftBandwidth change the migration that runs.
 	SetMaxDowntime(ctx context.Context, uuid string, d time.Duration) error
 	LiftBandwidth(ctx context.Context, uuid string) error
+	PostCopier
+}
+
+// PostCopier has a guest run on the destination before all of its memory is there.
+type PostCopier interface {
+	// StartPostCopy is for a migration begun with PostCopy; it may be asked again. It
+	// wraps maint.ErrNoJob where it is refused.
+	StartPostCopy(ctx context.Context, uuid string) error
+	// ResumePostCopy takes up one that is broken, and blocks as Migrate does.
+	ResumePostCopy(ctx context.Context, uuid string, p maint.MoveParams) error
 }
 
 // Supporter tells what a guest's QEMU can do for its migration.
@@ -133,10 +143,14 @@ type Migration struct {
 	Progress func(maint.Job)
 	// Disks, unless empty, says which disks are copied along.
 	Disks DiskCopying
+	// Trouble, unless nil, is told what is wrong with a migration that goes on all the
+	// same, and nil when it is not any more.
+	Trouble func(*maint.Problem)
 
-	landing maint.Landing    // as the destination has said last
-	copies  []maint.DiskCopy // the disks that are copied along
-	seen    maint.Job        // of the copy, as it was seen last
+	landing  maint.Landing    // as the destination has said last
+	copies   []maint.DiskCopy // the disks that are copied along
+	seen     maint.Job        // of the copy, as it was seen last
+	resigned bool             // it was told that there is no way back
 }
 
 // The names of the phases.
@@ -266,12 +280,17 @@ func (m *Migration) leftover(ctx context.Context, b before) error {
 }
 
 // Measure returns what libvirt measured of the finished copy, from the
-// destination: the source keeps nothing of a guest that has left.
+// destination: the source keeps nothing of a guest that has left. Of post-copy the
+// destination has nothing, and the source's last statistics are given, as long as the agent
+// lives that has read them.
 func (m *Migration) Measure(ctx context.Context) (maint.MoveResult, error) {
 	r := maint.MoveResult{From: m.From, To: m.To}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	job, err := m.Destination.CompletedJob(ctx, m.UUID)
+	if m.seen.PostCopy != "" && err != nil {
+		job, err = m.seen, nil
+	}
 	if err != nil {
 		return r, err
 	}

@@ -2,6 +2,7 @@ package migrate
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -38,16 +39,37 @@ type attempt struct {
 	Paused     bool `json:"paused,omitempty"`
 	// Means are those with which it is begun.
 	Means []maint.Means `json:"means,omitempty"`
+	// Able: it was begun so that it can go on as post-copy. PostCopy: it was told to, or
+	// is about to be. Unable: that was refused.
+	Able     bool `json:"able,omitempty"`
+	PostCopy bool `json:"post_copy,omitempty"`
+	Unable   bool `json:"unable,omitempty"`
+	// Params are what it was begun with.
+	Params maint.MoveParams `json:"params,omitzero"`
+	// Refused is how many copies were begun anew because of that.
+	Refused int `json:"refused,omitempty"`
+	// BrokenSince is when the way between the hosts was found to be broken in post-copy.
+	BrokenSince time.Time `json:"broken_since,omitzero"`
 }
 
-// anew is how many copies were cancelled to be begun anew with more means.
-func (a attempt) anew() (n int) {
+// anew is how many copies were begun anew, with more means or for a refusal.
+func (a attempt) anew() int {
+	n := a.Refused
 	for _, m := range a.Means {
-		if beginsAnew(m) {
+		if m != maint.MeansBandwidth {
 			n++
 		}
 	}
 	return n
+}
+
+// StoryOf is the story that what Perform has written down tells; nil is nothing.
+func StoryOf(performed json.RawMessage) Story {
+	var a attempt
+	if len(performed) > 0 && json.Unmarshal(performed, &a) != nil {
+		a.Number = 1 // a copy may have been begun
+	}
+	return a.story()
 }
 
 // story is what it tells of the migration.
@@ -58,6 +80,8 @@ func (a attempt) story() Story {
 		story.Begun = NothingBegun
 	case a.Over:
 		story.Begun = CopyOver
+	case a.PostCopy:
+		story.Begun = PostCopyBegun
 	}
 	return story
 }
@@ -92,6 +116,12 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 				return s.Note("the guest had already moved when the operation was to be cancelled")
 			}
 			return nil
+		case ResumePostCopy, Wait: // in post-copy, else settle would not have returned it
+			a.PostCopy, begun = true, true
+			if err := m.seeThrough(ctx, detach, &a, s); err != nil {
+				return err
+			}
+			continue
 		case Watch:
 			if !begun {
 				if err := s.Note("found the copy already running, watching it"); err != nil {
@@ -99,8 +129,14 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 				}
 			}
 			begun = true
-			c = m.converge(a.Means)
-			_ = m.watch(ctx, detach, nil, c, s) // both hosts tell
+			c = m.converge(a)
+			if a.PostCopy = a.PostCopy || now.PostCopy(); a.PostCopy {
+				if err := m.seeThrough(ctx, detach, &a, s); err != nil {
+					return err
+				}
+				continue
+			}
+			_ = m.watch(ctx, detach, nil, c, &a, s) // both hosts tell
 			continue
 		case ResumeSource:
 			if err := m.resumeSource(detach, s); err != nil {
@@ -113,8 +149,15 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 		default:
 			return m.unsettled(now)
 		}
-		if c != nil && c.again { // it was given up for a better one
+		switch {
+		case c != nil && c.again: // it was given up for a better one
 			a.Means, begun, c, failed = append(a.Means, c.used...), false, nil, nil
+		case ctx.Err() == nil && a.Able && refused(failed, m.seen): // it may be for that
+			if err := s.Note("libvirt refuses a copy that can go on as post-copy, and it is begun anew without that: %v", failed); err != nil {
+				return err
+			}
+			a.Refused, begun, c, failed = a.Refused+1, false, nil, nil
+			a.Unable = !slices.Contains(a.Means, maint.MeansParallel) // else it may be for both at once
 		}
 		if err := m.unmoved(ctx, now, a, c, begun, failed); err != nil {
 			return err
@@ -127,18 +170,22 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 			return err
 		}
 		g := now.here.Guest
-		a.Number, a.Over, a.Persistent, a.Paused = a.Number+1, false, g.Persistent, g.State == maint.GuestPaused
+		a.Number, a.Over, a.PostCopy, a.Persistent, a.Paused = a.Number+1, false, false, g.Persistent, g.State == maint.GuestPaused
+		a.Able, m.seen = m.mayPostCopy(a), maint.Job{}
+		if a.Params, err = m.with(ctx, s, a); err != nil {
+			return err
+		}
 		if err := s.Save(a); err != nil {
 			return err
 		}
-		c, begun = m.converge(a.Means), true
-		failed = m.copy(ctx, detach, s, a, c)
+		c, begun = m.converge(a), true
+		failed = m.copy(ctx, detach, s, &a, c)
 		if c.slowed > 0 {
 			if err := s.Note("the guest was slowed down by up to %d %% for the copy", c.slowed); err != nil {
 				return err
 			}
 		}
-		if failed != nil && !lostSight(failed) {
+		if failed != nil && !lostSight(failed) && !a.PostCopy {
 			a.Over = true
 			if err := s.Save(a); err != nil {
 				return err
@@ -260,7 +307,11 @@ func (m *Migration) Cancel(ctx context.Context, s Scratch) error {
 		case Begin, End, Leave:
 			return nil
 		case Watch:
-			_ = m.watch(abortCtx, ctx, nil, nil, s) // both hosts tell
+			_ = m.watch(abortCtx, ctx, nil, nil, &a, s) // both hosts tell
+		case ResumePostCopy:
+			if err := m.seeThrough(abortCtx, ctx, &a, s); err != nil {
+				return err
+			}
 		case ResumeSource:
 			if err := m.resumeSource(ctx, s); err != nil {
 				return err
@@ -272,25 +323,48 @@ func (m *Migration) Cancel(ctx context.Context, s Scratch) error {
 }
 
 // copy runs one peer-to-peer migration and watches it to its end.
-func (m *Migration) copy(ctx, detach context.Context, s Scratch, a attempt, c *convergence) error {
-	g, err := m.Source.Guest(ctx, m.UUID)
-	if err != nil {
-		return err
-	}
-	p := m.params(g.Persistent)
-	if slices.Contains(a.Means, maint.MeansParallel) {
+func (m *Migration) copy(ctx, detach context.Context, s Scratch, a *attempt, c *convergence) error {
+	p := a.Params
+	done := make(chan error, 1)
+	go func() { done <- m.send(detach, s, p) }()
+	return m.watch(ctx, detach, done, c, a, s)
+}
+
+// with is how the attempt's copy is to be begun.
+func (m *Migration) with(ctx context.Context, s Scratch, a attempt) (maint.MoveParams, error) {
+	p := m.params(a.Persistent)
+	post := slices.Contains(a.Means, maint.MeansPostCopy) // it is all about that, and by one connection
+	if slices.Contains(a.Means, maint.MeansParallel) && !post {
 		p.Parallel = connections
 	}
 	if slices.Contains(a.Means, maint.MeansBandwidth) {
 		p.BandwidthMiBs = 0
 	}
-	p.Slow = slices.Contains(a.Means, maint.MeansSlow)
-	if p, err = m.equip(ctx, s, m.land(p)); err != nil {
-		return err
+	if post {
+		p.Compression, p.ZeroCopy = "", false
 	}
-	done := make(chan error, 1)
-	go func() { done <- m.send(detach, s, p) }()
-	return m.watch(ctx, detach, done, c, s)
+	p.Slow = slices.Contains(a.Means, maint.MeansSlow)
+	p.PostCopy = a.Able
+	return m.equip(ctx, s, m.land(p))
+}
+
+// mayPostCopy reports whether the next copy is to be one that can go on as post-copy.
+// Whether both hosts can do that is for libvirt and QEMU to say, as it is begun. One by
+// several connections is first tried with it too: QEMU takes both from 10.1 on.
+func (m *Migration) mayPostCopy(a attempt) bool {
+	several := slices.Contains(a.Means, maint.MeansParallel) && !slices.Contains(a.Means, maint.MeansPostCopy)
+	return slices.Contains(m.Allow, maint.MeansPostCopy) && m.canPostCopy(a) && (!several || a.Refused == 0)
+}
+
+// canPostCopy reports whether nothing speaks against post-copy. A guest that is paused has
+// no use for it, and one whose disks go along would have those on two hosts, too.
+func (m *Migration) canPostCopy(a attempt) bool {
+	return !a.Unable && !a.Paused && len(m.copies)+len(a.Params.CopyDisks) == 0
+}
+
+// refused reports whether libvirt refused a copy before anything was sent.
+func refused(failed error, last maint.Job) bool {
+	return failed != nil && !lostSight(failed) && last.MemorySent == 0
 }
 
 // send has libvirt migrate the guest. Where it knows nothing of what is to make the copy

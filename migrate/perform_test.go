@@ -126,6 +126,7 @@ func (p page) Load(phase string, v any) (bool, error) {
 // bench is one migration between two hosts in memory, in the bubble's time.
 type bench struct {
 	*Migration
+	t     *testing.T
 	w     *hypervisortest.World
 	a     *hypervisortest.Host
 	b     *there
@@ -138,11 +139,17 @@ func (x *bench) page(phase string) page { return page{x.book, &x.notes, phase} }
 // inBubble runs f on a migration whose preflight has passed.
 func inBubble(t *testing.T, f func(t *testing.T, x *bench)) {
 	t.Helper()
+	inBubbleOn(t, hypervisortest.HostOptions{}, f)
+}
+
+// inBubbleOn is inBubble with hosts of that kind.
+func inBubbleOn(t *testing.T, hosts hypervisortest.HostOptions, f func(t *testing.T, x *bench)) {
+	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		w := hypervisortest.NewWorld()
 		defer w.Close()
-		x := &bench{w: w, a: w.AddHost("a", hypervisortest.HostOptions{}),
-			b:    &there{host: w.AddHost("b", hypervisortest.HostOptions{})},
+		x := &bench{w: w, a: w.AddHost("a", hosts),
+			b:    &there{host: w.AddHost("b", hosts)},
 			book: make(map[string]json.RawMessage)}
 		uuid := x.a.PutGuest("web-1", func(g *maint.Guest) { g.Autostart, g.Reason = true, "migration canceled" })
 		x.Migration = &Migration{Op: "mig-1", Guest: "web-1", UUID: uuid, From: "a", To: "b", Source: here{x.a}, Destination: x.b,

@@ -49,14 +49,15 @@ func (m *Migration) settle(detach context.Context, story Story) (situation, erro
 			was, since = now.Verdict, time.Now()
 		}
 		left := now.Doubt() - time.Since(since)
-		if now.Action != Wait && left <= 0 {
+		if (now.Action != Wait || now.PostCopy()) && left <= 0 {
 			return now, nil
 		}
 		patience := settleGrace
 		if now.here == nil && !now.nothing {
 			patience = silentGrace
 		}
-		if now.Action == Wait && time.Since(begun) > patience {
+		// In post-copy the hosts are waited for without an end: nobody could do better.
+		if now.Action == Wait && time.Since(begun) > patience && story.Begun != PostCopyBegun {
 			return now, m.unsettled(now)
 		}
 		next := pause

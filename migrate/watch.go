@@ -21,10 +21,11 @@ const (
 )
 
 // watch follows the running copy until it ends, sees to it that it does, and cancels
-// it when ctx ends, or for one that is to be better (c.again). done delivers
-// Migrate's result; nil when the Migrate of an agent that was killed is being watched:
-// then the job itself is. A nil c leaves the copy as it is.
-func (m *Migration) watch(ctx, detach context.Context, done <-chan error, c *convergence, s Scratch) error {
+// it when ctx ends, or for one that is to be better (c.again); but not once it was told to
+// go on as post-copy, from where there is no way back. done delivers Migrate's result; nil
+// when the Migrate of an agent that was killed is being watched: then the job itself is,
+// until it is over or broken. A nil c leaves the copy as it is.
+func (m *Migration) watch(ctx, detach context.Context, done <-chan error, c *convergence, a *attempt, s Scratch) error {
 	tick := time.NewTicker(pollFirst)
 	defer tick.Stop()
 	stop, cancelled := ctx.Done(), false
@@ -35,12 +36,19 @@ func (m *Migration) watch(ctx, detach context.Context, done <-chan error, c *con
 		case <-detach.Done():
 			return detach.Err()
 		case <-stop:
-			stop, cancelled = nil, true
+			stop = nil
+			if a.PostCopy {
+				if err := m.noWayBack(ctx, s); err != nil {
+					return err
+				}
+				continue
+			}
+			cancelled = true
 			m.abort(detach)
 			continue // the job's end takes its time
 		case <-tick.C:
 		}
-		if cancelled || c != nil && c.again {
+		if !a.PostCopy && (cancelled || c != nil && c.again) {
 			m.abort(detach)
 		}
 		lookCtx, cancel := context.WithTimeout(detach, lookTimeout)
@@ -48,10 +56,16 @@ func (m *Migration) watch(ctx, detach context.Context, done <-chan error, c *con
 		cancel()
 		switch {
 		case err == nil && job.Active && job.Operation == jobOut: // not what came after it
-			m.Progress(job)
 			m.seen = job
-			if c != nil && !c.again && !cancelled {
-				m.tune(detach, c, job, s)
+			m.Progress(job)
+			switch {
+			case job.PostCopy == maint.PostCopyBroken && done == nil:
+				return nil
+			case job.PostCopy != "":
+			case a.PostCopy:
+				m.startPostCopy(detach, a, s, true)
+			case c != nil && !c.again && !cancelled:
+				m.tune(detach, c, a, job, s)
 			}
 			tick.Reset(pollEvery)
 		case done == nil: // the job is gone, or libvirt is: look at both hosts
@@ -62,25 +76,31 @@ func (m *Migration) watch(ctx, detach context.Context, done <-chan error, c *con
 
 // tune does what has to be done for a copy to come to its end. What libvirt refuses of
 // it, the copy goes on without.
-func (m *Migration) tune(ctx context.Context, c *convergence, job maint.Job, s Scratch) {
+func (m *Migration) tune(ctx context.Context, c *convergence, a *attempt, job maint.Job, s Scratch) {
 	d := c.next(job)
-	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	bounded, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
 	var err error
 	did := ""
 	if d.pause > 0 {
-		err = m.Source.SetMaxDowntime(ctx, m.UUID, d.pause)
+		err = m.Source.SetMaxDowntime(bounded, m.UUID, d.pause)
 		did = fmt.Sprintf("it may end with a pause of %s", round(d.pause))
 	}
 	switch d.means {
 	case "":
 	case maint.MeansBandwidth:
-		err = errors.Join(err, m.Source.LiftBandwidth(ctx, m.UUID))
+		err = errors.Join(err, m.Source.LiftBandwidth(bounded, m.UUID))
 		did += ", and the limit of its bandwidth is lifted"
 	case maint.MeansParallel:
 		did += fmt.Sprintf(", and it is begun anew, by %d connections", connections)
 	case maint.MeansSlow:
 		did += ", and it is begun anew, with the guest slowed down as far as it must be"
+	case maint.MeansPostCopy:
+		if c.again {
+			did += ", and it is begun anew, by one connection, to go on as post-copy"
+			break
+		}
+		did += fmt.Sprintf(", and it goes on as post-copy: the guest is started on %s, and the %s that are left follow it; there is no way back", m.To, mib(job.MemoryLeft))
 	}
 	if err != nil {
 		m.Log.Warn("cannot change the copy that runs", "guest", m.Guest, "err", err)
@@ -91,8 +111,17 @@ func (m *Migration) tune(ctx context.Context, c *convergence, job maint.Job, s S
 			m.Log.Error("cannot note what is done to the copy", "guest", m.Guest, "err", err)
 		}
 	}
-	if c.again {
+	switch {
+	case c.again:
 		m.abort(ctx)
+	case d.means == maint.MeansPostCopy:
+		a.PostCopy = true
+		if err := s.Save(*a); err != nil { // not without its being on disk
+			m.Log.Error("cannot write down that post-copy begins", "guest", m.Guest, "err", err)
+			a.PostCopy, c.owed = false, true
+			return
+		}
+		m.startPostCopy(ctx, a, s, false)
 	}
 }
 

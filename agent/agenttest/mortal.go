@@ -84,6 +84,16 @@ func (m mortalHost) LiftBandwidth(ctx context.Context, uuid string) error {
 	return m.Hypervisor.LiftBandwidth(ctx, uuid)
 }
 
+func (m mortalHost) StartPostCopy(ctx context.Context, uuid string) error {
+	defer m.around("StartPostCopy")()
+	return m.Hypervisor.StartPostCopy(ctx, uuid)
+}
+
+func (m mortalHost) ResumePostCopy(ctx context.Context, uuid string, p maint.MoveParams) error {
+	defer m.around("ResumePostCopy")()
+	return m.Hypervisor.ResumePostCopy(ctx, uuid, p)
+}
+
 func (m mortalHost) Job(ctx context.Context, uuid string) (maint.Job, error) {
 	defer m.around("Job")()
 	return m.Hypervisor.Job(ctx, uuid)

@@ -375,7 +375,7 @@ func TestRefusals(t *testing.T) {
 		{"long socket", "[api]\nsocket='/" + strings.Repeat("x", 107) + "'", "has 108 bytes, a unix socket's path can have 107"},
 		{"host with a line end", `host="a\nb"`, `configuration: host: "a\nb" has spaces or control characters`},
 		{"long pause", "[migration]\nmax_pause='2m'", "configuration: migration.max_pause: 2m0s is not between 1ms and 1m0s"},
-		{"unknown means", "[migration]\nallow=['prayer']", `configuration: migration.allow: "prayer" is none of [bandwidth parallel slow]`},
+		{"unknown means", "[migration]\nallow=['prayer']", `configuration: migration.allow: "prayer" is none of [bandwidth parallel slow postcopy]`},
 		{"much bandwidth", "[migration]\nbandwidth_mib_s=1048577", "configuration: migration.bandwidth_mib_s: 1048577 is out of range"},
 		{"peer without a name", strings.Replace(peer, "host-b", `""`, 1), `configuration: peers: "" is not a name`},
 		{"peer with a line end", strings.Replace(peer, "host-b", `"b\u001b[2J"`, 1), `configuration: peers: "b\x1b[2J" is not a name`},

@@ -161,10 +161,21 @@ type Job struct {
 	DiskTotal     uint64 `json:"disk_total_bytes,omitempty"`
 	DiskLeft      uint64 `json:"disk_left_bytes,omitempty"`
 	DiskPerSecond uint64 `json:"disk_bytes_per_second,omitempty"`
+	// PostCopy is not "" once the guest runs on the destination and its memory follows.
+	PostCopy PostCopy `json:"post_copy,omitempty"`
 	// SlowedPercent is by how much the guest's vCPUs are slowed down for the copy
 	// (auto-converge).
 	SlowedPercent int `json:"slowed_percent,omitempty"`
 }
+
+// PostCopy is how a migration in post-copy gets on.
+type PostCopy string
+
+// The ways.
+const (
+	PostCopyRunning PostCopy = "running"
+	PostCopyBroken  PostCopy = "broken" // libvirt has lost sight of the other host; QEMU may yet go on
+)
 
 // MoveParams says how a live migration is to be performed
 // (virDomainMigrateToURI3, peer to peer).
@@ -198,6 +209,9 @@ type MoveParams struct {
 	CopyOverlays bool `json:"copy_overlays,omitempty"`
 	// SyncWrites has each write to such a disk wait for the destination.
 	SyncWrites bool `json:"sync_writes,omitempty"`
+	// PostCopy has the copy be one that can go on as post-copy, when it is told to;
+	// BandwidthMiBs is then for both. QEMU before 10.1 refuses it with Parallel.
+	PostCopy bool `json:"post_copy,omitempty"`
 	// SameHost says that source and destination are on one host: a disk that
 	// is opened through the host's page cache, or is a local file, is then the
 	// same for both (VIR_MIGRATE_UNSAFE).

@@ -78,10 +78,11 @@ const (
 	MeansBandwidth Means = "bandwidth" // lift the limit of the copy's bandwidth
 	MeansParallel  Means = "parallel"  // copy again, by several connections
 	MeansSlow      Means = "slow"      // copy again, and slow the guest's vCPUs down
+	MeansPostCopy  Means = "postcopy"  // run it on the destination, and send what is left after it
 )
 
 // AllMeans are all, in order.
-var AllMeans = []Means{MeansBandwidth, MeansParallel, MeansSlow}
+var AllMeans = []Means{MeansBandwidth, MeansParallel, MeansSlow, MeansPostCopy}
 
 // AbortNow is the Text of a RecAbort that is about what runs of an operation, too.
 const AbortNow = "now"
@@ -133,6 +134,8 @@ type Op struct {
 
 	// Progress is the last statistics of a running copy; not journaled.
 	Progress *Job `json:"progress,omitempty"`
+	// Trouble is what is wrong with it while it goes on all the same; not journaled.
+	Trouble *Problem `json:"trouble,omitempty"`
 }
 
 // Step is one step of an operation as its records tell it.

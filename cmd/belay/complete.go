@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -39,6 +41,17 @@ func (a *app) completePeers(c *cobra.Command, _ []string, _ string) ([]string, c
 		}
 		return names
 	})
+}
+
+// completeMeans completes a list of means, separated by commas.
+func completeMeans(_ *cobra.Command, _ []string, typed string) (lists []string, _ cobra.ShellCompDirective) {
+	before := typed[:strings.LastIndex(typed, ",")+1]
+	for _, m := range maint.AllMeans {
+		if !slices.Contains(strings.Split(before, ","), string(m)) {
+			lists = append(lists, before+string(m))
+		}
+	}
+	return lists, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace
 }
 
 func (a *app) completeOps(c *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {

@@ -57,13 +57,14 @@ runs where it ran before. Ctrl-C detaches: the migration goes on.`,
 	f.DurationVar(&r.Timeout, "timeout", 0, "cancel the copy after this time, the guest stays (default: belayd's migration.timeout)")
 	f.Uint64Var(&r.BandwidthMiBs, "bandwidth", 0, "limit for the memory stream in MiB/s (default: belayd's migration.bandwidth_mib_s)")
 	f.DurationVar(&r.MaxPause, "max-pause", 0, "longest pause that the copy may end with; it ends with a shorter one if the guest writes little enough (default: belayd's migration.max_pause)")
-	f.StringSliceVar(&allow, "allow", nil, "what may be done if the guest writes faster than the network takes it, tried in this order: bandwidth (lift the limit), parallel (copy anew by several connections), slow (copy anew and slow the guest down) (default: belayd's migration.allow)")
+	f.StringSliceVar(&allow, "allow", nil, "what may be done if the guest writes faster than the network takes it, tried in this order: bandwidth (lift the limit), parallel (copy anew by several connections), slow (copy anew and slow the guest down), postcopy (run it on the destination before all of its memory is there: no way back from then on) (default: belayd's migration.allow)")
 	copyDisksFlag(f, &r.CopyDisks)
 	f.StringVar(&r.Reason, "reason", "", "why, for the record")
 	emergencyFlag(f, &r.Emergency)
 	f.BoolVar(&detach, "detach", false, "print the operation's ID and return at once")
 	f.DurationVar(&wait, "wait", 0, "wait no longer than this, then exit with 5 while the operation goes on (default: wait for its end)")
 	_ = c.RegisterFlagCompletionFunc("to", a.completePeers)
+	_ = c.RegisterFlagCompletionFunc("allow", completeMeans)
 	return c
 }
 
@@ -306,6 +307,12 @@ func describe(op maint.Op) string {
 		if disks := describeDisks(p); disks != "" {
 			return "perform: " + disks
 		}
+		switch p.PostCopy {
+		case maint.PostCopyRunning:
+			return fmt.Sprintf("perform: runs on %s, in post-copy: %s of %s left, %s/s", op.Peer, bytes(p.MemoryLeft), bytes(p.MemoryTotal), bytes(p.BytesPerSecond))
+		case maint.PostCopyBroken:
+			return fmt.Sprintf("perform: runs on %s, in post-copy, which is broken and will be resumed", op.Peer)
+		}
 		return fmt.Sprintf("perform: %s of %s left, %s/s, pass %d", bytes(p.MemoryLeft), bytes(p.MemoryTotal), bytes(p.BytesPerSecond), p.Iteration)
 	}
 	return op.Step
@@ -319,6 +326,9 @@ func printOp(w io.Writer, op maint.Op) {
 	}
 	if op.Part != "" {
 		row(w, "part of", op.Part)
+	}
+	if op.Trouble != nil {
+		row(w, "now", op.Trouble.Error())
 	}
 	if op.Move != nil {
 		row(w, "moved", fmt.Sprintf("%s → %s", op.Move.From, op.Move.To))

@@ -210,6 +210,9 @@ func (h *Host) AbortJob(ctx context.Context, uuid string) error {
 	_, err := onGuest(ctx, h, "AbortJob", uuid, func(g *guest) (struct{}, error) {
 		switch {
 		case g.out != nil:
+			if g.out.post.begun {
+				return struct{}{}, h.failed("DomainAbortJob", codeOperationInvalid, "Requested operation is not valid: cannot abort migration in post-copy mode")
+			}
 			// Once the destination runs the guest there is nothing to cancel.
 			if g.out.phase != PhaseResumed {
 				g.out.end(h.failed(opPerform, codeOperationAborted, "operation aborted: migration out job: canceled by client"))

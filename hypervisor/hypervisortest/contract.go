@@ -57,6 +57,8 @@ type Site interface {
 	// does not end before Release.
 	Hold(t testing.TB)
 	Release(t testing.TB, uuid string)
+	// BreakPostCopy has both QEMUs of a migration in post-copy lose each other.
+	BreakPostCopy(t testing.TB, uuid string)
 	// KillLibvirt, RestartLibvirt: SIGKILL, and a new start.
 	KillLibvirt(t testing.TB)
 	RestartLibvirt(t testing.TB)
@@ -101,6 +103,9 @@ func Contract(t *testing.T, env Env) {
 		{"MidCopyDestinationQEMUKilled", testMidCopyDestinationQEMUKilled},
 		{"MidCopyDestinationLibvirtKilled", testMidCopyDestinationLibvirtKilled},
 		{"MidCopySourceLibvirtKilled", testMidCopySourceLibvirtKilled},
+		{"MidCopyPostCopy", testMidCopyPostCopy},
+		{"MidCopyPostCopyBroken", testMidCopyPostCopyBroken},
+		{"MidCopyNoPostCopy", testMidCopyNoPostCopy},
 		{"Hold", testHold},
 		{"HoldWithoutLibvirt", testHoldWithoutLibvirt},
 		{"Lease", testLease},
@@ -306,14 +311,19 @@ type move struct {
 // hosts know of it.
 func startMove(t *testing.T, env Env, uuid string) *move {
 	t.Helper()
+	return startMoveWith(t, env, uuid, maint.MoveParams{})
+}
+
+// startMoveWith is startMove with more.
+func startMoveWith(t *testing.T, env Env, uuid string, p maint.MoveParams) *move {
+	t.Helper()
+	p.DestURI, p.Persist, p.BandwidthMiBs = env.B.URI(), true, 1
 	env.A.Hold(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	m := &move{cancel: cancel, result: make(chan error, 1)}
 	t.Cleanup(cancel)
 	go func() {
-		m.result <- env.A.Hypervisor().Migrate(ctx, uuid, maint.MoveParams{
-			DestURI: env.B.URI(), Persist: true, BandwidthMiBs: 1,
-		})
+		m.result <- env.A.Hypervisor().Migrate(ctx, uuid, p)
 	}()
 	eventually(t, "migration is copying", func() bool {
 		job, err := env.A.Hypervisor().Job(t.Context(), uuid)

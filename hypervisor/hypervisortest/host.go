@@ -17,6 +17,7 @@ type Host struct {
 	w         *World
 	info      maint.Host
 	cannotRun []string
+	noPost    bool
 	pools     []maint.PagePool
 	root      string // of its files
 
@@ -223,6 +224,14 @@ func (h *Host) KillQEMU(t testing.TB, uuid string) {
 
 // stop ends a guest and its migration, whichever side of it this is.
 func (h *Host) stop(g *guest, detail string) {
+	for _, m := range []*migration{g.in, g.out} {
+		if m != nil && m.post.begun {
+			m.halve()
+			g.in, g.out = nil, nil
+			h.stopped(g, detail)
+			return
+		}
+	}
 	if m := g.in; m != nil {
 		m.end(m.src.failed(opPerform, codeOperationFailed, "operation failed: domain is not running on the destination"))
 		return // with the migration the guest is gone from here

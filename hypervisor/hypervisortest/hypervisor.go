@@ -29,6 +29,8 @@ type Hypervisor interface {
 	AbortJob(ctx context.Context, uuid string) error
 	SetMaxDowntime(ctx context.Context, uuid string, d time.Duration) error
 	LiftBandwidth(ctx context.Context, uuid string) error
+	StartPostCopy(ctx context.Context, uuid string) error
+	ResumePostCopy(ctx context.Context, uuid string, p maint.MoveParams) error
 	Job(ctx context.Context, uuid string) (maint.Job, error)
 	CompletedJob(ctx context.Context, uuid string) (maint.Job, error)
 	SetAutostart(ctx context.Context, uuid string, on bool) error

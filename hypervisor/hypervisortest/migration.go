@@ -30,9 +30,13 @@ type migration struct {
 	wasPaused  bool          // it arrives paused, too
 	sourceGone bool          // its QEMU died on the source: nothing to go back to
 
-	err  error
-	over bool
-	done chan struct{} // closed when over
+	post postCopy
+
+	err      error
+	over     bool
+	kick     chan struct{} // closed when the copy is to go on as post-copy
+	answered chan struct{} // closed when the call has its answer
+	done     chan struct{} // closed when over
 }
 
 // DryRun checks what libvirt checks at the beginning of a migration.
@@ -71,17 +75,23 @@ func (h *Host) Migrate(ctx context.Context, uuid string, p maint.MoveParams) err
 		if err != nil {
 			return struct{}{}, err
 		}
-		select {
-		case <-m.done:
-			return struct{}{}, m.err
-		case <-ctx.Done():
-			return struct{}{}, hypervisor.NewError(opPerform, h.socket(), 0,
-				"given up; a migration that has begun goes on", ctx.Err())
-		case <-interrupt:
-			return struct{}{}, h.connectionLost(opPerform)
-		}
+		return struct{}{}, m.answer(ctx, h, m.answered, interrupt)
 	})
 	return err
+}
+
+// answer waits for what libvirt has to say of a migration.
+func (m *migration) answer(ctx context.Context, h *Host, answered, interrupt <-chan struct{}) error {
+	select {
+	case <-answered:
+		h.w.mu.Lock()
+		defer h.w.mu.Unlock()
+		return m.err
+	case <-ctx.Done():
+		return hypervisor.NewError(opPerform, h.socket(), 0, "given up; a migration that has begun goes on", ctx.Err())
+	case <-interrupt:
+		return h.connectionLost(opPerform)
+	}
 }
 
 // CameBy tells how the last guest came that came here.
@@ -115,6 +125,9 @@ func (h *Host) begin(uuid string, p maint.MoveParams) (*migration, error) {
 		return nil, h.failed(opPerform, codeInternal,
 			"internal error: Attempt to migrate guest to the same host "+dst.info.UUID)
 	}
+	if err := h.canPostCopy(dst, p); err != nil {
+		return nil, err
+	}
 	for _, other := range dst.guests {
 		switch {
 		case other.UUID == uuid && other.State.Active():
@@ -134,7 +147,7 @@ func (h *Host) begin(uuid string, p maint.MoveParams) (*migration, error) {
 		phase: PhaseCopying, pass: 1, started: time.Now(),
 		pause: 300 * time.Millisecond, left: g.MemoryBytes, // QEMU's default
 		wasPaused: g.State == maint.GuestPaused,
-		done:      make(chan struct{}),
+		kick:      make(chan struct{}), answered: make(chan struct{}), done: make(chan struct{}),
 	}
 	if len(p.CopyDisks) > 0 {
 		m.phase = PhaseDisks
@@ -166,7 +179,11 @@ func (m *migration) run() {
 	}
 	m.src.w.entered(m.uuid, PhaseCopying)
 	for {
-		if !m.wait(m.takes()) {
+		if !m.waitOr(m.takes(), m.kick) {
+			return
+		}
+		if m.toPostCopy() {
+			m.postCopy()
 			return
 		}
 		if m.passDone() {
@@ -180,12 +197,18 @@ func (m *migration) run() {
 }
 
 // wait lets time pass, and as much more as the LAN is cut. false: it is over.
-func (m *migration) wait(d time.Duration) bool {
+func (m *migration) wait(d time.Duration) bool { return m.waitOr(d, nil) }
+
+// waitOr is wait, and is over as soon as enough is closed.
+func (m *migration) waitOr(d time.Duration, enough <-chan struct{}) bool {
 	var stood time.Duration
 	for {
 		timer := time.NewTimer(d)
 		select {
 		case <-timer.C:
+		case <-enough:
+			timer.Stop()
+			return true
 		case <-m.done:
 			timer.Stop()
 			return false
@@ -306,16 +329,7 @@ func (m *migration) resume() {
 	g.in, g.completed = nil, &job
 	m.dst.cameBy = m.params
 	g.clock = m.src.guests[m.uuid].clock
-	if m.params.Persist {
-		known := g.Persistent
-		g.Persistent = true
-		g.definition = m.src.guests[m.uuid].definition
-		detail := "added"
-		if known {
-			detail = "updated"
-		}
-		m.dst.lifecycle(g, "defined", detail)
-	}
+	m.persist(g)
 	if m.wasPaused {
 		g.become(maint.GuestPaused, "user")
 		m.dst.lifecycle(g, "suspended", "paused")
@@ -325,12 +339,26 @@ func (m *migration) resume() {
 	m.dst.lifecycle(g, "resumed", "migrated")
 }
 
+// persist defines the guest on the destination.
+func (m *migration) persist(g *guest) {
+	if !m.params.Persist {
+		return
+	}
+	detail := "added"
+	if g.Persistent {
+		detail = "updated"
+	}
+	g.Persistent = true
+	g.definition = m.src.guests[m.uuid].definition
+	m.dst.lifecycle(g, "defined", detail)
+}
+
 // confirm ends the guest on the source.
 func (m *migration) confirm() {
 	m.phase = PhaseStopped
 	g := m.src.guests[m.uuid]
 	m.src.stopped(g, "migrated")
-	if m.params.Persist && g.Persistent {
+	if m.params.Persist && g.Persistent && !m.post.unattended { // nobody is left who was told to
 		delete(m.src.guests, m.uuid) // libvirt sends no event for this
 	}
 	m.finish(nil)
@@ -339,6 +367,10 @@ func (m *migration) confirm() {
 // end stops the migration where it is, and leaves what libvirt leaves.
 func (m *migration) end(err error) {
 	if m.over {
+		return
+	}
+	if m.post.begun {
+		m.lose(err)
 		return
 	}
 	if g := m.src.guests[m.uuid]; g != nil && m.phase != PhaseDisks && m.phase != PhaseCopying && !m.wasPaused && !m.sourceGone {
@@ -362,18 +394,36 @@ func (m *migration) finish(err error) {
 	if g := m.src.guests[m.uuid]; g != nil {
 		g.out = nil
 	}
-	m.err, m.over = err, true
-	close(m.done)
+	if !m.post.unattended {
+		m.err = err
+		close(m.answered)
+	}
+	m.quit()
 }
 
-// stats are the running statistics: the first pass copies all memory, each
-// later one a quarter of the one before.
+// quit ends the migration's goroutine.
+func (m *migration) quit() {
+	if !m.over {
+		m.over = true
+		close(m.done)
+	}
+}
+
+// stats are the running statistics, in post-copy too.
 func (m *migration) stats() maint.Job {
 	job := m.memoryStats()
 	m.diskStats(&job)
+	if m.post.begun {
+		job.PostCopy, job.Downtime = maint.PostCopyRunning, m.copy.Blackout
+		if m.src.guests[m.uuid].Reason == reasonPostFailed {
+			job.PostCopy = maint.PostCopyBroken
+		}
+	}
 	return job
 }
 
+// memoryStats are those of memory: the first pass copies all, each later one a quarter of
+// the one before.
 func (m *migration) memoryStats() maint.Job {
 	total := m.src.guests[m.uuid].MemoryBytes
 	elapsed := time.Since(m.started)

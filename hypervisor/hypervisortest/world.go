@@ -31,6 +31,7 @@ type Copy struct {
 	Passes   int           // over memory, before the guest is suspended; 3
 	Step     time.Duration // each pass; 100 ms
 	Blackout time.Duration // suspended to resumed; 50 ms
+	PostCopy time.Duration // from there to all memory's being there; 100 ms
 
 	// Writes, unless zero, has the copy depend on what the guest writes instead: it
 	// ends when a pass leaves no more than can be sent in the longest pause.
@@ -60,6 +61,7 @@ const (
 	PhaseCopying   Phase = "copying"   // begun; the destination has the guest, paused
 	PhaseSuspended Phase = "suspended" // the source's vCPUs are stopped
 	PhaseResumed   Phase = "resumed"   // the destination's run
+	PhasePostCopy  Phase = "post-copy" // the same, and memory follows; then resumed, stopped
 	PhaseStopped   Phase = "stopped"   // the source's domain has stopped
 )
 
@@ -77,8 +79,11 @@ func (w *World) Close() {
 	w.mu.Lock()
 	for _, h := range w.hosts {
 		for _, g := range h.guests {
-			if g.out != nil {
-				g.out.end(h.connectionLost("DomainMigratePerform3Params"))
+			for _, m := range []*migration{g.out, g.in} {
+				if m != nil {
+					m.end(h.connectionLost("DomainMigratePerform3Params"))
+					m.quit()
+				}
 			}
 		}
 	}
@@ -97,6 +102,7 @@ func (w *World) SetCopy(c Copy) {
 		Passes:   cmp.Or(c.Passes, 3),
 		Step:     cmp.Or(c.Step, 100*time.Millisecond),
 		Blackout: cmp.Or(c.Blackout, 50*time.Millisecond),
+		PostCopy: cmp.Or(c.PostCopy, 100*time.Millisecond),
 		Writes:   c.Writes,
 	}
 }
@@ -154,6 +160,8 @@ type HostOptions struct {
 	// Root is the folder that stands for the host's own, for the files of disks that are
 	// copied. Only then are there any.
 	Root string
+	// NoPostCopy: its kernel lets QEMU have no userfaultfd.
+	NoPostCopy bool
 }
 
 // AddHost adds a host with libvirt running and no guests.
@@ -175,6 +183,7 @@ func (w *World) AddHost(name string, o HostOptions) *Host {
 			MachineTypes:   o.MachineTypes,
 		},
 		cannotRun: o.CannotRun,
+		noPost:    o.NoPostCopy,
 		pools:     o.HugePages,
 		root:      o.Root,
 		networks:  make(map[string]bool),
