@@ -90,21 +90,25 @@ func TestKilledAnywhere(t *testing.T) {
 		fail   bool // the destination's QEMU dies in the middle
 		late   bool // the agent comes back only when libvirt is done
 		disk   bool // is copied along
+		paused bool // the guest, by its owner
 	}{
-		{"source", 0, false, false, false},
-		{"source, back late", 0, false, true, false},
-		{"source, failing copy", 0, true, false, false},
-		{"destination", 1, false, false, false},
-		{"source, with a disk", 0, false, false, true},
-		{"source, failing copy, with a disk", 0, true, false, true},
-		{"destination, with a disk", 1, false, false, true},
-		{"destination, failing copy, with a disk", 1, true, false, true},
+		{"source", 0, false, false, false, false},
+		{"source, back late", 0, false, true, false, false},
+		{"source, failing copy", 0, true, false, false, false},
+		{"destination", 1, false, false, false, false},
+		{"source, with a disk", 0, false, false, true, false},
+		{"source, failing copy, with a disk", 0, true, false, true, false},
+		{"destination, with a disk", 1, false, false, true, false},
+		{"destination, failing copy, with a disk", 1, true, false, true, false},
+		{"source, of a paused guest", 0, false, false, false, true},
+		{"source, failing copy, of a paused guest", 0, true, false, false, true},
+		{"destination, of a paused guest", 1, false, false, false, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			points := 0
 			for n := 0; ; n++ {
-				at := killedAt(t, c.victim, n, c.fail, c.late, c.disk)
+				at := killedAt(t, c.victim, n, c.fail, c.late, c.disk, c.paused)
 				if at == "" {
 					break
 				}
@@ -118,7 +122,7 @@ func TestKilledAnywhere(t *testing.T) {
 	}
 }
 
-func killedAt(t *testing.T, victim, n int, fail, late, disk bool) (at string) {
+func killedAt(t *testing.T, victim, n int, fail, late, disk, paused bool) (at string) {
 	t.Helper()
 	w := agenttest.New(t, quiet(t), nil, "a", "b")
 	source := w.Nodes[0]
@@ -128,6 +132,9 @@ func killedAt(t *testing.T, victim, n int, fail, late, disk bool) (at string) {
 		uuid, r.CopyDisks = withDisk(t, w), []string{maint.CopyAll}
 	} else {
 		uuid = source.Host.PutGuest("web-1", func(g *maint.Guest) { g.Autostart = true })
+	}
+	if paused {
+		source.Host.Pause(t, uuid)
 	}
 	k := &killer{node: w.Nodes[victim], left: n, dead: make(chan struct{})}
 	w.Nodes[victim].Stop()
@@ -168,7 +175,7 @@ func killedAt(t *testing.T, victim, n int, fail, late, disk bool) (at string) {
 		op = await(t, ctx, source, op.ID)
 	}
 	if op.Move != nil {
-		if clock := awaitArrival(t, ctx, source, op.ID).Clock; clock.State != maint.ClockSynchronised || clock.Shots != 1 {
+		if clock := awaitArrival(t, ctx, source, op.ID).Clock; !paused && (clock.State != maint.ClockSynchronised || clock.Shots != 1) {
 			t.Errorf("killed %s (n=%d): its clock is %+v", k.at, n, clock)
 		}
 	}
@@ -180,8 +187,15 @@ func killedAt(t *testing.T, victim, n int, fail, late, disk bool) (at string) {
 		<-restarted
 	}
 
-	running, defined := places(t, w, uuid)
 	want := map[bool]string{true: "b", false: "a"}[op.Outcome == maint.OutcomeDone || op.Outcome == maint.OutcomePartly]
+	running, defined := places(t, w, uuid)
+	if paused {
+		if running != "" {
+			t.Fatalf("killed %s (n=%d): a guest that was paused runs on %q", at, n, running)
+		}
+		map[string]*agenttest.Node{"a": w.Nodes[0], "b": w.Nodes[1]}[want].Host.Unpause(t, uuid) // it must be where the record says
+		running, _ = places(t, w, uuid)
+	}
 	story := fmt.Sprintf("killed %s (n=%d): operation %q ended %q, problems %v; runs on %q, defined on %q", at, n, op.ID, op.Outcome, op.Problems, running, defined)
 	switch {
 	case running != want || defined != want+"+autostart":

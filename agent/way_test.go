@@ -66,12 +66,25 @@ func TestMoveByTLS(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if c := doctor(t, b, "migration TLS, incoming"); c.Result != maint.CheckFail || !strings.Contains(c.Text, "/etc/pki/qemu/server-cert.pem is not there") {
+		t.Errorf("without a certificate: %+v", c)
+	}
 	for from, to := range map[string]string{ca.CertFile("ca"): "ca-cert.pem", ca.CertFile("b.qemu"): "server-cert.pem", ca.KeyFile("b.qemu"): "server-key.pem"} {
 		text, err := os.ReadFile(from)
 		if err != nil {
 			t.Fatal(err)
 		}
 		put(t, filepath.Join(b.Root, "etc/pki/qemu", to), string(text))
+	}
+	if c := doctor(t, b, "migration TLS, incoming"); c.Result != maint.CheckOK || !strings.Contains(c.Text, "b.qemu") {
+		t.Errorf("with a certificate: %+v", c)
+	}
+	if c := doctor(t, b, "migration TLS forced"); c.Result != maint.CheckWarn {
+		t.Errorf("libvirt does not force it: %+v", c)
+	}
+	put(t, filepath.Join(b.Root, "etc/libvirt/qemu.conf"), "migrate_tls_force = 1\n")
+	if c := doctor(t, b, "migration TLS forced"); c.Result != maint.CheckOK {
+		t.Errorf("libvirt forces it: %+v", c)
 	}
 	id := begin(t, a, maint.MigrateRequest{Guest: "web-1", To: "b"})
 	if op := await(t, ctxFor(t, patience), a, id); op.Outcome != maint.OutcomeDone {
@@ -80,4 +93,20 @@ func TestMoveByTLS(t *testing.T) {
 	if p := b.Host.CameBy(); !p.TLS || p.TLSName != "b.qemu" {
 		t.Errorf("it came by %+v", p)
 	}
+}
+
+// doctor is what the doctor says of one thing.
+func doctor(t *testing.T, n *agenttest.Node, name string) maint.Check {
+	t.Helper()
+	all, err := n.Client.Doctor(ctxFor(t, patience))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range all {
+		if c.Name == name {
+			return c
+		}
+	}
+	t.Fatalf("the doctor says nothing of %s: %+v", name, all)
+	return maint.Check{}
 }

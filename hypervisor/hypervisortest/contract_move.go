@@ -78,6 +78,8 @@ func testMoveWith(t *testing.T, env Env) {
 	uuid := newGuest(t, env, "with")
 	s, err := hypervisor.MoveSupport(ctx, h, uuid)
 	must(t, err)
+	_, err = h.QMP(ctx, uuid, "announce-self", map[string]int{"initial": 50, "max": 550, "rounds": 1, "step": 100})
+	must(t, err)
 	for _, c := range []string{"xbzrle", "multifd"} {
 		if !slices.Contains(s.Capabilities, c) {
 			t.Errorf("QEMU has no %q: %v", c, s.Capabilities)
