@@ -194,6 +194,10 @@ func (a *Agent) finish(ctx context.Context, m *migrate.Migration, op maint.Op, s
 			return err
 		}
 	}
+	if p := a.peers[op.Peer]; err == nil && p != nil {
+		now := p.ask(ctx)
+		result.Downtime, result.Copy = byOneClock(result.Downtime, now), byOneClock(result.Copy, now)
+	}
 	result.Total = time.Since(op.Started)
 	if result.Disks, err = m.Left(s); err != nil {
 		return err
@@ -208,6 +212,21 @@ func (a *Agent) finish(ctx context.Context, m *migrate.Migration, op maint.Op, s
 	}
 	a.metrics.moved(result)
 	return m.Release(ctx, s)
+}
+
+// byOneClock corrects a time that libvirt has taken from the source's clock at its beginning
+// and the destination's at its end, as it does with the blackout: by what the clocks differ,
+// as far as that is known, which is to half a round trip. Where the destination's clock is
+// so far behind that its end may seem to be before its beginning, libvirt has taken
+// another end, on the source, and d stays as it is.
+//
+// Source: libvirt, qemuMigrationDstFinish, qemuDomainJobDataUpdateDowntime.
+func byOneClock(d time.Duration, peer maint.PeerStatus) time.Duration {
+	off := peer.ClockOffset
+	if !peer.OK || off.Abs() <= peer.Latency/2 || d <= -off || d <= off {
+		return d
+	}
+	return d - off
 }
 
 // roomTimeout is how long a peer is asked to give up room that would lapse anyway.

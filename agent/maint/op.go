@@ -155,7 +155,7 @@ type Step struct {
 type MoveResult struct {
 	From       string        `json:"from"`
 	To         string        `json:"to"`
-	Downtime   time.Duration `json:"downtime_ns"` // QEMU's measure, from the destination's completed job
+	Downtime   time.Duration `json:"downtime_ns"` // vCPUs stopped to vCPUs started, from the destination's completed job, less what the hosts' clocks differ
 	Copy       time.Duration `json:"copy_ns"`     // the libvirt job
 	Total      time.Duration `json:"total_ns"`    // the whole operation
 	MemorySent uint64        `json:"memory_sent_bytes"`

@@ -332,7 +332,7 @@ func printOp(w io.Writer, op maint.Op) {
 	}
 	if op.Move != nil {
 		row(w, "moved", fmt.Sprintf("%s → %s", op.Move.From, op.Move.To))
-		row(w, "downtime", span(op.Move.Downtime)+" (QEMU)")
+		row(w, "downtime", span(op.Move.Downtime))
 		row(w, "memory sent", fmt.Sprintf("%s in %d passes, %s", bytes(op.Move.MemorySent), op.Move.Iterations, span(op.Move.Copy)))
 	}
 	printCopied(w, op)

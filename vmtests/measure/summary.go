@@ -54,6 +54,36 @@ func Summarise(tool string, moves []Move) Summary {
 		Outage: RangeOf(outage), Downtime: RangeOf(downtime), Total: RangeOf(total), Copy: RangeOf(copied), Sent: RangeOf(sent)}
 }
 
+// Agreement is how far reported blackouts are from measured ones.
+type Agreement struct {
+	Within, Of int           // how many are within 10 % or 5 ms, of how many
+	Median     time.Duration // of reported less measured
+}
+
+// Agree compares what Belay has reported of its moves among all with what measured tells
+// of each.
+func Agree(moves []Move, measured func(Move) time.Duration) (a Agreement) {
+	var off []time.Duration
+	for _, m := range moves {
+		if m.Op == nil {
+			continue
+		}
+		is := measured(m)
+		d := m.Downtime - is
+		off = append(off, d)
+		if d.Abs() <= max(is/10, 5*time.Millisecond) {
+			a.Within++
+		}
+	}
+	a.Of, a.Median = len(off), Median(off)
+	return a
+}
+
+// String writes it in a line.
+func (a Agreement) String() string {
+	return fmt.Sprintf("within 10 %% or 5 ms in %d of %d moves, median difference %.1f ms", a.Within, a.Of, a.Median.Seconds()*1e3)
+}
+
 // PrintComparison writes a table of two summaries.
 func PrintComparison(w io.Writer, a, b Summary) error {
 	const msec = float64(time.Millisecond)

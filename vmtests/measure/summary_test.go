@@ -82,3 +82,17 @@ func TestParseJobStatistics(t *testing.T) {
 		t.Error("statistics without a downtime are taken")
 	}
 }
+
+func TestAgree(t *testing.T) {
+	t.Parallel()
+	move := func(reported, measured time.Duration) Move {
+		return Move{Downtime: reported * time.Millisecond, Outage: measured * time.Millisecond, Op: &maint.Op{}}
+	}
+	moves := []Move{move(100, 109), move(200, 221), move(20, 25), move(20, 26), {Tool: Virsh, Outage: time.Hour}}
+	got := Agree(moves, func(m Move) time.Duration { return m.Outage })
+	// 9 of 109 and 21 of 221 are less than 10 %, 5 ms is 5 ms, and 6 of 26 is neither.
+	want := Agreement{Within: 3, Of: 4, Median: -7500 * time.Microsecond}
+	if got != want {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+}

@@ -72,6 +72,10 @@ func benchMigrate(ctx context.Context, bin cluster.Binaries, rounds int) (err er
 		for _, p := range measure.Phases(belay) {
 			line("  belay's "+p.Name, "%s", p.Took.In(float64(time.Millisecond), "ms"))
 		}
+		// The guest's own clock stands still with its vCPUs; the LAN hears it again when
+		// it has also got going.
+		line("reported blackout", "against the guest's standstill: %s", measure.Agree(belay, func(m measure.Move) time.Duration { return m.Report.Standstill }))
+		line("reported blackout", "against the silence on the LAN: %s", measure.Agree(belay, func(m measure.Move) time.Duration { return m.Outage }))
 		if err := b.Prove(ctx); err != nil {
 			return err
 		}
