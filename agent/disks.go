@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"belay/agent/maint"
@@ -66,8 +67,20 @@ func (a *Agent) checkDisks(ctx context.Context, r maint.Arrival) []maint.Problem
 	}
 	c := migrate.DiskChecks{Host: a.cfg.Host, Places: a.local.Places(ctx, r.Disks), Claims: a.claims(ctx, r.Op), QemuImg: a.local.QemuImg(),
 		InTheWay: func(path string) (string, string) { return a.inTheWay(ctx, r, path) }}
-	return migrate.CheckDisks(r.Disks, c)
+	ps := migrate.CheckDisks(r.Disks, c)
+	for _, d := range r.Disks {
+		for _, folder := range append([]string{a.cfg.StateDir, a.cfg.RunDir}, notForDisks...) {
+			if folder != "" && strings.HasPrefix(d.Path, folder+"/") {
+				ps = append(ps, *maint.Problemf(maint.CodeDiskCopy, "host "+a.cfg.Host, "move the disk elsewhere first (virsh blockcopy)",
+					"takes no disks in %s, where disk %s (%s) is to be copied to", folder, d.Target, d.Path))
+			}
+		}
+	}
+	return ps
 }
+
+// notForDisks are folders of the system that no peer has anything made in.
+var notForDisks = []string{"/boot", "/dev", "/etc", "/proc", "/run", "/sys", "/usr"}
 
 // claims are what other arrivals have been promised of this host's storage, less what
 // their disks take already.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -273,6 +274,12 @@ func TestDisksAreThePeersOwn(t *testing.T) {
 	forbidden("removed by another", b.Agent.RemoveDisks(ctx, "c", r.Op))
 	if got := folder(t, b); got != "other web-2.raw" {
 		t.Fatalf("made %q", got)
+	}
+
+	system := r
+	system.Disks = []maint.DiskCopy{{Target: "vda", Path: "/etc/cron.d/web", Format: "raw", Bytes: 1}}
+	if ps, err := b.Agent.Check(ctx, "a", system); err != nil || !strings.Contains(fmt.Sprint(ps), "takes no disks in /etc") {
+		t.Errorf("%v, %v", ps, err)
 	}
 
 	// Another guest's disk cannot be made there meanwhile.

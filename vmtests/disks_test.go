@@ -145,17 +145,41 @@ func (b *bed) rawImage(n *cluster.Node, path string) []byte {
 	return text
 }
 
+// secretly has everything of guests go by TLS, through a network of its own.
+func (b *bed) secretly() {
+	b.t.Helper()
+	ctx := b.ctx(time.Minute)
+	if err := b.Lab.AddMigrationNetwork(ctx); err != nil {
+		b.t.Fatal(err)
+	}
+	for _, n := range b.Nodes {
+		n.Settings = fmt.Sprintf("[migration]\ntls = true\naddress = %q\n", n.MigrationAddr())
+		if err := n.Stop(); err != nil {
+			b.t.Fatal(err)
+		}
+		if err := n.Start(ctx); err != nil {
+			b.t.Fatal(err)
+		}
+	}
+}
+
 // A guest whose disk is on one host only moves when it is asked for, with all that it
 // writes meanwhile; the old image is left, named, and in the way of the way back.
 func TestMoveWithDisk(t *testing.T) {
 	t.Parallel()
-	for _, c := range []struct{ name, image, over string }{
-		{"raw", "web-1.raw", ""},
-		{"overlay", "web-1.qcow2", "base.raw"},
+	for _, c := range []struct {
+		name, image, over string
+		secret            bool // by TLS, through a network of its own
+	}{
+		{"raw", "web-1.raw", "", false},
+		{"overlay", "web-1.qcow2", "base.raw", true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			b := newBed(t, lab.Config{}, ownDisk(c.image, c.over))
+			b := newBed(t, lab.Config{TLS: c.secret}, ownDisk(c.image, c.over))
 			path := filepath.Join(imagesDir, c.image)
+			if c.secret {
+				b.secretly()
+			}
 			b.fill(b.a)
 
 			var vs []maint.MoveVerdict
@@ -172,8 +196,13 @@ func TestMoveWithDisk(t *testing.T) {
 			}
 
 			stop := b.scribble(b.a, 2*time.Second)
+			link := map[bool]string{true: lab.MigrationLink, false: lab.Uplink}[c.secret]
+			came := b.received(b.b, link)
 			op := b.migrate(b.a, b.b, "--copy-disks", "--bandwidth", "24", "--timeout", "60s")
 			last := stop()
+			if came = b.received(b.b, link) - came; came < writtenMiB<<20 {
+				t.Errorf("the disk did not come by %s, only %d MiB did", link, came>>20)
+			}
 			t.Logf("moved in %s, downtime %s, %d patterns written: %+v", op.Move.Total, op.Move.Downtime, last, op.Steps)
 			b.isWhole(b.b)
 			b.diskIsWhole(b.b, b.a, path, last)

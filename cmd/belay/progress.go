@@ -69,7 +69,7 @@ func waitsFor(op maint.Op) string {
 // are released.
 func nothingToUndo(op maint.Op) bool { return op.Hold != nil && op.Hold.Undo == nil }
 
-// bar shows memory that has been copied, less what was dirtied again.
+// bar shows disks, then memory that has been copied, less what was dirtied again.
 type bar struct {
 	container *mpb.Progress
 	bar       *mpb.Bar
@@ -95,7 +95,10 @@ func (b *bar) update(op maint.Op) {
 		}
 		b.bar.SetCurrent(int64(99 * moved / n))
 	}
-	if p := op.Progress; p != nil && p.MemoryTotal > 0 {
+	switch p := op.Progress; {
+	case p != nil && describeDisks(p) != "":
+		b.bar.SetCurrent(int64(100 * (p.DiskTotal - min(p.DiskLeft, p.DiskTotal)) / p.DiskTotal * 99 / 100))
+	case p != nil && p.MemoryTotal > 0:
 		b.bar.SetCurrent(int64(100 * (p.MemoryTotal - min(p.MemoryLeft, p.MemoryTotal)) / p.MemoryTotal * 99 / 100))
 	}
 }
