@@ -319,46 +319,6 @@ func (j *Journal) Ops() []maint.Op {
 	return ops
 }
 
-// Reservations returns the room kept for arriving guests, lapsed ones left out.
-func (j *Journal) Reservations(now time.Time) []maint.Reservation {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	var all []maint.Reservation
-	for _, r := range j.reserved {
-		if r.Expires.After(now) {
-			all = append(all, r)
-		}
-	}
-	slices.SortFunc(all, func(a, b maint.Reservation) int { return cmp.Compare(a.Op, b.Op) })
-	return all
-}
-
-// Reservation returns the room kept for operation id, also when it has lapsed
-// but was not given up.
-func (j *Journal) Reservation(id maint.OpID) (maint.Reservation, bool) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	r, ok := j.reserved[id]
-	return r, ok
-}
-
-// Arrivals returns the guests that have come here, oldest first.
-func (j *Journal) Arrivals() []maint.Arrived {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	return slices.SortedFunc(maps.Values(j.arrived), func(a, b maint.Arrived) int {
-		return cmp.Or(a.At.Compare(b.At), cmp.Compare(a.Op, b.Op))
-	})
-}
-
-// Arrival returns the guest that has come here by operation id.
-func (j *Journal) Arrival(id maint.OpID) (maint.Arrived, bool) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	a, ok := j.arrived[id]
-	return a, ok
-}
-
 // Cordon returns why the host takes no guests in; nil: it does.
 func (j *Journal) Cordon() *maint.Cordon {
 	j.mu.Lock()
