@@ -83,17 +83,26 @@ func (a *Agent) checkDisks(ctx context.Context, r maint.Arrival) []maint.Problem
 var notForDisks = []string{"/boot", "/dev", "/etc", "/proc", "/run", "/sys", "/usr"}
 
 // claims are what other arrivals have been promised of this host's storage, less what
-// their disks take already.
+// their disks take already. Those whose files are made are copied on also when their
+// reservation has lapsed.
 func (a *Agent) claims(ctx context.Context, but maint.OpID) migrate.Claims {
-	claims := make(migrate.Claims)
+	promised := make(map[maint.OpID][]maint.DiskCopy)
 	for _, res := range a.journal.Reservations(time.Now()) {
-		if res.Op == but {
-			continue
+		promised[res.Op] = res.Disks
+	}
+	for _, made := range a.journal.Disks() {
+		promised[made.Op] = nil
+		for _, f := range made.Files {
+			promised[made.Op] = append(promised[made.Op], f.DiskCopy)
 		}
-		for path, p := range a.local.Places(ctx, res.Disks) {
-			i := slices.IndexFunc(res.Disks, func(d maint.DiskCopy) bool { return d.Path == path })
-			room := res.Disks[i].Room()
-			claims[p.Storage] += room - min(room, p.Taken)
+	}
+	delete(promised, but)
+	claims := make(migrate.Claims)
+	for _, disks := range promised {
+		places := a.local.Places(ctx, disks)
+		for _, d := range disks {
+			p := places[d.Path]
+			claims[p.Storage] += d.Room() - min(d.Room(), p.Taken)
 		}
 	}
 	return claims
@@ -111,6 +120,15 @@ func (a *Agent) inTheWay(ctx context.Context, r maint.Arrival, path string) (wha
 				return fmt.Sprintf("it was made for guest %s from %s (operation %s)", made.Guest, made.From, made.Op),
 					"wait for that operation to end; 'belay status' there says what is left of it"
 			}
+		}
+	}
+	guests, err := a.hyp.Guests(ctx)
+	if err != nil {
+		return "whose it is cannot be found out without libvirt", "see that it runs there"
+	}
+	for _, g := range guests {
+		if uses(g, path) {
+			return "guest " + g.Name + " has it as a disk there", "give one of the two another path (virsh blockcopy, under the running guest)"
 		}
 	}
 	for _, op := range slices.Backward(a.journal.Ops()) {

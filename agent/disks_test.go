@@ -322,6 +322,11 @@ func TestDisksInUseAreKept(t *testing.T) {
 		g.Disks = []maint.Disk{{Target: "vda", Kind: "disk", Type: "file", Source: "/disks/web-2.raw", Format: "raw"}}
 	})
 	check(t, b.Agent.RemoveDisks(ctx, "a", r.Op))
+	other := r
+	other.Op, other.Guest, other.GuestUUID = "mig-2", "web-3", strings.Repeat("2", 36)
+	if ps, err := b.Agent.Check(ctx, "a", other); err != nil || len(ps) != 1 || !strings.Contains(ps[0].Reason, "guest web-2 has it") {
+		t.Errorf("%v, %v", ps, err)
+	}
 	b.Host.Remove(t, uuid)
 	check(t, b.Agent.RemoveDisks(ctx, "a", r.Op)) // once kept they are not Belay's any more
 	if got := folder(t, b); got != "other web-2.raw" {
