@@ -32,7 +32,7 @@ func (a *Agent) Drain(ctx context.Context, by string, r maint.DrainRequest) (mai
 	if err := a.checkDrain(what, &r); err != nil {
 		return maint.Op{}, err
 	}
-	r.Timeout = cmp.Or(r.Timeout, maint.DrainTimeout)
+	r.Timeout, r.Parallel = cmp.Or(r.Timeout, maint.DrainTimeout), cmp.Or(r.Parallel, a.atOnce(a.cfg.Limits.MigrationsOut))
 	now := time.Now()
 	return a.submit(ctx, what, maint.Op{ID: newOpID("drain", now), Kind: maint.OpDrain, By: by, Reason: r.Reason,
 		Deadline: now.Add(r.Timeout), Drain: &r})
@@ -65,6 +65,16 @@ func (a *Agent) checkDrain(what string, r *maint.DrainRequest) error {
 	return a.checkRequest(a.oneOf(maint.Op{Drain: r}, "any", a.peerNames()[0]))
 }
 
+// atOnce is how many of at most so many copies are worth running at once: each keeps a
+// CPU busy, and a guest that is switched over while others have the CPUs is away for
+// longer.
+func (a *Agent) atOnce(most int) int {
+	if cpus := a.view.last.Load().host.CPUs; cpus > 0 {
+		return min(most, cpus)
+	}
+	return most
+}
+
 // oneOf is the migration of one guest of a drain.
 func (a *Agent) oneOf(op maint.Op, guest, to string) maint.MigrateRequest {
 	d := op.Drain
@@ -82,7 +92,7 @@ func (a *Agent) PlanDrain(ctx context.Context, r maint.DrainRequest) (maint.Drai
 	if err != nil {
 		return maint.DrainPlan{}, a.cannotAsk(what, err)
 	}
-	plan := maint.DrainPlan{Guests: []maint.GuestMove{}, AtOnce: cmp.Or(r.Parallel, a.cfg.Limits.MigrationsOut)}
+	plan := maint.DrainPlan{Guests: []maint.GuestMove{}, AtOnce: cmp.Or(r.Parallel, a.atOnce(a.cfg.Limits.MigrationsOut))}
 	var active []maint.Guest
 	for _, g := range guests {
 		if g.State.Active() {

@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"cmp"
 	"context"
 	"slices"
 	"time"
@@ -14,7 +13,7 @@ import (
 // newDrainage is the convoy of a drain.
 func newDrainage(a *Agent, op maint.Op, s *run.Scratch) *convoy {
 	c := newConvoy(a, op, s)
-	c.atOnce = cmp.Or(op.Drain.Parallel, a.cfg.Limits.MigrationsOut)
+	c.atOnce = op.Drain.Parallel
 	c.tells = func(string) bool { return a.cfg.Events.Enabled }
 	c.name = func(m *maint.GuestMove) { m.Op = newOpID("mig", time.Now()) }
 	c.begun = func(m maint.GuestMove) bool {

@@ -180,7 +180,7 @@ func (a *Agent) accountReturns(op maint.Op) error {
 // newReturn is the convoy of a restore: its migrations are the peers'.
 func newReturn(ctx context.Context, a *Agent, op maint.Op, s *run.Scratch) *convoy {
 	c := newConvoy(a, op, s)
-	c.atOnce = a.cfg.Limits.MigrationsIn
+	c.atOnce = a.atOnce(a.cfg.Limits.MigrationsIn)
 	rooms, _ := a.rooms(ctx, a.destinations(ctx, slices.DeleteFunc(peersOf(c.moves()), func(n string) bool { return a.peers[n] == nil })))
 	for name, r := range rooms {
 		c.perPeer[name] = r.Out

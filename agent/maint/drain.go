@@ -15,8 +15,8 @@ type DrainRequest struct {
 	// Timeout is how long moves are begun. Those that run then are seen to
 	// their end. 0 is DrainTimeout.
 	Timeout time.Duration `json:"timeout_ns,omitempty"`
-	// Parallel is how many guests are moved at once; 0 is what the host's
-	// limits.migrations_out allows, and it is never more.
+	// Parallel is how many guests are moved at once, up to the host's
+	// limits.migrations_out; 0 is that, or the host's CPUs if it has fewer.
 	Parallel int `json:"parallel,omitempty"`
 	// MoveTimeout, BandwidthMiBs, MaxPause, Allow and Emergency are each
 	// migration's, as MigrateRequest has them.

@@ -62,7 +62,7 @@ or with --dry-run: would be; 4 some guests are left; 5 goes on.`,
 	f.StringSliceVar(&r.To, "to", nil, "the peers that guests may go to (default: all)")
 	f.BoolVar(&dry, "dry-run", false, "say what would be done, and do nothing")
 	f.BoolVar(&r.Partial, "partial", false, "move the guests that can be moved where others cannot")
-	f.IntVar(&r.Parallel, "parallel", 0, "how many guests are moved at once, up to belayd's limits.migrations_out, which is the default")
+	f.IntVar(&r.Parallel, "parallel", 0, "how many guests are moved at once, up to belayd's limits.migrations_out (default: that, or the number of this host's CPUs)")
 	f.DurationVar(&r.Timeout, "timeout", 0, "begin no more moves after this time (default 12h)")
 	f.DurationVar(&r.MoveTimeout, "move-timeout", 0, "cancel a guest's copy after this time (default: belayd's migration.timeout)")
 	f.Uint64Var(&r.BandwidthMiBs, "bandwidth", 0, "limit for each memory stream in MiB/s (default: belayd's migration.bandwidth_mib_s)")
