@@ -166,6 +166,8 @@ func TestFailsInMidCopy(t *testing.T) {
 			func(_ *testing.T, w *agenttest.World, _ string) { killAndReturn(w, w.Nodes[0]) }, nil, maint.OutcomeFailed, maint.CodeFailed},
 		{"source's libvirt is killed in the blackout", hypervisortest.PhaseSuspended,
 			func(_ *testing.T, w *agenttest.World, _ string) { killAndReturn(w, w.Nodes[0]) }, nil, maint.OutcomeFailed, maint.CodeFailed},
+		{"source's libvirt is killed when all is sent", hypervisortest.PhasePerformed,
+			func(_ *testing.T, w *agenttest.World, _ string) { killAndReturn(w, w.Nodes[0]) }, nil, maint.OutcomeFailed, maint.CodeFailed},
 		{"connections to the source's libvirt are cut", hypervisortest.PhaseCopying,
 			func(_ *testing.T, w *agenttest.World, _ string) { w.Nodes[0].Host.DropConnections() }, nil, maint.OutcomeDone, ""},
 		{"destination's QEMU dies", hypervisortest.PhaseCopying,

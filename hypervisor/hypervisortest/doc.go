@@ -19,6 +19,14 @@
 //	                                            QEMU killed, LAN cut 30 s
 //	suspended paused            paused          the same                    source resumed,
 //	                                                                        destination gone
+//	performed paused            paused          source's libvirt killed     source paused,
+//	                                                                        destination gone
+//	                                            the others                  as above
+//	post-copy paused            running         either libvirt killed, LAN  nothing: QEMU goes on
+//	                                            cut for less than 15 min
+//	                                            LAN cut for longer,         both halves, until
+//	                                            BreakPostCopy               it is resumed
+//	                                            either QEMU killed          the other half
 //	resumed   paused            running         source's libvirt killed     source paused,
 //	                                                                        destination running
 //	                                            destination's libvirt       both running: libvirt

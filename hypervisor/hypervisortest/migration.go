@@ -190,7 +190,7 @@ func (m *migration) run() {
 			break
 		}
 	}
-	if !m.step(m.suspend) || !m.wait(m.copy.Blackout) || !m.do(func() { m.copyDisks(true) }) || !m.step(m.resume) || !m.wait(0) {
+	if !m.step(m.suspend) || !m.wait(m.copy.Blackout) || !m.do(func() { m.copyDisks(true) }) || !m.step(func() { m.phase = PhasePerformed }) || !m.step(m.resume) || !m.wait(0) {
 		return
 	}
 	m.step(m.confirm)
@@ -374,9 +374,9 @@ func (m *migration) end(err error) {
 		return
 	}
 	if g := m.src.guests[m.uuid]; g != nil && m.phase != PhaseDisks && m.phase != PhaseCopying && !m.wasPaused && !m.sourceGone {
-		// Before the destination runs the source goes on. After that it does
-		// so too if it lives and never hears how it went: it must take the
-		// silence for a failure.
+		// Before all is sent the source goes on. After that it does so too if its
+		// libvirt lives and never hears how it went: it must take the silence for a
+		// failure. One that is killed leaves it stopped.
 		if m.phase == PhaseSuspended || m.src.up {
 			g.become(maint.GuestRunning, "migration canceled")
 			m.src.lifecycle(g, "resumed", "migrated")

@@ -60,6 +60,7 @@ const (
 	PhaseDisks     Phase = "disks"     // begun, where disks are copied; the destination has the guest, paused
 	PhaseCopying   Phase = "copying"   // begun; the destination has the guest, paused
 	PhaseSuspended Phase = "suspended" // the source's vCPUs are stopped
+	PhasePerformed Phase = "performed" // all is sent, and the destination does not know yet
 	PhaseResumed   Phase = "resumed"   // the destination's run
 	PhasePostCopy  Phase = "post-copy" // the same, and memory follows; then resumed, stopped
 	PhaseStopped   Phase = "stopped"   // the source's domain has stopped
