@@ -36,14 +36,7 @@ func TestTransport(t *testing.T) {
 		}
 	}
 	must(b.Lab.AddMigrationNetwork(ctx))
-	// set starts a host's belayd with other settings.
-	set := func(n *cluster.Node, more, peers string) {
-		t.Helper()
-		must(n.Stop())
-		n.ByAddress, n.PeerSettings = true, peers
-		n.Settings = fmt.Sprintf("[migration]\ntls = true\naddress = %q\n%s", n.MigrationAddr(), more)
-		must(n.Start(ctx))
-	}
+	set := func(n *cluster.Node, more, peers string) { t.Helper(); b.byTLS(n, more, peers) }
 	set(b.a, "compression = 'zstd'\n", "")
 	set(b.b, "compression = 'xbzrle'\n", "")
 	lan, own := b.received(b.b, lab.Uplink), b.received(b.b, lab.MigrationLink)
@@ -115,6 +108,43 @@ func TestTransport(t *testing.T) {
 	install(b.b, issuer, "ca", [2]string{qemuCA, qemuCA + ".key"})
 	b.migrate(b.a, b.b)
 	b.isWhole(b.b)
+}
+
+// A disk that goes along takes the same way as memory.
+func TestDiskByTransport(t *testing.T) {
+	t.Parallel()
+	b := newBed(t, lab.Config{TLS: true}, ownDisk("web-1.raw", ""))
+	if err := b.Lab.AddMigrationNetwork(b.ctx(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	b.fill(b.a)
+	for _, n := range b.Nodes {
+		b.byTLS(n, "", "")
+	}
+	lan, own := b.received(b.b, lab.Uplink), b.received(b.b, lab.MigrationLink)
+	stop := b.scribble(b.a, 2*time.Second)
+	op := b.migrate(b.a, b.b, "--copy-disks", "--timeout", "90s")
+	last := stop()
+	b.isWhole(b.b)
+	b.diskIsWhole(b.b, b.a, filepath.Join(imagesDir, "web-1.raw"), last)
+	lan, own = b.received(b.b, lab.Uplink)-lan, b.received(b.b, lab.MigrationLink)-own
+	t.Logf("%d MiB of memory sent; %d MiB came by the migration network, %d MiB by the LAN\n%s", op.Move.MemorySent>>20, own>>20, lan>>20, notes(op))
+	if own < op.Move.MemorySent+writtenMiB<<20 || lan > writtenMiB<<20/4 {
+		t.Errorf("the disk did not come by the migration network")
+	}
+}
+
+// byTLS starts a host's belayd anew, to migrate by TLS and the migration network.
+func (b *bed) byTLS(n *cluster.Node, more, peers string) {
+	b.t.Helper()
+	if err := n.Stop(); err != nil {
+		b.t.Fatal(err)
+	}
+	n.ByAddress, n.PeerSettings = true, peers
+	n.Settings = fmt.Sprintf("[migration]\ntls = true\naddress = %q\n%s", n.MigrationAddr(), more)
+	if err := n.Start(b.ctx(time.Minute)); err != nil {
+		b.t.Fatal(err)
+	}
 }
 
 // notes are what the steps of an operation wrote down.
