@@ -34,6 +34,8 @@ func (h here) CheckWay(context.Context, string, string, maint.MoveParams) []main
 
 func (h here) Reaches(netip.Addr) error { return nil }
 
+func (h here) Trusts() []string { return nil }
+
 func (h here) MoveSupport(ctx context.Context, uuid string) (maint.MoveSupport, error) {
 	return hypervisor.MoveSupport(ctx, h.Host, uuid)
 }

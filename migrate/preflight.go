@@ -156,5 +156,14 @@ func (m *Migration) describe(ctx context.Context, g maint.Guest) (before, Descri
 		Op: m.Op, Guest: g.Name, GuestUUID: g.UUID, MemoryBytes: g.MemoryBytes, VCPUs: g.VCPUs,
 		Arch: host.Arch, DomainType: g.DomainType, MachineType: g.MachineType, HostUUID: host.UUID,
 		CPUXML: d.CPUXML, Pages: d.Pages,
-		Way: &maint.Way{URI: m.Params.MigrateURI, TLS: m.Params.TLS, TLSName: m.Params.TLSName}}}, d, nil
+		Way: m.way()}}, d, nil
+}
+
+// way is how the guest's memory is to be sent, as far as this host knows.
+func (m *Migration) way() *maint.Way {
+	w := &maint.Way{URI: m.Params.MigrateURI, TLS: m.Params.TLS, TLSName: m.Params.TLSName}
+	if w.TLS {
+		w.CAs = m.Source.Trusts()
+	}
+	return w
 }

@@ -19,6 +19,8 @@ type Pathfinder interface {
 	// CheckWay lists what this host itself can tell stands in the way: its certificates,
 	// and those of the libvirt that it would speak to.
 	CheckWay(ctx context.Context, from, to string, p maint.MoveParams) []maint.Problem
+	// Trusts are the CAs that this host's QEMU trusts; see maint.Way.
+	Trusts() []string
 	// Reaches returns nil if this host has a route to an address.
 	Reaches(a netip.Addr) error
 }
@@ -38,6 +40,8 @@ type Certificate struct {
 	// lifts that.
 	Fault, Remedy string
 	Leaf          *x509.Certificate // nil where it could not be read
+	// Issuers are those above it, of whom one is to be trusted; see maint.Way.
+	Issuers []string
 }
 
 // Until is when it ends, zero where that is not known.
@@ -119,6 +123,8 @@ func (g Gate) CheckWay(w *maint.Way, here Wiring) (l maint.Landing, ps []maint.P
 	case w.TLSName != "" && !c.IsFor(w.TLSName):
 		add(maint.CodeCertificate, fmt.Sprintf("set peers.%s.tls_name on the source to one of these, or have a certificate issued for that name", g.Host),
 			"QEMU's certificate %s is for %s, and not for %s", c.File, strings.Join(c.Names(), ", "), w.TLSName)
+	case len(w.CAs) > 0 && len(c.Issuers) > 0 && !slices.ContainsFunc(c.Issuers, func(i string) bool { return slices.Contains(w.CAs, i) }):
+		add(maint.CodeCertificate, "have QEMU's certificates of both hosts issued by one CA, or add that CA to ca-cert.pem on the source", "QEMU's certificate %s is of a CA that QEMU does not trust on the source", c.File)
 	case w.TLSName != "":
 		l.TLSName = w.TLSName
 	default:

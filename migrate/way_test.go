@@ -47,6 +47,8 @@ func TestGate(t *testing.T) {
 		{"expired, and nobody asks for TLS", Gate{}, &maint.Way{}, with(Certificate{Fault: "expired"}), maint.Landing{}, nil, ""},
 		{"a certificate that cannot be read", Gate{}, &maint.Way{TLS: true, TLSName: "host-c"}, with(Certificate{}), maint.Landing{TLSName: "host-c"}, nil, ""},
 		{"a common name only", Gate{}, &maint.Way{TLS: true}, with(Certificate{Leaf: &x509.Certificate{Subject: pkix.Name{CommonName: "b"}}}), maint.Landing{TLSName: "b"}, nil, ""},
+		{"of a CA that the source trusts", Gate{}, &maint.Way{TLS: true, CAs: []string{"c0", "ca"}}, with(Certificate{Leaf: cert.Leaf, Issuers: []string{"ca"}}), maint.Landing{TLSName: "host-b"}, nil, ""},
+		{"of another CA", Gate{}, &maint.Way{TLS: true, CAs: []string{"c0"}}, with(Certificate{Leaf: cert.Leaf, Issuers: []string{"ca"}}), maint.Landing{}, []maint.Code{maint.CodeCertificate}, "does not trust on the source"},
 		{"its own address", Gate{Address: own}, &maint.Way{}, wiring, maint.Landing{URI: "tcp://198.51.100.2", Listen: "198.51.100.2"}, nil, ""},
 		{"an address of IPv6", Gate{Address: netip.MustParseAddr("2001:db8::2")}, &maint.Way{}, wiring, maint.Landing{URI: "tcp://[2001:db8::2]", Listen: "2001:db8::2"}, nil, ""},
 		{"the source's has precedence", Gate{Address: own}, &maint.Way{URI: "tcp://192.0.2.2"}, wiring, maint.Landing{URI: "tcp://192.0.2.2", Listen: "192.0.2.2"}, nil, ""},

@@ -102,7 +102,13 @@ func TestTransport(t *testing.T) {
 	must(stranger.IssueHost("host-b", net.IP(b.b.Addr.AsSlice())))
 	install(b.b, stranger, "host-b", qemuServer)
 	install(b.b, stranger, "ca", [2]string{qemuCA, qemuCA + ".key"})
-	try("of another CA", maint.OutcomeFailed, "certificate")
+	try("of another CA", maint.OutcomeBlocked, "host host-b", qemuServer[0], "does not trust on the source")
+	install(b.b, issuer, "ca", [2]string{qemuCA, qemuCA + ".key"})
+	install(b.b, issuer, "host-b", qemuServer)
+	text, err := os.ReadFile(stranger.KeyFile("host-b"))
+	must(err)
+	must(os.WriteFile(b.b.Path(qemuServer[1]), text, 0o600))
+	try("with another's key", maint.OutcomeFailed, "certificate") // QEMU finds that out
 
 	install(b.b, issuer, "host-b", qemuServer)
 	install(b.b, issuer, "ca", [2]string{qemuCA, qemuCA + ".key"})

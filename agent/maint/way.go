@@ -1,5 +1,7 @@
 package maint
 
+import "slices"
+
 // Way is how a source means to send a guest's memory. The destination judges it.
 type Way struct {
 	// URI is where the source is configured to send it ("tcp://198.51.100.2"), "" for
@@ -10,6 +12,9 @@ type Way struct {
 	// TLSName is the name that the certificate of the destination's QEMU is to have, ""
 	// for one that the destination says.
 	TLSName string `json:"tls_name,omitempty"`
+	// CAs are those that the source's QEMU trusts, as SHA-256 of their certificates in
+	// hexadecimal; none where that is not known.
+	CAs []string `json:"cas,omitempty"`
 }
 
 // Landing is where a destination takes a guest's memory in.
@@ -23,6 +28,9 @@ type Landing struct {
 func (w Way) validate() string {
 	if w.URI != "" && !plain(w.URI, maxWord) || w.TLSName != "" && !plain(w.TLSName, maxWord) {
 		return "its URI or name is too long, or has control characters"
+	}
+	if len(w.CAs) > maxNeeds || slices.ContainsFunc(w.CAs, func(c string) bool { return !plain(c, maxWord) }) {
+		return "its CAs are too many, or none"
 	}
 	return ""
 }

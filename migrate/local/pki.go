@@ -1,9 +1,11 @@
 package local
 
 import (
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"time"
@@ -42,6 +44,7 @@ func (h *Host) certificate(file, key, ca string) migrate.Certificate {
 		return fault("comes without its key, "+key, "put that there")
 	}
 	c.Fault, c.Remedy = judge(chain, parse(roots), ca, h.now())
+	c.Issuers = issuers(chain, parse(roots), h.now())
 	return c
 }
 
@@ -55,22 +58,41 @@ func judge(chain, roots []*x509.Certificate, ca string, now time.Time) (fault, r
 	case now.Before(leaf.NotBefore):
 		return "is not valid before " + until(leaf.NotBefore), "see that the host's clock is right, or renew it"
 	}
-	pool, between := x509.NewCertPool(), x509.NewCertPool()
 	for _, r := range roots {
 		if now.After(r.NotAfter) {
 			return "is of a CA whose own certificate, " + ca + ", expired at " + until(r.NotAfter), "renew the CA's certificate, on all hosts"
 		}
-		pool.AddCert(r)
 	}
-	for _, c := range chain[1:] {
-		between.AddCert(c)
-	}
-	_, err := leaf.Verify(x509.VerifyOptions{Roots: pool, Intermediates: between, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
+	_, err := verify(chain, roots, now)
 	if unknown := (x509.UnknownAuthorityError{}); errors.As(err, &unknown) {
 		return "was not issued by the CA in " + ca, "have one issued by the CA that all hosts trust"
 	}
 	return "", "" // of what else there can be, libvirt and QEMU have their own opinion
 }
+
+func verify(chain, roots []*x509.Certificate, now time.Time) ([][]*x509.Certificate, error) {
+	pool, between := x509.NewCertPool(), x509.NewCertPool()
+	for _, r := range roots {
+		pool.AddCert(r)
+	}
+	for _, c := range chain[1:] {
+		between.AddCert(c)
+	}
+	return chain[0].Verify(x509.VerifyOptions{Roots: pool, Intermediates: between, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
+}
+
+// issuers are all above a certificate, by their fingerprints.
+func issuers(chain, roots []*x509.Certificate, now time.Time) (above []string) {
+	found, _ := verify(chain, roots, now) // none where it fails, which is said elsewhere
+	for _, chain := range found {
+		for _, c := range chain[1:] {
+			above = append(above, fingerprint(c))
+		}
+	}
+	return above
+}
+
+func fingerprint(c *x509.Certificate) string { return fmt.Sprintf("%x", sha256.Sum256(c.Raw)) }
 
 // parse reads all certificates of a PEM file.
 func parse(text []byte) (all []*x509.Certificate) {

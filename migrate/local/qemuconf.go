@@ -1,6 +1,7 @@
 package local
 
 import (
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -49,8 +50,21 @@ func (h *Host) Client() migrate.Certificate {
 // Source: qemu.conf, migrate_tls_force.
 func (h *Host) ForcesTLS() bool { return h.qemuConf()["migrate_tls_force"] == "1" }
 
-// qemuCertificate is one of those that libvirt has QEMU use for migrations.
-func (h *Host) qemuCertificate(conf map[string]string, role string) migrate.Certificate {
+// Trusts are the CAs that this host's QEMU trusts, by their fingerprints; none where that
+// cannot be read.
+func (h *Host) Trusts() (all []string) {
+	text, err := os.ReadFile(h.at(filepath.Join(h.pkiDir(h.qemuConf()), "ca-cert.pem")))
+	if err != nil {
+		return nil
+	}
+	for _, c := range parse(text) {
+		all = append(all, fingerprint(c))
+	}
+	return all
+}
+
+// pkiDir is where libvirt has QEMU find certificates for migrations.
+func (h *Host) pkiDir(conf map[string]string) string {
 	dir := conf["migrate_tls_x509_cert_dir"]
 	if dir == "" {
 		if dir = migratePKI; !h.there(dir) {
@@ -59,6 +73,12 @@ func (h *Host) qemuCertificate(conf map[string]string, role string) migrate.Cert
 			}
 		}
 	}
+	return dir
+}
+
+// qemuCertificate is one of those that libvirt has QEMU use for migrations.
+func (h *Host) qemuCertificate(conf map[string]string, role string) migrate.Certificate {
+	dir := h.pkiDir(conf)
 	c := h.certificate(filepath.Join(dir, role+"-cert.pem"), filepath.Join(dir, role+"-key.pem"), filepath.Join(dir, "ca-cert.pem"))
 	if c.Remedy != "" {
 		c.Remedy += "; the folder is migrate_tls_x509_cert_dir, or default_tls_x509_cert_dir, in its " + qemuConf

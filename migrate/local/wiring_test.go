@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -94,6 +95,9 @@ func TestCertificate(t *testing.T) {
 		got := h.Wiring().Server
 		if c.says == "" && got.Fault != "" || !strings.Contains(got.Fault, c.says) || (got.Fault != "") != (got.Remedy != "") {
 			t.Errorf("%s: %+v", c.name, got)
+		}
+		if trusted := h.Trusts(); c.name == "good" && !slices.Equal(got.Issuers, trusted) {
+			t.Errorf("it is issued by %v, trusted are %v", got.Issuers, trusted)
 		}
 		if c.name == "good" && (!got.IsFor("host-b") || !got.IsFor("127.0.0.1") || got.IsFor("host-c")) {
 			t.Errorf("it is for %v", got.Names())
