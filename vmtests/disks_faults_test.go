@@ -150,6 +150,9 @@ func TestFaultsWhileADiskIsCopied(t *testing.T) {
 	must(b.b.Kill())
 	must(syscall.Kill(b.qemu("host-b"), syscall.SIGKILL))
 	b.awaitGone(b.b)
+	for !strings.Contains(b.virsh(b.a, "domjobinfo", "web-1"), "None") {
+		time.Sleep(50 * time.Millisecond)
+	}
 	must(b.b.Start(ctx))
 	if got := b.images(b.b); got != "web-1.raw" {
 		t.Errorf("while nobody can say what became of the guest host-b has %q", got)
