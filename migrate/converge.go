@@ -19,7 +19,7 @@ const (
 	// and growth is by how much the pause is raised at least.
 	spare, growth = 1.25, 1.5
 	// patience is for how long a copy is watched at least before more is done.
-	patience = 1500 * time.Millisecond
+	patience = 600 * time.Millisecond
 	// mostSlowed is by how much QEMU slows a guest down at most, per cent
 	// (max-cpu-throttle).
 	mostSlowed = 99
@@ -41,17 +41,21 @@ type convergence struct {
 	slowing  bool          // the guest is slowed down as much as it must be
 
 	pause  time.Duration // the longest that the copy may end with now; 0: not set yet
-	passes []pass        // that have been seen since something was done last
+	passes []pass        // whose beginning was seen since something was done last
 	since  time.Duration // when that was, by the copy's clock
 	slowed int           // the most that the guest was slowed by, per cent
 	stuck  string        // why it does not end as it is, for people
 }
 
-// pass is one over the guest's memory.
+// pass is one over the guest's memory, when it was first seen.
 type pass struct {
 	number uint64
-	left   uint64 // the most that was seen to be left in it, bytes
+	sent   uint64 // by all before it, bytes
 }
+
+// size is how much a pass sends between two that were seen, bytes: the mean of those
+// that were not. It is what the one before it has left.
+func size(a, b pass) uint64 { return minus(b.sent, a.sent) / (b.number - a.number) }
 
 // decision is what to do to a copy.
 type decision struct {
@@ -101,18 +105,17 @@ func (c *convergence) next(j maint.Job) decision {
 		c.owed = false
 		return decision{means: maint.MeansPostCopy, why: "it was begun anew for that"}
 	}
-	if n := len(c.passes); n > 0 && c.passes[n-1].number == j.Iteration {
-		c.passes[n-1].left = max(c.passes[n-1].left, j.MemoryLeft)
-		return decision{}
-	}
-	c.passes = append(c.passes, pass{j.Iteration, j.MemoryLeft})
 	n := len(c.passes)
-	if n < 3 || j.Elapsed-c.since < patience { // the latest has only begun
+	if n > 0 && c.passes[n-1].number >= j.Iteration {
 		return decision{}
 	}
-	c.passes = c.passes[n-3:]
-	first, second := c.passes[0].left, c.passes[1].left
-	if float64(second) < getsOn*float64(first) {
+	c.passes = append(c.passes, pass{j.Iteration, j.MemorySent})
+	if n < 2 || j.Elapsed-c.since < patience {
+		return decision{}
+	}
+	c.passes = c.passes[n-2:]
+	first, second := size(c.passes[0], c.passes[1]), size(c.passes[1], c.passes[2])
+	if float64(second) < getsOn*float64(first) || second == 0 {
 		c.stuck = ""
 		return decision{}
 	}

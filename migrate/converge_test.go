@@ -129,7 +129,7 @@ func TestConvergenceProperties(t *testing.T) {
 		for range rapid.IntRange(1, 60).Draw(t, "samples") {
 			job.Elapsed += time.Duration(rapid.Int64Range(0, 5e9).Draw(t, "later"))
 			job.Iteration += rapid.Uint64Range(0, 2).Draw(t, "passes")
-			job.MemoryLeft = rapid.Uint64Range(0, 1<<34).Draw(t, "left")
+			job.MemorySent = rapid.Uint64Range(0, 1<<34).Draw(t, "sent")
 			job.BytesPerSecond = rapid.Uint64Range(0, 1<<30).Draw(t, "network")
 			d := c.next(job)
 			if d.pause != 0 && (d.pause <= pause || d.pause > m.MaxPause) {

@@ -14,7 +14,7 @@ const (
 	// pollEvery is how often a copy's statistics are read. Each reading is a
 	// question to QEMU's main loop, in the middle of the guest's switch-over
 	// too: not often.
-	pollEvery = 500 * time.Millisecond
+	pollEvery = 250 * time.Millisecond
 	// pollFirst is the same until the copy has begun: the pause it may end with must be
 	// set before it ends.
 	pollFirst = 50 * time.Millisecond
