@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"time"
 
@@ -17,14 +18,14 @@ func loads() []load {
 	return []load{
 		{"idle guest (heartbeats only)", 0, 0},
 		{"guest that dirties 20 MiB/s", 20, 0},
-		{"guest that dirties 60 % of a bandwidth of 40 MiB/s", 24, 40},
+		{"guest that dirties 60 % of a link of 40 MiB/s", 24, 40},
 	}
 }
 
 type load struct {
-	name      string
-	rate      float64 // MiB/s
-	bandwidth uint64  // MiB/s; 0: no limit
+	name string
+	rate float64 // MiB/s
+	link uint64  // MiB/s; 0: as fast as it can be
 }
 
 // workingSet is what the guest dirties, MiB.
@@ -45,7 +46,9 @@ func benchMigrate(ctx context.Context, bin cluster.Binaries, rounds int) (err er
 		if err := b.Dirty(ctx, l.rate, workingSet); err != nil {
 			return err
 		}
-		b.BandwidthMiBs = l.bandwidth
+		if err := shape(ctx, b, l.link); err != nil {
+			return err
+		}
 		heading("live migration, %s, %d moves by each, alternating, medians (min to max)", l.name, rounds)
 		if _, err := b.Virsh(ctx); err != nil { // warms both hosts up
 			return err
@@ -81,7 +84,24 @@ func benchMigrate(ctx context.Context, bin cluster.Binaries, rounds int) (err er
 		}
 		line("proved after", "boot ID, memory checksums, one copy, definition")
 	}
+	if err := shape(ctx, b, 0); err != nil {
+		return err
+	}
 	return benchTooFast(ctx, b)
+}
+
+// shape gives both hosts a link of so much, MiB/s; 0: as fast as it can be.
+func shape(ctx context.Context, b *measure.Bed, mibs uint64) error {
+	var shaping []string
+	if mibs > 0 {
+		shaping = []string{"tbf", "rate", fmt.Sprintf("%dmibit", 8*mibs), "burst", "256kb", "latency", "10ms"}
+	}
+	for _, n := range []*cluster.Node{b.At(), b.Other()} {
+		if err := n.Netem(ctx, shaping...); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 const (
