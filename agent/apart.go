@@ -45,6 +45,11 @@ func (a *Agent) apart(r maint.Arrival, guests []maint.Guest, kept []maint.Reserv
 	if len(groups) == 0 {
 		return nil
 	}
+	// Those that come back together were here together before.
+	if together := a.comingBack(); together[r.GuestUUID] {
+		guests = slices.DeleteFunc(slices.Clone(guests), func(g maint.Guest) bool { return together[g.UUID] })
+		kept = slices.DeleteFunc(slices.Clone(kept), func(r maint.Reservation) bool { return together[r.GuestUUID] })
+	}
 	there := a.occupied(r.GuestUUID, guests, kept)
 	for _, name := range groups {
 		if other, taken := there[name]; taken {
@@ -53,6 +58,20 @@ func (a *Agent) apart(r maint.Arrival, guests []maint.Guest, kept []maint.Reserv
 		}
 	}
 	return ps
+}
+
+// comingBack are the guests of a restore that runs, by UUID.
+func (a *Agent) comingBack() map[string]bool {
+	all := make(map[string]bool)
+	for _, op := range a.journal.Ops() {
+		if op.Kind != maint.OpRestore || op.State == maint.OpEnded {
+			continue
+		}
+		for _, m := range op.Moves {
+			all[m.GuestUUID] = true
+		}
+	}
+	return all
 }
 
 // occupied are the groups of guests that run here or are expected, but for one,

@@ -273,7 +273,17 @@ func TestDrainKeepsGroupsApart(t *testing.T) {
 	if op.Outcome != maint.OutcomeDone || at["web-1"] == at["web-2"] || at["web-3"] != "c" || f.count()["a"] != 0 {
 		t.Fatalf("%s: %v, %v", op.Outcome, op.Problems, at)
 	}
+	// Those that were on one host come back to it, but for one whose place somebody else
+	// has taken.
+	f.a.Host.PutGuest("db-8", func(g *maint.Guest) { g.AntiAffinity = []string{"db"} })
+	back := f.restore(maint.RestoreRequest{})
+	at = f.at()
+	if back.Outcome != maint.OutcomePartly || at["web-1"] != "a" || at["web-2"] != "a" || at["web-3"] != "c" || len(back.Problems) != 1 || back.Problems[0].Code != maint.CodeAntiAffinity {
+		t.Fatalf("%s: %v, %v", back.Outcome, back.Problems, at)
+	}
 	// A peer refuses it by itself, too.
+	f.Nodes[1].Host.PutGuest("web-5", func(g *maint.Guest) { g.AntiAffinity = []string{"front"} })
+	f.Nodes[2].Host.PutGuest("web-6", func(g *maint.Guest) { g.AntiAffinity = []string{"front"} })
 	third := f.a.Host.PutGuest("web-4b", func(g *maint.Guest) { g.AntiAffinity = []string{"front"} })
 	vs, err := f.a.Client.Moves(ctxFor(t, patience), third, "")
 	if err != nil || len(vs) != 2 || !slices.Equal(codesOf(vs[0]), []maint.Code{maint.CodeAntiAffinity}) || !slices.Equal(codesOf(vs[1]), []maint.Code{maint.CodeAntiAffinity}) {
