@@ -65,7 +65,7 @@ func (a *Agent) checkDisks(ctx context.Context, r maint.Arrival) []maint.Problem
 	if len(r.Disks) == 0 {
 		return nil
 	}
-	c := migrate.DiskChecks{Host: a.cfg.Host, Places: a.local.Places(ctx, r.Disks), Claims: a.claims(ctx, r.Op), QemuImg: a.local.QemuImg(),
+	c := migrate.DiskChecks{Host: a.cfg.Host, Places: a.local.Places(ctx, r.Disks), Claims: a.claims(ctx, r), QemuImg: a.local.QemuImg(),
 		InTheWay: func(path string) (string, string) { return a.inTheWay(ctx, r, path) }}
 	ps := migrate.CheckDisks(r.Disks, c)
 	for _, d := range r.Disks {
@@ -84,11 +84,13 @@ var notForDisks = []string{"/boot", "/dev", "/etc", "/proc", "/run", "/sys", "/u
 
 // claims are what other arrivals have been promised of this host's storage, less what
 // their disks take already. Those whose files are made are copied on also when their
-// reservation has lapsed.
-func (a *Agent) claims(ctx context.Context, but maint.OpID) migrate.Claims {
+// reservation has lapsed. What was promised to the same guest before is promised no more.
+func (a *Agent) claims(ctx context.Context, r maint.Arrival) migrate.Claims {
 	promised := make(map[maint.OpID][]maint.DiskCopy)
 	for _, res := range a.journal.Reservations(time.Now()) {
-		promised[res.Op] = res.Disks
+		if res.GuestUUID != r.GuestUUID {
+			promised[res.Op] = res.Disks
+		}
 	}
 	for _, made := range a.journal.Disks() {
 		promised[made.Op] = nil
@@ -96,7 +98,7 @@ func (a *Agent) claims(ctx context.Context, but maint.OpID) migrate.Claims {
 			promised[made.Op] = append(promised[made.Op], f.DiskCopy)
 		}
 	}
-	delete(promised, but)
+	delete(promised, r.Op)
 	claims := make(migrate.Claims)
 	for _, disks := range promised {
 		places := a.local.Places(ctx, disks)

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"belay/agent/agenttest"
 	"belay/agent/config"
 	"belay/agent/maint"
@@ -305,6 +307,34 @@ func reserve(t *testing.T, n *agenttest.Node, r maint.Arrival) {
 	t.Helper()
 	_, err := n.Agent.Reserve(ctxFor(t, 10*time.Second), "a", r)
 	check(t, err)
+}
+
+// What others have been promised of the storage is not free for a disk.
+func TestRoomForDisks(t *testing.T) {
+	t.Parallel()
+	w := agenttest.New(t, quiet(t), nil, "a", "b")
+	b := w.Nodes[1]
+	withDisk(t, w)
+	ctx := ctxFor(t, 10*time.Second)
+	var fs unix.Statfs_t
+	check(t, unix.Statfs(b.Root, &fs))
+	most := fs.Bavail * uint64(fs.Bsize) * 2 / 3 // so that two of them do not fit
+	arrival := func(op maint.OpID, uuid string) maint.Arrival {
+		return maint.Arrival{Op: op, Guest: "guest-" + uuid, GuestUUID: strings.Repeat(uuid, 36), MemoryBytes: 1 << 20, DomainType: "qemu",
+			Disks: []maint.DiskCopy{{Target: "vda", Path: "/disks/" + uuid, Format: "raw", Bytes: most}}}
+	}
+	reserve(t, b, arrival("mig-1", "1"))
+	if ps, err := b.Agent.Check(ctx, "a", arrival("mig-2", "2")); err != nil || len(ps) != 1 || ps[0].Code != maint.CodeNoRoom {
+		t.Errorf("%v, %v", ps, err)
+	}
+	// The same guest, whose earlier operation could not give its room up.
+	if ps, err := b.Agent.Check(ctx, "a", arrival("mig-3", "1")); err != nil || len(ps) > 0 {
+		t.Errorf("%v, %v", ps, err)
+	}
+	check(t, b.Agent.Release(ctx, "a", "mig-1"))
+	if ps, err := b.Agent.Check(ctx, "a", arrival("mig-2", "2")); err != nil || len(ps) > 0 {
+		t.Errorf("%v, %v", ps, err)
+	}
 }
 
 // A disk that a guest of the destination has is not removed, whatever the source says.
