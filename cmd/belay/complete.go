@@ -54,6 +54,18 @@ func completeMeans(_ *cobra.Command, _ []string, typed string) (lists []string, 
 	return lists, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace
 }
 
+// completeAllOps completes also those that have ended, the newest first.
+func (a *app) completeAllOps(c *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	ids, how := a.complete(c, args, func(ctx context.Context) (names []string) {
+		ops, _ := a.client().Ops(ctx)
+		for _, op := range slices.Backward(ops) {
+			names = append(names, string(op.ID))
+		}
+		return names
+	})
+	return ids, how | cobra.ShellCompDirectiveKeepOrder
+}
+
 func (a *app) completeOps(c *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 	return a.complete(c, args, func(ctx context.Context) (names []string) {
 		ops, _ := a.client().Ops(ctx)

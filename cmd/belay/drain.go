@@ -73,6 +73,7 @@ or with --dry-run: would be; 4 some guests are left; 5 goes on.`,
 	f.BoolVar(&detach, "detach", false, "print the operation's ID and return at once")
 	f.DurationVar(&wait, "wait", 0, "wait no longer than this, then exit with 5 while the drain goes on (default: wait for its end)")
 	_ = c.RegisterFlagCompletionFunc("to", a.completePeers)
+	_ = c.RegisterFlagCompletionFunc("allow", completeMeans)
 	return c
 }
 

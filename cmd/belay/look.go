@@ -81,8 +81,9 @@ func (a *app) guestsCmd() *cobra.Command {
 		Long: `List the guests of this host.
 
 With --why say of each guest, or of GUEST, and of each peer, or of HOST, whether
-the one could be migrated to the other now: "can move", or every reason against
-with its remedy. Both hosts are asked, as before a migration. Nothing is changed and
+the one could be migrated to the other now: "can move", "can move with --copy-disks"
+where only disks are in the way that can be copied along, or every reason against with
+its remedy. Both hosts are asked, as before a migration. Nothing is changed and
 no room is kept: what was true a moment ago may be refused when it is tried. While a
 peer looks for a guest's disks, an empty file (.belay-...) is beside them for a
 moment; it shows whether both hosts have the same storage.

@@ -21,8 +21,20 @@ func (a *app) migrateCmd() *cobra.Command {
 	var wait time.Duration
 	c := &cobra.Command{
 		Use: "migrate GUEST --to HOST", Short: "Live-migrate a guest to a peer host", Args: exactly("a GUEST (name or UUID)"),
-		Long: `Live-migrate a guest to a peer host. If anything fails on the way, the guest
-runs where it ran before. Ctrl-C detaches: the migration goes on.`,
+		Long: `Live-migrate a guest to a peer host. Both hosts are asked first, as by
+'belay guests --why'. If anything fails on the way, the guest runs where it ran before.
+Ctrl-C detaches: the migration goes on.
+
+A guest that writes faster than the network takes it stays here, unless --allow has
+more be done for it. With postcopy the guest runs on the peer while a part of its memory
+is still here: from then on there is no way back, no abort, and if either host or its
+QEMU dies before the end, the guest is lost, as by a power cut.
+
+Of disks that --copy-disks copies the old images are left here, for you to remove.
+
+Exit codes: 0 done; 1 failed, aborted or stuck; 2 wrong usage; 3 blocked, nothing was
+changed; 4 the guest has moved, something after that did not work; 5 goes on; 70 the
+peer is this host.`,
 		Example: `  belay migrate web-1 --to host-b
   belay migrate web-1 --to host-b --timeout 10m --reason "firmware"
   belay migrate web-1 --to host-b --copy-disks --timeout 4h
@@ -57,7 +69,7 @@ runs where it ran before. Ctrl-C detaches: the migration goes on.`,
 	f.DurationVar(&r.Timeout, "timeout", 0, "cancel the copy after this time, the guest stays (default: belayd's migration.timeout)")
 	f.Uint64Var(&r.BandwidthMiBs, "bandwidth", 0, "limit for the memory stream in MiB/s (default: belayd's migration.bandwidth_mib_s)")
 	f.DurationVar(&r.MaxPause, "max-pause", 0, "longest pause that the copy may end with; it ends with a shorter one if the guest writes little enough (default: belayd's migration.max_pause)")
-	f.StringSliceVar(&allow, "allow", nil, "what may be done if the guest writes faster than the network takes it, tried in this order: bandwidth (lift the limit), parallel (copy anew by several connections), slow (copy anew and slow the guest down), postcopy (run it on the destination before all of its memory is there: no way back from then on) (default: belayd's migration.allow)")
+	f.StringSliceVar(&allow, "allow", nil, "what may be done if the guest writes faster than the network takes it, tried in this order: bandwidth (lift the limit), parallel (copy anew by several connections), slow (copy anew and slow the guest down), postcopy (run it on the destination before all of its memory is there: no way back from then on, see above) (default: belayd's migration.allow)")
 	copyDisksFlag(f, &r.CopyDisks)
 	f.StringVar(&r.Reason, "reason", "", "why, for the record")
 	emergencyFlag(f, &r.Emergency)
@@ -105,7 +117,7 @@ func (a *app) opsListCmd() *cobra.Command {
 
 func (a *app) opsShowCmd() *cobra.Command {
 	return &cobra.Command{
-		Use: "show ID", Short: "Show an operation with all it wrote down", Args: exactly("an operation ID"), ValidArgsFunction: a.completeOps,
+		Use: "show ID", Short: "Show an operation with all it wrote down", Args: exactly("an operation ID"), ValidArgsFunction: a.completeAllOps,
 		RunE: func(c *cobra.Command, args []string) error {
 			id := maint.OpID(args[0])
 			op, err := a.client().Op(c.Context(), id)
@@ -156,7 +168,7 @@ func (a *app) opsAbortCmd() *cobra.Command {
 	var now bool
 	c := &cobra.Command{
 		Use: "abort ID", Short: "Ask an operation to stop and go back", Args: exactly("an operation ID"), ValidArgsFunction: a.completeOps,
-		Long: "Ask an operation to stop and go back, and wait until it has ended. A guest that has already moved stays moved. A drain or a restore begins no more moves, and lets those that run come to their end, unless --now cancels them, too.",
+		Long: "Ask an operation to stop and go back, and wait until it has ended. A guest that has already moved stays moved; a migration in post-copy cannot be aborted. A drain or a restore begins no more moves, and lets those that run come to their end, unless --now cancels them, too.",
 		RunE: func(c *cobra.Command, args []string) error {
 			id := maint.OpID(args[0])
 			abort := a.client().Abort
