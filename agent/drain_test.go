@@ -215,6 +215,29 @@ func TestDrainRefused(t *testing.T) {
 	if f.cordoned() == nil {
 		t.Error("the host is not cordoned")
 	}
+	told := func() (n int) {
+		s, err := f.a.Client.Status(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range s.Conditions {
+			if strings.Contains(c.Text, string(op.ID)) {
+				n++
+			}
+		}
+		return n
+	}
+	if told() != 1 {
+		t.Error("status does not tell of who is left")
+	}
+	f.a.Host.RemoveDevices(t, f.uuids["web-2"])
+	mig, err := f.a.Client.Migrate(ctx, maint.MigrateRequest{Guest: "web-2", To: "c"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if mig = await(t, ctx, f.a, mig.ID); mig.Outcome != maint.OutcomeDone || told() != 0 {
+		t.Errorf("%s; status still tells of who was left", mig.Outcome)
+	}
 }
 
 // holding has copies not end, and returns when n have begun.

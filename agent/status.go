@@ -100,7 +100,7 @@ func unresolved(ops []maint.Op) []maint.Condition {
 		if op.State != maint.OpEnded || !left && op.Outcome != maint.OutcomeDone {
 			continue
 		}
-		if left && time.Since(op.Ended) < stuckFor && slices.ContainsFunc(troubled(op), func(s string) bool { return !seen[s] }) {
+		if left && time.Since(op.Ended) < stuckFor && slices.ContainsFunc(troubled(op), func(s string) bool { return !seen[s] }) && !(moveMany(op) && seen[ofDrains]) {
 			c := maint.Condition{Code: maint.CodeUnverified, Since: op.Ended, Remedy: "belay ops show " + string(op.ID),
 				Text: fmt.Sprintf("operation %s on %s is %s", op.ID, whom(op), op.Outcome)}
 			told := op.Problems
@@ -124,7 +124,7 @@ func unresolved(ops []maint.Op) []maint.Condition {
 // to the host around them.
 func subjects(op maint.Op) []string {
 	if moveMany(op) { // a restore is the end of its drain
-		return []string{string(maint.OpDrain)}
+		return []string{ofDrains}
 	}
 	if op.Kind != maint.OpHold {
 		return []string{op.GuestUUID}
@@ -140,9 +140,29 @@ func subjects(op maint.Op) []string {
 	return all
 }
 
+// ofDrains is what drains and restores are about, beside their guests.
+const ofDrains = "drain"
+
+// leftBehind are the guests that a drain or a restore has left, or that its
+// migrations have left in trouble.
+func leftBehind(op maint.Op) (uuids []string) {
+	for _, m := range op.Moves {
+		if len(m.Problems) > 0 {
+			uuids = append(uuids, m.GuestUUID)
+		}
+	}
+	if len(uuids) == 0 {
+		return []string{ofDrains}
+	}
+	return uuids
+}
+
 // troubled are those of its subjects that an operation left in trouble: of a
 // hold the guests that have a problem, and if there is none the host.
 func troubled(op maint.Op) []string {
+	if moveMany(op) {
+		return leftBehind(op)
+	}
 	if op.Kind != maint.OpHold {
 		return subjects(op)
 	}

@@ -160,6 +160,12 @@ func (h *Host) PutDevice(t testing.TB, uuid, xml string) {
 	h.change(t, uuid, func(g *guest) { g.devices += xml })
 }
 
+// RemoveDevices takes from a guest what PutDevice has given it.
+func (h *Host) RemoveDevices(t testing.TB, uuid string) {
+	t.Helper()
+	h.change(t, uuid, func(g *guest) { g.devices = "" })
+}
+
 // Edit changes a guest in any way, without an event.
 func (h *Host) Edit(t testing.TB, uuid string, edit func(*maint.Guest)) {
 	t.Helper()
