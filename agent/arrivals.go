@@ -248,6 +248,11 @@ func (a *Agent) append(recs ...maint.Record) error {
 // View tells what this host has of a guest now.
 func (a *Agent) View(ctx context.Context, uuid string) (maint.View, error) {
 	v := maint.View{Host: a.cfg.Host}
+	for _, came := range a.journal.Arrivals() {
+		if came.GuestUUID == uuid {
+			v.Came = append(v.Came, came.Op)
+		}
+	}
 	g, err := a.hyp.Guest(ctx, uuid)
 	switch {
 	case errors.Is(err, maint.ErrNoGuest):

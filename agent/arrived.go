@@ -36,14 +36,35 @@ const hearFirst, hearMost = 100 * time.Millisecond, 5 * time.Second
 func (a *Agent) arrived(ctx context.Context, op maint.OpID, from string, g maint.Guest) error {
 	came := maint.Arrived{Op: op, From: from, GuestUUID: g.UUID, Guest: g.Name, At: time.Now().Round(0)}
 	var err error
-	return cmp.Or(a.inLoop(ctx, func() {
-		if _, known := a.journal.Arrival(op); known {
-			return
+	return cmp.Or(a.inLoop(ctx, func() { err = a.hasArrived(came) }), err)
+}
+
+// hasArrived is arrived, in the loop.
+func (a *Agent) hasArrived(came maint.Arrived) error {
+	if _, known := a.journal.Arrival(came.Op); known {
+		return nil
+	}
+	if err := a.noteArrived(came); err != nil {
+		return err
+	}
+	a.workers.Go(func() { a.seeTo(a.life, came) })
+	return nil
+}
+
+// arrivedBefore writes down that a guest has come which is about to leave again, where its
+// old host has not said so: that may still hold it, stopped, and must not take its absence
+// from here for a proof that it never ran here. It is called in the loop.
+func (a *Agent) arrivedBefore(leaves maint.Op) error {
+	for _, r := range a.journal.Reservations(time.Time{}) { // the lapsed, too
+		if leaves.Kind != maint.OpMigrate || r.GuestUUID != leaves.GuestUUID {
+			continue
 		}
-		if err = a.noteArrived(came); err == nil {
-			a.workers.Go(func() { a.seeTo(a.life, came) })
+		came := maint.Arrived{Op: r.Op, From: r.From, GuestUUID: r.GuestUUID, Guest: r.Guest, At: time.Now().Round(0)}
+		if err := a.hasArrived(came); err != nil {
+			return err
 		}
-	}), err)
+	}
+	return nil
 }
 
 func (a *Agent) noteArrived(came maint.Arrived) error {

@@ -231,9 +231,14 @@ func (a *Agent) openDisks(id maint.OpID) (maint.MadeDisks, bool) {
 	return maint.MadeDisks{}, false
 }
 
-// removeDisks removes files that were made, unless a guest of this host has one of them as
-// a disk: then nothing is removed. a.storage is held.
+// removeDisks removes files that were made, unless their guest has come, or a guest of this
+// host has one of them as a disk: then nothing is removed. a.storage is held.
 func (a *Agent) removeDisks(ctx context.Context, made maint.MadeDisks) error {
+	if _, came := a.journal.Arrival(made.Op); came {
+		a.log.Warn("a guest has run on the disks that were made for it, although its source says that it has not moved: they are left", "op", made.Op, "guest", made.Guest)
+		made.State = maint.DisksKept
+		return a.recordDisks(made)
+	}
 	guests, err := a.hyp.Guests(ctx)
 	if err != nil {
 		return a.downProblem(err)

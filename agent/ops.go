@@ -117,6 +117,9 @@ func (a *Agent) admit(what string, op maint.Op) error {
 		return refuse(what, maint.Problemf(maint.CodeHostBusy, "host "+a.cfg.Host, "wait for it to end (belay ops list)",
 			"already runs an operation of this kind (%s)", op.Kind))
 	}
+	if err := a.arrivedBefore(op); err != nil {
+		return err
+	}
 	data, err := json.Marshal(op)
 	if err != nil {
 		return err

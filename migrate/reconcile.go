@@ -32,6 +32,8 @@ type Story struct {
 	// Paused: it was paused before the copy was begun, and arrives so. It never runs by
 	// this operation's doing, on either host.
 	Paused bool
+	// Came: the destination says that it has come by this operation. It may have moved on.
+	Came bool
 }
 
 // State is where a guest is, seen from both hosts at once and with the journal's story.
@@ -246,6 +248,7 @@ func see(v *maint.View) sight {
 //	               stopped, paused     postcopy, broken    Switching          wait
 //	moved          stopped, paused     absent, off         MovedLeftover      finish: it has ended there
 //	               stopped             unknown             Unknown            wait
+//	came           stopped, paused     absent, off         Doubtful           alarm: it has run there, and may run on a third
 //	copy, over     stopped             absent, persistent  Stranded           resume source
 //	               stopped                                 Doubtful           alarm
 //	               paused                                  NotMoved           begin: its owner's doing
@@ -272,7 +275,8 @@ func see(v *maint.View) sight {
 // begun): the destination's libvirtd kills what it had received, and nobody starts the
 // source's, which still has everything. The proof that the destination has not run it:
 // the domain is persistent, libvirt writes its definition there before it starts it, and
-// there is none; its QEMU there is gone; and no migration is left on the source that
+// there is none; that host has not noted that it came, as it does before it lets it leave
+// again; its QEMU there is gone; and no migration is left on the source that
 // could tell the destination anything. A transient domain leaves no such trace, nor does
 // one that the destination had a definition of: Doubtful.
 //
@@ -377,6 +381,8 @@ func reconcileStopped(s, d sight, story Story) Verdict {
 		return Verdict{Switching, Wait}
 	case story.Begun == MoveSeen && d != unknown:
 		return Verdict{MovedLeftover, Finish}
+	case d != unknown && story.Came:
+		return Verdict{Doubtful, Alarm}
 	case s == paused && !story.Paused:
 		return Verdict{NotMoved, Begin}
 	case d == unknown:

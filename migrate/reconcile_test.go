@@ -191,6 +191,29 @@ func TestReconcile(t *testing.T) {
 	}
 }
 
+// A guest that has come is not proven to have stayed away from the destination by its not
+// being there any more.
+func TestReconcileCame(t *testing.T) {
+	t.Parallel()
+	for _, begun := range []Begun{NothingBegun, CopyBegun, CopyOver, PostCopyBegun, MoveSeen} {
+		for _, s := range sights {
+			for _, d := range sights {
+				for _, wasPaused := range []bool{false, true} {
+					story := Story{Begun: begun, Persistent: true, Paused: wasPaused}
+					want := Reconcile(shown[s], shown[d], story)
+					if copied := begun != NothingBegun && begun != MoveSeen; copied && (s == stopped || s == paused) && (d == absent || d == off) {
+						want = Verdict{Doubtful, Alarm}
+					}
+					story.Came = true
+					if got := Reconcile(shown[s], shown[d], story); got != want {
+						t.Errorf("%s begun, source %s, destination %s: %+v, want %+v", begun, s, d, got, want)
+					}
+				}
+			}
+		}
+	}
+}
+
 // TestReconcileKeepsPromises is about every pair of views, also of those that no host
 // should ever show: all states with all reasons and jobs that matter, and some that do
 // not.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"belay/agent/maint"
@@ -97,6 +98,7 @@ func (m *Migration) look(ctx context.Context, story Story) (now situation) {
 		now.err = err
 	}
 	now.there = <-remote
+	story.Came = now.there != nil && slices.Contains(now.there.Came, m.Op)
 	now.Verdict = Reconcile(now.here, now.there, story)
 	return now
 }
@@ -143,6 +145,10 @@ func (m *Migration) unsettled(now situation) error {
 		p.Reason = fmt.Sprintf("is stopped on %s, in the switch-over to %s, where it is not: it cannot be told whether it has run and ended there", m.From, m.To)
 		p.Remedy = fmt.Sprintf("see its QEMU log on %s (/var/log/libvirt/qemu/%s.log); if it has not run there, on %s: virsh resume %s; if it has, what %s holds is out of date: on %s virsh destroy %s, and start it where it is wanted",
 			m.To, m.Guest, m.From, m.Guest, m.From, m.From, m.Guest)
+		if now.there != nil && slices.Contains(now.there.Came, m.Op) {
+			p.Reason = fmt.Sprintf("is stopped on %s; it has come to %s, which does not have it any more: it has moved on, or has ended there", m.From, m.To)
+			p.Remedy = fmt.Sprintf("find out where it runs now ('belay ops list' on %s); what %s holds is out of date and must not be resumed: on %s virsh destroy %s", m.To, m.From, m.From, m.Guest)
+		}
 	case PausedTwice:
 		p.Reason = fmt.Sprintf("is paused on both hosts; it has arrived on %s, and what %s holds is out of date", m.To, m.From)
 		p.Remedy = fmt.Sprintf("see why it is paused on %s (virsh domstate --reason %s) and resume it there, nowhere else; when it runs, on %s: virsh destroy %s", m.To, m.Guest, m.From, m.Guest)

@@ -110,6 +110,9 @@ func validGroups(names []string) string {
 type View struct {
 	Host  string `json:"host"`
 	Guest *Guest `json:"guest"` // nil: the host has no such domain
+	// Came are the operations by which the guest has come to run on the host, also where
+	// it has gone from there since.
+	Came []OpID `json:"came,omitempty"`
 }
 
 // Running reports whether the guest's vCPUs run on this host.
