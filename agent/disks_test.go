@@ -176,6 +176,10 @@ func TestFailedCopyOfDisksLeavesNothing(t *testing.T) {
 				t.Error(err)
 			}
 		},
+		"libvirt dies here": func(t *testing.T, w *agenttest.World, _ string) {
+			w.Nodes[0].Host.KillLibvirt()
+			time.AfterFunc(50*time.Millisecond, w.Nodes[0].Host.RestartLibvirt)
+		},
 		"libvirt dies there": func(t *testing.T, w *agenttest.World, _ string) {
 			w.Nodes[1].Host.KillLibvirt()
 			time.AfterFunc(50*time.Millisecond, w.Nodes[1].Host.RestartLibvirt)
