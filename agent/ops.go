@@ -10,13 +10,14 @@ import (
 	"strings"
 	"time"
 
+	"belay/agent/config"
 	"belay/agent/maint"
 	"belay/agent/run"
 	"belay/migrate"
 )
 
 // maxTimeout bounds what an operator may ask for.
-const maxTimeout = 24 * time.Hour
+const maxTimeout = config.MaxTimeout
 
 // guest looks a guest up by name or UUID for a request.
 func (a *Agent) guest(ctx context.Context, what, name string) (maint.Guest, error) {

@@ -390,6 +390,7 @@ func TestRefusals(t *testing.T) {
 		{"no migrations in", "[limits]\nmigrations_in=-1", "configuration: limits.migrations_in: -1 is not"},
 		{"too many migrations in", "[limits]\nmigrations_in=9", "configuration: limits.migrations_in: 9 is not"},
 		{"no time", "[migration]\ntimeout='0s'", "configuration: migration.timeout: must be longer than 0"},
+		{"much time", "[migration]\ntimeout='25h'", "configuration: migration.timeout: 25h0m0s is longer than 24h0m0s"},
 		{"negative time", "[migration]\ntimeout='-5m'", "configuration: migration.timeout: must be longer than 0"},
 		{"no pause", "[hold]\nmax_pause='0s'", "configuration: hold.max_pause: "},
 		{"pause beyond its limit", "[hold]\nmax_pause='1h'", "configuration: hold.max_pause: "},

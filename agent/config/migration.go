@@ -33,6 +33,9 @@ type Migration struct {
 	CopyDisks string `toml:"copy_disks"`
 }
 
+// MaxTimeout is the longest that an operation on guests may be given.
+const MaxTimeout = 24 * time.Hour
+
 // MaxMigrationPause is the longest that a migration's pause may be allowed to be.
 const MaxMigrationPause = time.Minute
 
@@ -53,8 +56,10 @@ const maxBandwidth = 1 << 20
 
 // check refuses what cannot work.
 func (m Migration) check(bad func(key, format string, args ...any)) {
-	if m.Timeout.Duration <= 0 {
+	if d := m.Timeout.Duration; d <= 0 {
 		bad("migration.timeout", "must be longer than 0")
+	} else if d > MaxTimeout {
+		bad("migration.timeout", "%s is longer than %s", d, MaxTimeout)
 	}
 	if m.BandwidthMiBs > maxBandwidth {
 		bad("migration.bandwidth_mib_s", "%d is out of range; it is in MiB/s, 0 means no limit", m.BandwidthMiBs)
