@@ -51,7 +51,9 @@ func (m *metrics) ended(op maint.Op, o maint.Outcome) {
 }
 
 func (m *metrics) moved(r maint.MoveResult) {
-	m.downtime.Observe(r.Downtime.Seconds())
+	if r.Downtime > 0 { // else libvirt has not told
+		m.downtime.Observe(r.Downtime.Seconds())
+	}
 	m.total.Observe(r.Total.Seconds())
 }
 

@@ -104,7 +104,7 @@ func (m *Migration) seeThrough(ctx, detach context.Context, a *attempt, s Scratc
 				return err
 			}
 		}
-		begun := time.Now()
+		m.seen.PostCopy = maint.PostCopyBroken
 		done := make(chan error, 1)
 		p := a.Params
 		p.Compression, p.ZeroCopy = "", false // what is left of it is sent as it is
@@ -113,7 +113,7 @@ func (m *Migration) seeThrough(ctx, detach context.Context, a *attempt, s Scratc
 		if detach.Err() != nil {
 			return detach.Err()
 		}
-		if time.Since(begun) > resumeMost { // it went on, and broke anew; or was over
+		if m.seen.PostCopy == maint.PostCopyRunning { // it went on, and broke anew
 			pause, tries = resumeFirst, 0
 		}
 		if err == nil {

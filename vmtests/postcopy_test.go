@@ -98,6 +98,11 @@ func TestPostCopyBroken(t *testing.T) {
 	if err := b.b.SetLink(ctx, true); err != nil {
 		t.Fatal(err)
 	}
+	// The other QEMU has nothing to send, and believes in its connection until it has: see
+	// the runbook.
+	if out, err := b.b.Command(ctx, "ss", "-K", "state", "established", "sport", ">=", ":49152", "and", "sport", "<=", ":49215").CombinedOutput(); err != nil {
+		t.Logf("ss: %v: %s", err, out)
+	}
 	op = b.end(b.a, op.ID)
 	t.Logf("%s after %s, %+v\n%s", op.Outcome, op.Ended.Sub(op.Started), op.Problems, notes(op))
 	if op.Outcome != maint.OutcomeDone || !strings.Contains(notes(op), "post-copy has come to its end, ") {

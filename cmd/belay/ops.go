@@ -297,7 +297,7 @@ func about(op maint.Op) string {
 func describe(op maint.Op) string {
 	switch {
 	case op.State == maint.OpEnded && op.Outcome == maint.OutcomeDone && op.Move != nil:
-		return fmt.Sprintf("done in %s, downtime %s", span(op.Move.Total), span(op.Move.Downtime))
+		return fmt.Sprintf("done in %s, downtime %s", span(op.Move.Total), downtime(*op.Move))
 	case op.State == maint.OpEnded && op.Outcome == maint.OutcomeDone && op.Held != nil:
 		longest := time.Duration(0)
 		for _, g := range op.Held.Guests {
@@ -330,6 +330,14 @@ func describe(op maint.Op) string {
 	return op.Step
 }
 
+// downtime is what was measured of a move's pause, which libvirt does not always tell.
+func downtime(r maint.MoveResult) string {
+	if r.Downtime == 0 {
+		return "not measured"
+	}
+	return span(r.Downtime)
+}
+
 // printOp prints an operation as a small table.
 func printOp(w io.Writer, op maint.Op) {
 	row(w, "operation", op.ID)
@@ -344,7 +352,7 @@ func printOp(w io.Writer, op maint.Op) {
 	}
 	if op.Move != nil {
 		row(w, "moved", fmt.Sprintf("%s → %s", op.Move.From, op.Move.To))
-		row(w, "downtime", span(op.Move.Downtime))
+		row(w, "downtime", downtime(*op.Move))
 		row(w, "memory sent", fmt.Sprintf("%s in %d passes, %s", bytes(op.Move.MemorySent), op.Move.Iterations, span(op.Move.Copy)))
 	}
 	printCopied(w, op)

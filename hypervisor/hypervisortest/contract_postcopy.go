@@ -76,7 +76,13 @@ func testMidCopyPostCopyBroken(t *testing.T, env Env) {
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	env.A.Release(t, uuid)
-	must(t, env.A.Hypervisor().ResumePostCopy(ctx, uuid, maint.MoveParams{DestURI: env.B.URI(), Persist: true, BandwidthMiBs: 10}))
+	eventually(t, "resumed", func() bool { // libvirt knows that it is broken a moment before QEMU is ready to be resumed
+		err := env.A.Hypervisor().ResumePostCopy(ctx, uuid, maint.MoveParams{DestURI: env.B.URI(), Persist: true, BandwidthMiBs: 10})
+		if err != nil && !errors.Is(asInvalid(err), errInvalid) {
+			t.Fatal(err)
+		}
+		return err == nil
+	})
 	wantState(t, env.B, uuid, maint.GuestRunning, "migrated")
 	wantGone(t, env.A, uuid)
 }
