@@ -12,7 +12,7 @@ import (
 
 // copyDisksFlag adds --copy-disks; without a value it is all of them.
 func copyDisksFlag(f *pflag.FlagSet, which *[]string) {
-	f.StringSliceVar(which, "copy-disks", nil, "copy disks along that the peer does not have: all, none, or their targets, like vda,vdb; all without a value (default: belayd's migration.copy_disks)")
+	f.StringSliceVar(which, "copy-disks", nil, "copy disks along that the peer does not have: all, none, or their targets, like vda,vdb; all without a value; after an = sign, as in --copy-disks=vda (default: belayd's migration.copy_disks)")
 	f.Lookup("copy-disks").NoOptDefVal = maint.CopyAll
 }
 
