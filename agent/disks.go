@@ -70,7 +70,7 @@ func (a *Agent) checkDisks(ctx context.Context, r maint.Arrival) []maint.Problem
 	ps := migrate.CheckDisks(r.Disks, c)
 	for _, d := range r.Disks {
 		for _, folder := range append([]string{a.cfg.StateDir, a.cfg.RunDir}, notForDisks...) {
-			if folder != "" && strings.HasPrefix(d.Path, folder+"/") {
+			if folder != "" && (strings.HasPrefix(d.Path, folder+"/") || strings.HasPrefix(c.Places[d.Path].Real+"/", folder+"/")) {
 				ps = append(ps, *maint.Problemf(maint.CodeDiskCopy, "host "+a.cfg.Host, "move the disk elsewhere first (virsh blockcopy)",
 					"takes no disks in %s, where disk %s (%s) is to be copied to", folder, d.Target, d.Path))
 			}
@@ -79,8 +79,9 @@ func (a *Agent) checkDisks(ctx context.Context, r maint.Arrival) []maint.Problem
 	return ps
 }
 
-// notForDisks are folders of the system that no peer has anything made in.
-var notForDisks = []string{"/boot", "/dev", "/etc", "/proc", "/run", "/sys", "/usr"}
+// notForDisks are folders of the system that no peer has anything made in, by whatever
+// name it asks.
+var notForDisks = []string{"/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/root", "/run", "/sbin", "/sys", "/usr", "/var/spool"}
 
 // claims are what other arrivals have been promised of this host's storage, less what
 // their disks take already. Those whose files are made are copied on also when their
@@ -136,7 +137,7 @@ func (a *Agent) inTheWay(ctx context.Context, r maint.Arrival, path string) (wha
 	for _, op := range slices.Backward(a.journal.Ops()) {
 		if op.Move != nil && slices.ContainsFunc(op.Move.Disks, func(d maint.DiskCopy) bool { return d.Path == path }) {
 			return fmt.Sprintf("operation %s left it when it moved guest %s to %s at %s", op.ID, op.Guest, op.Move.To, op.Ended.Format(time.RFC3339)),
-				fmt.Sprintf("if it has not been used since, it is of no more use: rm %s, there", path)
+				fmt.Sprintf("if it has not been used since, it is of no more use: rm %s, there", maint.ShellWord(path))
 		}
 	}
 	return "Belay never overwrites a file", "move it away, or remove it if nothing needs it"
@@ -379,7 +380,7 @@ func (a *Agent) strayDisks() (cs []maint.Condition) {
 		for _, f := range made.Files {
 			cs = append(cs, maint.Condition{Code: maint.CodeLeftover,
 				Text:   fmt.Sprintf("%s was made for disk %s of guest %s (operation %s), and %s has not said what became of it", f.Path, f.Target, made.Guest, made.Op, made.From),
-				Remedy: fmt.Sprintf("have belayd answer on %s; else find out where the guest runs, and if it never ran here: rm %s", made.From, f.Path)})
+				Remedy: fmt.Sprintf("have belayd answer on %s; else find out where the guest runs, and if it never ran here: rm %s", made.From, maint.ShellWord(f.Path))})
 		}
 	}
 	return cs

@@ -282,9 +282,28 @@ func TestDisksAreThePeersOwn(t *testing.T) {
 		t.Fatalf("made %q", got)
 	}
 
-	system := r
-	system.Disks = []maint.DiskCopy{{Target: "vda", Path: "/etc/cron.d/web", Format: "raw", Bytes: 1}}
-	if ps, err := b.Agent.Check(ctx, "a", system); err != nil || !strings.Contains(fmt.Sprint(ps), "takes no disks in /etc") {
+	// Nor in a folder of the system, by whatever name, nor such a lot that the sum is small.
+	b.Host.WriteFile(t, "/etc/cron.d/other", nil)
+	check(t, os.Symlink("../etc/cron.d", filepath.Join(b.Root, "disks/here")))
+	for path, says := range map[string]string{"/etc/cron.d/web": "takes no disks in /etc", "/disks/here/web": "takes no disks in /etc",
+		"/disks/../etc/web": "is no image", "/disks/web\x1b[2J": "is no image", "disks/web": "is no image"} {
+		system := r
+		system.Disks = []maint.DiskCopy{{Target: "vda", Path: path, Format: "raw", Bytes: 1}}
+		if ps, err := b.Agent.Check(ctx, "a", system); !strings.Contains(fmt.Sprint(ps, err), says) {
+			t.Errorf("%q: %v, %v", path, ps, err)
+		}
+	}
+	check(t, os.Remove(filepath.Join(b.Root, "disks/here")))
+	many := r
+	many.Disks = nil
+	for i := range 256 {
+		many.Disks = append(many.Disks, maint.DiskCopy{Target: fmt.Sprint("vd", i), Path: fmt.Sprint("/disks/", i), Format: "raw", Bytes: 1 << 50})
+	}
+	if ps, err := b.Agent.Check(ctx, "a", many); err != nil || !strings.Contains(fmt.Sprint(ps), "which take up to") {
+		t.Errorf("%d disks: %v, %v", len(many.Disks), ps, err)
+	}
+	many.Disks[7].Bytes = 1 << 60
+	if ps, err := b.Agent.Check(ctx, "a", many); !strings.Contains(fmt.Sprint(ps, err), "out of range") {
 		t.Errorf("%v, %v", ps, err)
 	}
 

@@ -156,11 +156,12 @@ func (m *Migration) Left(s Scratch) ([]maint.DiskCopy, error) {
 
 // DiskPlace is what a destination finds where a disk is to be made.
 type DiskPlace struct {
-	Known   bool // else belayd may not look
-	Hangs   bool // its storage did not answer in time
-	Folder  bool // there is a folder to make it in
-	Denied  bool // belayd may not write to that folder
-	There   bool // something is at its path
+	Known   bool   // else belayd may not look
+	Hangs   bool   // its storage did not answer in time
+	Folder  bool   // there is a folder to make it in
+	Real    string // that folder, without symbolic links
+	Denied  bool   // belayd may not write to that folder
+	There   bool   // something is at its path
 	Storage uint64
 	Free    uint64 // of that storage, bytes
 	Taken   uint64 // by what is at its path, bytes

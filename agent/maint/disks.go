@@ -66,7 +66,7 @@ func validDisks(disks []DiskCopy) string {
 	if len(disks) > maxNeeds {
 		return fmt.Sprintf("%d are more than %d", len(disks), maxNeeds)
 	}
-	const most = 1 << 60 // bytes; it keeps sums in range
+	const most = 1 << 50 // bytes; maxNeeds of them are still in range
 	seen := make(map[string]bool)
 	for _, d := range disks {
 		switch {

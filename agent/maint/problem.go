@@ -167,6 +167,18 @@ func Refuse(what string, problems []Problem) error {
 	return &Refusal{What: what, Problems: problems}
 }
 
+// ShellWord is a text as one word of a shell, for commands in remedies: paths and names
+// can come from elsewhere, and people paste what they are told.
+func ShellWord(s string) string {
+	plain := func(c rune) bool {
+		return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.ContainsRune("/._-+:,@%", c)
+	}
+	if s != "" && !strings.HasPrefix(s, "-") && strings.IndexFunc(s, func(c rune) bool { return !plain(c) }) < 0 {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}
+
 // AsProblem gives the Problem inside err, or one made of its text with the
 // code given.
 func AsProblem(err error, code Code, subject string) *Problem {

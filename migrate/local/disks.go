@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -50,6 +51,12 @@ func (h *Host) place(path string) (p migrate.DiskPlace) {
 		return p
 	}
 	p.Known, p.Folder = true, true
+	real, err := filepath.EvalSymlinks(dir)
+	if err != nil {
+		p.Known = false
+		return p
+	}
+	p.Real = filepath.Join("/", strings.TrimPrefix(real, h.root))
 	p.Denied = unix.Access(dir, unix.W_OK|unix.X_OK) != nil
 	p.Storage = uint64(info.Sys().(*syscall.Stat_t).Dev)
 	var s unix.Statfs_t
