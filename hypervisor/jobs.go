@@ -3,6 +3,7 @@ package hypervisor
 import (
 	"context"
 	"fmt"
+	"math"
 	"time"
 
 	"github.com/digitalocean/go-libvirt"
@@ -141,11 +142,11 @@ func jobOf(kind int32, params []libvirt.TypedParam) maint.Job {
 		case libvirt.DomainJobOperationStr:
 			job.Operation = jobOperation(int32(n))
 		case libvirt.DomainJobTimeElapsed:
-			job.Elapsed = time.Duration(n) * time.Millisecond
+			job.Elapsed = milliseconds(n)
 		case libvirt.DomainJobDowntime:
-			job.Downtime = time.Duration(n) * time.Millisecond
+			job.Downtime = milliseconds(n)
 		case libvirt.DomainJobSetupTime:
-			job.Setup = time.Duration(n) * time.Millisecond
+			job.Setup = milliseconds(n)
 		case libvirt.DomainJobMemoryTotal:
 			job.MemoryTotal = n
 		case libvirt.DomainJobMemoryProcessed:
@@ -167,14 +168,22 @@ func jobOf(kind int32, params []libvirt.TypedParam) maint.Job {
 		case libvirt.DomainJobDiskBps:
 			job.DiskPerSecond = n
 		case libvirt.DomainJobAutoConvergeThrottle:
-			job.SlowedPercent = int(n)
+			job.SlowedPercent = int(min(n, 100))
 		}
 	}
 	job.DirtyPerSecond = dirtyPages * pageSize
+	if pageSize > 0 && dirtyPages > math.MaxUint64/pageSize {
+		job.DirtyPerSecond = math.MaxUint64
+	}
 	if job.State == jobState(int32(libvirt.DomainJobNone)) {
 		job.Operation = ""
 	}
 	return job
+}
+
+// milliseconds is a duration, the longest there is for one that does not fit.
+func milliseconds(n uint64) time.Duration {
+	return time.Duration(min(n, math.MaxInt64/uint64(time.Millisecond))) * time.Millisecond
 }
 
 // number gives the integer in a typed parameter, 0 if it is not one. libvirt

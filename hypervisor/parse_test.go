@@ -2,6 +2,7 @@ package hypervisor
 
 import (
 	"errors"
+	"math"
 	"os"
 	"slices"
 	"strings"
@@ -146,6 +147,30 @@ func TestWordsAreTotal(t *testing.T) {
 			if w == "" {
 				t.Fatalf("no word for %d, %d", a, b)
 			}
+		}
+	})
+}
+
+// FuzzJobOf: whatever libvirt counts, no time is negative and no share above all.
+func FuzzJobOf(f *testing.F) {
+	f.Add(int32(2), uint64(0), uint64(0), uint64(0))
+	f.Add(int32(2), uint64(1500), uint64(10), uint64(4096))
+	f.Add(int32(-1), uint64(math.MaxUint64), uint64(math.MaxUint64), uint64(math.MaxUint64))
+	f.Add(int32(3), uint64(math.MaxInt64), uint64(1<<52+1), uint64(4096))
+	f.Fuzz(func(t *testing.T, kind int32, n, pages, size uint64) {
+		var params []libvirt.TypedParam
+		for _, field := range []string{"operation", "time_elapsed", "downtime", "setup_time", "memory_total", "memory_processed", "memory_remaining", "memory_bps",
+			"memory_iteration", "disk_total", "disk_remaining", "disk_bps", "auto_converge_throttle"} {
+			params = append(params, libvirt.TypedParam{Field: field, Value: *libvirt.NewTypedParamValueUllong(n)})
+		}
+		params = append(params, libvirt.TypedParam{Field: "memory_dirty_rate", Value: *libvirt.NewTypedParamValueUllong(pages)},
+			libvirt.TypedParam{Field: "memory_page_size", Value: *libvirt.NewTypedParamValueUllong(size)})
+		j := jobOf(kind, params)
+		if j.Elapsed < 0 || j.Downtime < 0 || j.Setup < 0 || j.SlowedPercent < 0 || j.SlowedPercent > 100 {
+			t.Errorf("%+v", j)
+		}
+		if pages > 0 && size > 0 && j.DirtyPerSecond < max(pages, size) {
+			t.Errorf("%d pages of %d bytes are %d", pages, size, j.DirtyPerSecond)
 		}
 	})
 }

@@ -120,7 +120,7 @@ func (c *convergence) next(j maint.Job) decision {
 		return decision{}
 	}
 	least := min(first, second)
-	needs := time.Duration(float64(least) / float64(j.BytesPerSecond) * float64(time.Second))
+	needs := seconds(float64(least) / float64(j.BytesPerSecond))
 	c.stuck = fmt.Sprintf("it dirties %s/s and the network takes %s/s, so that each pass over its memory leaves at least %s, which take %s",
 		mib(j.DirtyPerSecond), mib(j.BytesPerSecond), mib(least), round(needs))
 	if c.slowed > 0 {
@@ -151,6 +151,11 @@ func (c *convergence) slower() bool {
 // remedy is for a copy that did not come to its end in time.
 func (c *convergence) remedy() string {
 	return fmt.Sprintf("allow a longer pause (--max-pause, now %s) or more means (--allow, of %v), or move it when it writes less", round(c.maxPause), maint.AllMeans)
+}
+
+// seconds is a duration, a day for one that is longer: statistics can be of any size.
+func seconds(s float64) time.Duration {
+	return time.Duration(min(s, (24*time.Hour).Seconds()) * float64(time.Second))
 }
 
 func mib(bytes uint64) string { return fmt.Sprintf("%.1f MiB", float64(bytes)/(1<<20)) }
