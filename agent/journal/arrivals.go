@@ -54,9 +54,9 @@ func (j *Journal) Arrival(id maint.OpID) (maint.Arrived, bool) {
 // foldDisks takes over what is made for disks on their way here: the last record of an
 // operation says how it is.
 func (j *Journal) foldDisks(r maint.Record) error {
-	var made maint.MadeDisks
-	if err := json.Unmarshal(r.Data, &made); err != nil {
-		return fmt.Errorf("disks of %s: %w", r.Op, err)
+	made, err := readDisks(r)
+	if err != nil {
+		return err
 	}
 	if !made.State.Open() {
 		delete(j.disks, r.Op)
@@ -64,6 +64,17 @@ func (j *Journal) foldDisks(r maint.Record) error {
 	}
 	j.disks[r.Op] = made
 	return nil
+}
+
+// readDisks refuses a state that it does not know: files would be forgotten.
+func readDisks(r maint.Record) (made maint.MadeDisks, err error) {
+	if err := json.Unmarshal(r.Data, &made); err != nil {
+		return made, fmt.Errorf("disks of %s: %w", r.Op, err)
+	}
+	if !made.State.Open() && made.State != maint.DisksKept && made.State != maint.DisksGone {
+		return made, fmt.Errorf("disks of %s: unknown state %q", r.Op, made.State)
+	}
+	return made, nil
 }
 
 // Disks returns the files that were made for disks and of which it is still to be seen

@@ -40,6 +40,9 @@ func TestDisks(t *testing.T) {
 	if err := j.Append(maint.Record{Op: "mig-4", Kind: maint.RecDisks, Data: []byte(`"x"`)}); err == nil {
 		t.Error("took what are no disks")
 	}
+	if err := j.Append(maint.Record{Op: "mig-4", Kind: maint.RecDisks, Data: []byte(`{"op":"mig-4","state":"frozen"}`)}); err == nil {
+		t.Error("took a state that it does not know, and forgets its files")
+	}
 	for _, when := range []string{"written", "pruned", "reopened"} {
 		switch when {
 		case "pruned":

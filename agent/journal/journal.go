@@ -188,8 +188,8 @@ func (j *Journal) Append(recs ...maint.Record) error {
 			}
 		}
 		if recs[i].Kind == maint.RecDisks {
-			if err := json.Unmarshal(recs[i].Data, new(maint.MadeDisks)); err != nil {
-				return fmt.Errorf("cannot read what is made for disks: %w", err)
+			if _, err := readDisks(recs[i]); err != nil {
+				return err
 			}
 		}
 		if k := recs[i].Kind; isReservation(k) || isCordon(k) || k == maint.RecArrived || k == maint.RecDisks {
