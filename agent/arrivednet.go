@@ -105,7 +105,10 @@ func (a *Agent) agentOfArrival(ctx context.Context, g maint.Guest) string {
 func (a *Agent) seenFromHere(ctx context.Context, ports []maint.ArrivedPort) {
 	ctx, cancel := context.WithTimeout(ctx, learnWait)
 	defer cancel()
-	for i := range ports {
+	for i := range ports { // the peer's word, of any length
+		if ctx.Err() != nil {
+			return
+		}
 		for {
 			mac, err := net.ParseMAC(ports[i].MAC)
 			if err != nil {

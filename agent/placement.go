@@ -141,6 +141,7 @@ func (a *Agent) rooms(ctx context.Context, to map[string]migrate.Destination) (r
 			ctx, cancel := context.WithTimeout(ctx, greetTimeout)
 			defer cancel()
 			r, err := a.peers[name].client.Room(ctx)
+			err = cmp.Or(err, r.Validate())
 			mu.Lock()
 			defer mu.Unlock()
 			var p *maint.Problem
@@ -148,6 +149,8 @@ func (a *Agent) rooms(ctx context.Context, to map[string]migrate.Destination) (r
 			case err == nil:
 				a.peers[name].in.Store(int32(r.In))
 				rooms[name] = r
+			case errors.As(err, &p) && p.Code == maint.CodePeerRefused:
+				closed[name] = []maint.Problem{*maint.Problemf(p.Code, "peer "+name, p.Remedy, "cannot say what it has room for: %s", p.Reason)}
 			case errors.As(err, &p) && p.Code == maint.CodeNotFound:
 				closed[name] = []maint.Problem{*maint.Problemf(maint.CodePeerRefused, "peer "+name, "update Belay there, or migrate guests to it one by one", "its belayd is older and cannot say what it has room for")}
 			default:

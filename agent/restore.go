@@ -255,7 +255,10 @@ func (a *Agent) awaitReturn(ctx context.Context, m maint.GuestMove, tell func(ma
 			heard = time.Now()
 			tell(there)
 		})
-		if err == nil || ctx.Err() != nil {
+		if err == nil {
+			return a.seeReturned(ctx, m, op), nil
+		}
+		if ctx.Err() != nil {
 			return op, err
 		}
 		var problem *maint.Problem
@@ -272,4 +275,17 @@ func (a *Agent) awaitReturn(ctx context.Context, m maint.GuestMove, tell func(ma
 			return op, ctx.Err()
 		}
 	}
+}
+
+// seeReturned does not take a peer's word alone that a guest has come back.
+func (a *Agent) seeReturned(ctx context.Context, m maint.GuestMove, op maint.Op) maint.Op {
+	if op.Outcome != maint.OutcomeDone && op.Outcome != maint.OutcomePartly {
+		return op
+	}
+	if _, err := a.hyp.Guest(ctx, m.GuestUUID); errors.Is(err, maint.ErrNoGuest) {
+		op.Outcome = maint.OutcomeStuck
+		op.Problems = append(op.Problems, *maint.Problemf(maint.CodeUnverified, "guest "+m.Guest, "look for it with 'belay guests' on both hosts",
+			"is not here, although %s says that it has moved", m.Peer))
+	}
+	return op
 }

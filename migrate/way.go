@@ -180,6 +180,9 @@ func (m *Migration) reserve(ctx context.Context, a maint.Arrival) error {
 	if err != nil {
 		return err
 	}
+	if err := l.Validate(maint.Way{URI: m.Params.MigrateURI}); err != nil {
+		return fmt.Errorf("peer %s: %w", m.To, err)
+	}
 	m.landing = l
 	host, _, err := tcpAddress(l.URI)
 	if l.URI == "" || err != nil {

@@ -157,14 +157,20 @@ var withBody = []struct{ method, path, good string }{
 	{"POST", "/v1/peer/checks", `{"op":"ID","guest":"web-1"}`},
 	{"PUT", "/v1/peer/reservations/ID", `{"op":"ID","guest":"web-1"}`},
 	{"POST", "/v1/peer/settlements", `{"op":"ID","guest_uuid":"U"}`},
+	{"POST", "/v1/drains", `{"to":["host-b"]}`},
+	{"POST", "/v1/drains/plan", `{}`},
+	{"POST", "/v1/restores", `{"drain":"drain-1"}`},
+	{"PUT", "/v1/cordon", `{"reason":"memory"}`},
+	{"POST", "/v1/peer/files", `{"files":[]}`},
+	{"POST", "/v1/peer/returns", `{"token":"T"}`},
 }
 
 func TestWrongBodies(t *testing.T) {
 	t.Parallel()
 	for _, c := range withBody {
-		role := maint.RolePeer
-		if c.path == "/v1/migrations" {
-			role = maint.RoleOperator
+		role := maint.RoleOperator
+		if strings.HasPrefix(c.path, "/v1/peer/") {
+			role = maint.RolePeer
 		}
 		f := &fakeAgent{}
 		h := Handler(f, as("me", role), quiet)
@@ -178,7 +184,7 @@ func TestWrongBodies(t *testing.T) {
 			"two objects":      c.good + c.good,
 			"a list":           "[" + c.good + "]",
 			"a text":           `"web-1"`,
-			"wrong type":       `{"op":5,"guest":5}`,
+			"wrong type":       `{"op":5,"guest":5,"timeout_ns":"1h","reason":5}`,
 			"too big":          c.good + strings.Repeat(" ", maxBody),
 			"endless nesting":  strings.Repeat(`{"op":`, 20000),
 		} {
@@ -322,8 +328,13 @@ func TestOddIDs(t *testing.T) {
 // FuzzBodies: no request can make the API fail, and nothing reaches the agent
 // that is not one valid JSON value.
 func FuzzBodies(f *testing.F) {
-	for i, c := range withBody {
-		for _, body := range []string{"", "null", "{}", c.good, c.good + c.good, `{"op":5}`, "[", `{"op":"ID","op":"ID"}`, "\xff", `{"memory_bytes":-1}`, `{"memory_bytes":1e99}`, `{"OP":"ID"}`} {
+	for i, e := range endpoints {
+		if e.body == "" {
+			f.Add(i, "..", []byte(nil))
+			continue
+		}
+		for _, body := range []string{"", "null", "{}", e.body, e.body + e.body, `{"op":5}`, "[", `{"op":"ID","op":"ID"}`, "\xff", `{"memory_bytes":-1}`, `{"memory_bytes":1e99}`, `{"OP":"ID"}`,
+			`{"parallel":1e400,"to":[null],"allow":null}`, `{"disks":[{"bytes":18446744073709551616}]}`, `{"files":[{"path":"/\u0000"}]}`, `{"token":"\ud800","max_pause_ns":-9223372036854775809}`} {
 			f.Add(i, "ID", []byte(body))
 		}
 	}

@@ -220,6 +220,7 @@ func TestMistakes(t *testing.T) {
 		{"text for truth", "[migration]\ntls = 'yes'\n",
 			[]string{"belayd.toml:2", `"migration.tls"`}},
 		{"no address", "[migration]\naddress = 'host-a'\n", []string{`migration.address: "host-a" is not an address of this host`}},
+		{"an address of two families", "[migration]\naddress = '::ffff:198.51.100.1'\n", []string{`migration.address: "::ffff:198.51.100.1"`}},
 		{"an address of nobody else", "[migration]\naddress = '127.0.0.1'\n", []string{`migration.address: "127.0.0.1"`}},
 		{"unknown compression", "[migration]\ncompression = 'mt'\n", []string{`migration.compression: "mt" is none of [xbzrle zlib zstd]`}},
 		{"zero-copy, and TLS", "[migration]\nzero_copy = true\ntls = true\n", []string{"migration.zero_copy", "TLS copies what it encrypts"}},
@@ -479,6 +480,8 @@ func FuzzDecode(f *testing.F) {
 		"[peers]\nb = 1", "peers = []", "[[peers]]", "[api.listen]\nx = 1", "a.b.c.d = 1", "[migration]\ntimeout = 5",
 		"[limits]\nguest_memory = 1_0", "[limits]\nguest_memory = true", "limits.guest_memory = 0x1F", "journal = {keep = 1e3}", "journal.keep = [1]", "journal.keep = nan",
 		"\x00", "\"\" = 1", "[\"\"]\n\"\" = 1", "host = \"\\uD800\"", "[access]\noperators = [1]", "1979-05-27 = 1979-05-27",
+		"[migration]\naddress = '::1%'", "[migration]\nallow = [1]", "[migration]\nmax_pause = -1", "[migration]\nzero_copy = true\ntls = true", "[migration]\ncopy_disks = ''",
+		"[anti_affinity]\ndb = ['[']", "anti_affinity = ['db']", "[anti_affinity]\n'' = ['']", "[peers.b]\nmigrate_uri = 'tcp://['", "[peers.b]\ntls_name = \"\\u001b\"",
 	} {
 		f.Add([]byte(s))
 	}

@@ -128,5 +128,5 @@ func (c *Config) checkPeers(bad func(key, format string, args ...any)) {
 // isAddress accepts an address that others can send to.
 func isAddress(s string) bool {
 	a, err := netip.ParseAddr(s)
-	return err == nil && a.Zone() == "" && !a.IsUnspecified() && !a.IsLoopback() && !a.IsMulticast()
+	return err == nil && a.Zone() == "" && !a.Is4In6() && !a.IsUnspecified() && !a.IsLoopback() && !a.IsMulticast()
 }

@@ -130,6 +130,15 @@ type PeerRoom struct {
 	AntiAffinity map[string]string `json:"anti_affinity,omitempty"`
 }
 
+// Validate refuses what no host can mean.
+func (r PeerRoom) Validate() error {
+	const most = 1 << 16 // guests
+	if r.In < 1 || r.Out < 1 || r.In > most || r.Out > most {
+		return Problemf(CodePeerRefused, "room", "see that both hosts have the same Belay", "it takes %d guests in at once and moves %d away", r.In, r.Out)
+	}
+	return nil
+}
+
 // GuestBytes is what a guest takes of a PeerRoom: Free of its free memory, Limit
 // of its limit. Huge pages are not of the free memory.
 type GuestBytes struct{ Free, Limit uint64 }

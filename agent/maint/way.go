@@ -1,6 +1,10 @@
 package maint
 
-import "slices"
+import (
+	"net/netip"
+	"net/url"
+	"slices"
+)
 
 // Way is how a source means to send a guest's memory. The destination judges it.
 type Way struct {
@@ -33,4 +37,29 @@ func (w Way) validate() string {
 		return "its CAs are too many, or none"
 	}
 	return ""
+}
+
+// Validate refuses a landing that a way cannot lead to: memory goes where the source is
+// configured to send it, and else to an address, by TCP.
+func (l Landing) Validate(w Way) error {
+	bad := func(format string, args ...any) error {
+		return Problemf(CodePeerRefused, "landing", "see that both hosts have the same Belay", format, args...)
+	}
+	u, err := url.Parse(l.URI)
+	switch {
+	case l.URI == "" || l.URI == w.URI:
+	case w.URI != "":
+		return bad("it takes memory in at %.60q, and not at %s, where it is to be sent to", l.URI, w.URI)
+	case err != nil || u.Scheme != "tcp" || u.Host != u.Hostname() && u.Host != "["+u.Hostname()+"]" || !isAddress(u.Hostname()) || u.Path+u.RawQuery+u.Fragment != "" || u.User != nil:
+		return bad("%.60q, where it takes memory in, is not of the form tcp://ADDRESS", l.URI)
+	}
+	if l.Listen != "" && !isAddress(l.Listen) || l.TLSName != "" && !plain(l.TLSName, maxWord) {
+		return bad("%.60q is no address to listen on, or %.60q is no certificate's name", l.Listen, l.TLSName)
+	}
+	return nil
+}
+
+func isAddress(s string) bool {
+	a, err := netip.ParseAddr(s)
+	return err == nil && a.Zone() == ""
 }
