@@ -5,6 +5,7 @@ import (
 	"io"
 	"strings"
 
+	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
 	"belay/agent/maint"
@@ -14,6 +15,15 @@ import (
 func copyDisksFlag(f *pflag.FlagSet, which *[]string) {
 	f.StringSliceVar(which, "copy-disks", nil, "copy disks along that the peer does not have: all, none, or their targets, like vda,vdb; all without a value; after an = sign, as in --copy-disks=vda (default: belayd's migration.copy_disks)")
 	f.Lookup("copy-disks").NoOptDefVal = maint.CopyAll
+}
+
+// migrateArgs takes one guest. --copy-disks stands alone without "=": what follows it is no
+// disk.
+func migrateArgs(c *cobra.Command, args []string) error {
+	if len(args) > 1 && c.Flags().Changed("copy-disks") {
+		return usage("%s: one argument too many: %q; disks are named with an equals sign: --copy-disks=vda,vdb", c.CommandPath(), args[1])
+	}
+	return exactly("a GUEST (name or UUID)")(c, args)
 }
 
 // describeDisks says how the copy of disks gets on, "" where they are not what is being

@@ -39,6 +39,9 @@ or with --dry-run: would be; 4 some guests are left; 5 goes on.`,
 			if err := checkWait(wait); err != nil {
 				return err
 			}
+			if c.Flags().Changed("to") && len(r.To) == 0 {
+				return usage("--to names no host; leave it out for all peers")
+			}
 			if c.Flags().Changed("allow") {
 				r.Allow = []maint.Means{}
 				for _, m := range allow {
@@ -140,6 +143,9 @@ Exit codes: 0 done; 1 failed or aborted; 2 wrong usage; 3 refused before any eff
 		Args: func(c *cobra.Command, args []string) error {
 			if len(args) > 1 {
 				return usage("%s: one argument too many: %q", c.CommandPath(), args[1])
+			}
+			if len(args) == 1 && args[0] == "" {
+				return usage("%s: DRAIN is empty; leave it out for the last drain that has moved any guest", c.CommandPath())
 			}
 			return nil
 		},

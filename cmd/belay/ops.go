@@ -20,7 +20,7 @@ func (a *app) migrateCmd() *cobra.Command {
 	var allow []string
 	var wait time.Duration
 	c := &cobra.Command{
-		Use: "migrate GUEST --to HOST", Short: "Live-migrate a guest to a peer host", Args: exactly("a GUEST (name or UUID)"),
+		Use: "migrate GUEST --to HOST", Short: "Live-migrate a guest to a peer host", Args: migrateArgs,
 		Long: `Live-migrate a guest to a peer host. Both hosts are asked first, as by
 'belay guests --why'. If anything fails on the way, the guest runs where it ran before.
 Ctrl-C detaches: the migration goes on.
@@ -43,6 +43,9 @@ peer is this host.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			if err := checkWait(wait); err != nil {
 				return err
+			}
+			if c.Flags().Changed("copy-disks") && len(r.CopyDisks) == 0 {
+				return usage("--copy-disks= names no disk; it can be all, none, or disks' targets")
 			}
 			r.Guest = args[0]
 			if c.Flags().Changed("allow") {
