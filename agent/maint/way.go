@@ -2,8 +2,8 @@ package maint
 
 import (
 	"net/netip"
-	"net/url"
 	"slices"
+	"strings"
 )
 
 // Way is how a source means to send a guest's memory. The destination judges it.
@@ -45,12 +45,15 @@ func (l Landing) Validate(w Way) error {
 	bad := func(format string, args ...any) error {
 		return Problemf(CodePeerRefused, "landing", "see that both hosts have the same Belay", format, args...)
 	}
-	u, err := url.Parse(l.URI)
+	host, tcp := strings.CutPrefix(l.URI, "tcp://")
+	if six, in := strings.CutPrefix(host, "["); tcp && in {
+		host, tcp = strings.CutSuffix(six, "]")
+	}
 	switch {
 	case l.URI == "" || l.URI == w.URI:
 	case w.URI != "":
 		return bad("it takes memory in at %.60q, and not at %s, where it is to be sent to", l.URI, w.URI)
-	case err != nil || u.Scheme != "tcp" || u.Host != u.Hostname() && u.Host != "["+u.Hostname()+"]" || !isAddress(u.Hostname()) || u.Path+u.RawQuery+u.Fragment != "" || u.User != nil:
+	case !tcp || !isAddress(host):
 		return bad("%.60q, where it takes memory in, is not of the form tcp://ADDRESS", l.URI)
 	}
 	if l.Listen != "" && !isAddress(l.Listen) || l.TLSName != "" && !plain(l.TLSName, maxWord) {
