@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"go.yaml.in/yaml/v3"
+
+	"belay/agent/maint"
 )
 
 // TestYAMLSaysWhatJSONSays with texts that mean something else to YAML, or to
@@ -47,5 +49,22 @@ func TestTablesShowRatherThanObey(t *testing.T) {
 	row(&b, "web\n-1", "\x1b]0;owned\a", "a\tb", "Grüße 😀 → \u009b2J")
 	if want := `web\u000a-1` + "\t" + `\u001b]0;owned\u0007` + "\t" + `a\u0009b` + "\t" + `Grüße 😀 → \u009b2J` + "\n"; b.String() != want {
 		t.Errorf("a row is %q, want %q", b.String(), want)
+	}
+}
+
+// TestLinesTellOfPostCopy: that there is no way back is said once, and anew when it breaks.
+func TestLinesTellOfPostCopy(t *testing.T) {
+	t.Parallel()
+	var b strings.Builder
+	p := newProgress(&b, "mig-1")
+	for _, how := range []maint.PostCopy{"", maint.PostCopyRunning, maint.PostCopyRunning, maint.PostCopyBroken, maint.PostCopyRunning} {
+		p.update(maint.Op{ID: "mig-1", Peer: "host-b", State: maint.OpRunning, Step: "perform",
+			Progress: &maint.Job{PostCopy: how, MemoryLeft: 1 << 20, MemoryTotal: 2 << 20}})
+	}
+	p.close()
+	running := "mig-1: perform: runs on host-b, in post-copy: 1 MiB of 2 MiB left, 0 KiB/s\n"
+	want := "mig-1: perform\n" + running + "mig-1: perform: runs on host-b, in post-copy, which is broken and will be resumed\n" + running
+	if b.String() != want {
+		t.Errorf("it tells\n%swant\n%s", b.String(), want)
 	}
 }

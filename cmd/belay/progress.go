@@ -34,7 +34,9 @@ type lines struct {
 	w    io.Writer
 	id   maint.OpID
 	last string
-	at   map[string]string // where each guest of a drain was, as told last
+	// postCopy is how it was told last: from then on there is no way back.
+	postCopy maint.PostCopy
+	at       map[string]string // where each guest of a drain was, as told last
 }
 
 func (l *lines) update(op maint.Op) {
@@ -51,6 +53,11 @@ func (l *lines) update(op maint.Op) {
 	if now != "" && now != l.last {
 		l.last = now
 		fmt.Fprintf(l.w, "%s: %s%s\n", l.id, now, suffix(": ", waitsFor(op)))
+	}
+	if p := op.Progress; p != nil && p.PostCopy != l.postCopy {
+		if l.postCopy = p.PostCopy; op.Step == "perform" && p.PostCopy != "" {
+			fmt.Fprintf(l.w, "%s: %s\n", l.id, describe(op))
+		}
 	}
 	moveLines(l.w, op, l.at)
 }
