@@ -144,7 +144,8 @@ func TestFaultsWhileADiskIsCopied(t *testing.T) {
 	b.run(b.b, "umount", imagesDir)
 
 	// Both belayds die, and with them the copy: it is begun once more, into another file.
-	stop := b.scribble(b.a, 2*time.Second)
+	b.dirty(b.a, 1)
+	stop := b.scribble(b.a, 8*time.Second) // the second copy is as slow as the first, and must end
 	op := b.beginDisks()
 	must(b.a.Kill())
 	must(b.b.Kill())
