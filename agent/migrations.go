@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"belay/agent/config"
@@ -148,7 +149,33 @@ func (a *Agent) migration(op maint.Op, p *peer, to migrate.Destination) *migrate
 			}
 			a.troubles.Store(op.ID, *p)
 		},
+		Third: func(ctx context.Context) string { return a.hasProcess(ctx, op.GuestUUID, p.name) },
 	}
+}
+
+// hasProcess names a peer, other than but, that has a process for a guest, "" where none says
+// so.
+func (a *Agent) hasProcess(ctx context.Context, uuid, but string) (host string) {
+	ctx, cancel := context.WithTimeout(ctx, greetTimeout)
+	defer cancel()
+	var mu sync.Mutex
+	var asked sync.WaitGroup
+	for name, p := range a.peers {
+		if name == but {
+			continue
+		}
+		asked.Go(func() {
+			v, err := p.client.View(ctx, uuid)
+			if err != nil || v.Guest == nil || !v.Guest.State.Active() {
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			host = name
+		})
+	}
+	asked.Wait()
+	return host
 }
 
 // copyTime bounds a migration from the beginning of its copy, where its guest was

@@ -3,6 +3,8 @@ package agent_test
 import (
 	"bytes"
 	"slices"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -73,5 +75,47 @@ func TestMovedOnBeforeTheSourceIsBack(t *testing.T) {
 				t.Errorf("b tells of %+v, %v", v, err)
 			}
 		})
+	}
+}
+
+// The agent dies while its copy fails, the guest is migrated to a third host by hand, and
+// the source's libvirt dies before it can clear up. What the source holds then looks like
+// what this agent's own copy would have left.
+func TestMovedElsewhereByHand(t *testing.T) {
+	t.Parallel()
+	w := agenttest.New(t, quiet(t), nil, "a", "b", "c")
+	a, b := w.Nodes[0], w.Nodes[1]
+	uuid := a.Host.PutGuest("web-1", autostarted)
+	failed, moved := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	w.OnPhase(func(uuid string, p hypervisortest.Phase) {
+		if p == hypervisortest.PhaseCopying {
+			w.OnPhase(func(string, hypervisortest.Phase) {})
+			a.Kill()
+			b.Host.KillQEMU(t, uuid)
+			close(failed)
+		}
+	})
+	ctx := ctxFor(t, patience)
+	op, err := a.Client.Migrate(ctx, toB)
+	check(t, err)
+	<-failed
+	w.OnPhase(func(_ string, p hypervisortest.Phase) {
+		if p == hypervisortest.PhaseResumed {
+			once.Do(func() {
+				a.Host.KillLibvirt()
+				close(moved)
+			})
+		}
+	})
+	foreign(t, w, uuid)
+	<-moved
+	a.Host.RestartLibvirt()
+	a.Restart()
+	if op = await(t, ctx, a, op.ID); op.Outcome != maint.OutcomeStuck || !strings.Contains(op.Problems[0].Reason, "is on c") {
+		t.Errorf("%s, %v", op.Outcome, op.Problems)
+	}
+	if running, _ := places(t, w, uuid); running != "c" {
+		t.Errorf("runs on %q", running)
 	}
 }

@@ -146,6 +146,9 @@ type Migration struct {
 	// Trouble, unless nil, is told what is wrong with a migration that goes on all the
 	// same, and nil when it is not any more.
 	Trouble func(*maint.Problem)
+	// Third, unless nil, names a host beside From and To that is known to have a process
+	// for the guest, "" where there is none.
+	Third func(ctx context.Context) (host string)
 
 	landing  maint.Landing    // as the destination has said last
 	copies   []maint.DiskCopy // the disks that are copied along

@@ -105,7 +105,18 @@ func (m *Migration) look(ctx context.Context, story Story) (now situation) {
 
 // resumeSource starts the guest again where a migration has stopped it and nothing else
 // will. Only the verdict Stranded allows it.
+// Not even then where a third host has it: somebody else's migration has stopped it.
 func (m *Migration) resumeSource(ctx context.Context, s Scratch) error {
+	if m.Third != nil {
+		ask, cancel := context.WithTimeout(ctx, lookTimeout)
+		host := m.Third(ask)
+		cancel()
+		if host != "" {
+			return fmt.Errorf("%w: %w", ErrUnsettled, maint.Problemf(maint.CodeUnverified, "guest "+m.Guest,
+				fmt.Sprintf("see that it runs on %s (virsh domstate --reason %s); if so, on %s: virsh destroy %s, and never resume it there", host, m.Guest, m.From, m.Guest),
+				"is on %s, where this operation has not moved it, and stopped on %s", host, m.From))
+		}
+	}
 	if err := s.Note("the guest was left stopped on %s by a switch-over that did not come about; %s has never started it, so it is started on %s again", m.From, m.To, m.From); err != nil {
 		return err
 	}
