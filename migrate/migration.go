@@ -323,6 +323,9 @@ func (m *Migration) retry(outer context.Context, d time.Duration, f func(context
 
 // transient reports whether asking again may help.
 func transient(err error) bool {
+	if p := new(maint.Problem); errors.As(err, &p) && p.Code == maint.CodeShuttingDown {
+		return true // it is back in a moment
+	}
 	return errors.Is(err, maint.ErrPeerDown) || errors.Is(err, maint.ErrHypervisorDown)
 }
 

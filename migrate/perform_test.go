@@ -288,3 +288,24 @@ func TestPausedByItsOwner(t *testing.T) {
 		}
 	})
 }
+
+// The destination's belayd is going down, and says so, when the guest is to be settled: it is
+// asked again when it is back.
+func TestSettledAfterRestart(t *testing.T) {
+	t.Parallel()
+	inBubble(t, func(t *testing.T, x *bench) {
+		if err := x.Perform(t.Context(), t.Context(), x.page(PhasePerform)); err != nil {
+			t.Fatal(err)
+		}
+		asked := 0
+		x.b.settle = func(context.Context) error {
+			if asked++; asked == 1 {
+				return maint.Problemf(maint.CodeShuttingDown, "belayd on b", "try again in a moment", "is shutting down")
+			}
+			return nil
+		}
+		if err := x.Verify(t.Context(), x.page(PhaseVerify)); err != nil || asked != 2 {
+			t.Errorf("asked %d times: %v", asked, err)
+		}
+	})
+}
