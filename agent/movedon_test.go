@@ -67,6 +67,7 @@ func TestMovedOnBeforeTheSourceIsBack(t *testing.T) {
 			if running, _ := places(t, w, uuid); running != "c" {
 				t.Errorf("runs on %q, %v", running, first.Problems)
 			}
+			staysOff(t, a, uuid)
 			if disk && !bytes.Equal(b.Host.ReadFile(t, diskPath), image) {
 				t.Error("its disk is gone")
 			}
@@ -117,5 +118,14 @@ func TestMovedElsewhereByHand(t *testing.T) {
 	}
 	if running, _ := places(t, w, uuid); running != "c" {
 		t.Errorf("runs on %q", running)
+	}
+	staysOff(t, a, uuid)
+}
+
+// staysOff checks that what a node still has of a guest does not start with the host.
+func staysOff(t *testing.T, n *agenttest.Node, uuid string) {
+	t.Helper()
+	if g, err := n.Host.Guest(ctxFor(t, patience), uuid); err != nil || g.Autostart {
+		t.Errorf("%s would start it when it reboots: %+v, %v", n.Host.Name(), g, err)
 	}
 }

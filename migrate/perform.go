@@ -139,7 +139,7 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 			_ = m.watch(ctx, detach, nil, c, &a, s) // both hosts tell
 			continue
 		case ResumeSource:
-			if err := m.resumeSource(detach, s); err != nil {
+			if err := m.resumeSource(detach, s, now); err != nil {
 				return err
 			}
 			continue
@@ -147,7 +147,7 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 			return m.gone(now, a)
 		case Begin:
 		default:
-			return m.unsettled(now)
+			return m.alarm(detach, s, now)
 		}
 		switch {
 		case c != nil && c.again: // it was given up for a better one
@@ -313,11 +313,11 @@ func (m *Migration) Cancel(ctx context.Context, s Scratch) error {
 				return err
 			}
 		case ResumeSource:
-			if err := m.resumeSource(ctx, s); err != nil {
+			if err := m.resumeSource(ctx, s, now); err != nil {
 				return err
 			}
 		default:
-			return m.unsettled(now)
+			return m.alarm(ctx, s, now)
 		}
 	}
 }

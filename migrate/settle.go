@@ -98,7 +98,7 @@ func (m *Migration) look(ctx context.Context, story Story) (now situation) {
 		now.err = err
 	}
 	now.there = <-remote
-	story.Came = now.there != nil && slices.Contains(now.there.Came, m.Op)
+	story.Came = m.came(now)
 	now.Verdict = Reconcile(now.here, now.there, story)
 	return now
 }
@@ -106,12 +106,15 @@ func (m *Migration) look(ctx context.Context, story Story) (now situation) {
 // resumeSource starts the guest again where a migration has stopped it and nothing else
 // will. Only the verdict Stranded allows it.
 // Not even then where a third host has it: somebody else's migration has stopped it.
-func (m *Migration) resumeSource(ctx context.Context, s Scratch) error {
+func (m *Migration) resumeSource(ctx context.Context, s Scratch, now situation) error {
 	if m.Third != nil {
 		ask, cancel := context.WithTimeout(ctx, lookTimeout)
 		host := m.Third(ask)
 		cancel()
 		if host != "" {
+			if err := m.keepOff(ctx, s, now); err != nil {
+				return err
+			}
 			return fmt.Errorf("%w: %w", ErrUnsettled, maint.Problemf(maint.CodeUnverified, "guest "+m.Guest,
 				fmt.Sprintf("see that it runs on %s (virsh domstate --reason %s); if so, on %s: virsh destroy %s, and never resume it there", host, m.Guest, m.From, m.Guest),
 				"is on %s, where this operation has not moved it, and stopped on %s", host, m.From))
@@ -138,6 +141,35 @@ func (m *Migration) stays(now situation) string {
 	return fmt.Sprintf("the guest runs on %s as before", m.From)
 }
 
+// came reports whether the destination says that the guest has come by this operation.
+func (m *Migration) came(now situation) bool {
+	return now.there != nil && slices.Contains(now.there.Came, m.Op)
+}
+
+// alarm is unsettled of a verdict. Where the guest is known to have come to the destination,
+// what the source still has does not start with that host.
+func (m *Migration) alarm(ctx context.Context, s Scratch, now situation) error {
+	if now.State == PausedTwice || now.State == Doubtful && m.came(now) {
+		if err := m.keepOff(ctx, s, now); err != nil {
+			return err
+		}
+	}
+	return m.unsettled(now)
+}
+
+// keepOff keeps what the source has of a guest, and is out of date, from starting when that
+// host reboots. What it cannot do it tells.
+func (m *Migration) keepOff(ctx context.Context, s Scratch, now situation) error {
+	if now.here == nil || now.here.Guest == nil || !now.here.Guest.Autostart {
+		return nil
+	}
+	off := func(ctx context.Context) error { return m.Source.SetAutostart(ctx, m.UUID, false) }
+	if err := m.retry(ctx, settleGrace, off); err != nil {
+		return s.Note("the guest's autostart on %s could not be turned off, and it would be a second one when that host reboots: %v", m.From, err)
+	}
+	return s.Note("the guest's autostart on %s is turned off: it would be a second one when that host reboots", m.From)
+}
+
 // unsettled is the end of what cannot be acted on.
 func (m *Migration) unsettled(now situation) error {
 	look := fmt.Sprintf("look on both: virsh domstate --reason %s", m.Guest)
@@ -156,7 +188,7 @@ func (m *Migration) unsettled(now situation) error {
 		p.Reason = fmt.Sprintf("is stopped on %s, in the switch-over to %s, where it is not: it cannot be told whether it has run and ended there", m.From, m.To)
 		p.Remedy = fmt.Sprintf("see its QEMU log on %s (/var/log/libvirt/qemu/%s.log); if it has not run there, on %s: virsh resume %s; if it has, what %s holds is out of date: on %s virsh destroy %s, and start it where it is wanted",
 			m.To, m.Guest, m.From, m.Guest, m.From, m.From, m.Guest)
-		if now.there != nil && slices.Contains(now.there.Came, m.Op) {
+		if m.came(now) {
 			p.Reason = fmt.Sprintf("is stopped on %s; it has come to %s, which does not have it any more: it has moved on, or has ended there", m.From, m.To)
 			p.Remedy = fmt.Sprintf("find out where it runs now ('belay ops list' on %s); what %s holds is out of date and must not be resumed: on %s virsh destroy %s", m.To, m.From, m.From, m.Guest)
 		}
