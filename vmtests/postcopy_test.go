@@ -60,6 +60,7 @@ func TestPostCopy(t *testing.T) {
 // killed meanwhile; an abort is refused. When the network is back, the next belayd resumes
 // the migration, and the guest is whole.
 func TestPostCopyBroken(t *testing.T) {
+	longOnly(t)
 	t.Parallel()
 	b := newBed(t, lab.Config{})
 	b.dirty(b.a, 60)
