@@ -32,8 +32,8 @@ test: deps build ## all tests, with real libvirt and QEMU in a lab (needs root)
 test-unit: build ## only the tests that need no lab
 	BELAY_LAB=skip $(GO) test $(TESTFLAGS) ./...
 
-test-long: deps build ## the long campaigns (an hour)
-	BELAY_BIN=$(CURDIR)/$(BIN) BELAY_LONG=1 $(GO) test -timeout 120m -count=1 -v -run '^Test' ./vmtests/ ./agent/ ./notify/...
+test-long: deps build ## the long campaigns (two hours)
+	BELAY_BIN=$(CURDIR)/$(BIN) BELAY_LONG=1 $(GO) test -timeout 180m -count=1 -v -run '^Test' ./vmtests/ ./agent/ ./notify/...
 
 lint: build ## gofmt, vet, staticcheck
 	@unformatted=$$(gofmt -l .); if [ -n "$$unformatted" ]; then echo "gofmt would change:"; echo "$$unformatted"; exit 1; fi

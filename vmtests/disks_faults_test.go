@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -167,4 +168,31 @@ func TestFaultsWhileADiskIsCopied(t *testing.T) {
 	b.hasImages(b.b, "web-1.raw")
 	b.isWhole(b.b)
 	b.diskIsWhole(b.b, b.a, path, last)
+}
+
+// failedAndSays checks that the operation failed and its record says so in
+// words that help.
+func (b *bed) failedAndSays(op maint.Op, outcome maint.Outcome, code maint.Code) {
+	b.t.Helper()
+	if op.Outcome != outcome || len(op.Problems) == 0 {
+		b.t.Fatalf("outcome %q, %v; want %q", op.Outcome, op.Problems, outcome)
+	}
+	p := op.Problems[0]
+	if p.Code != code || p.Reason == "" || !strings.Contains(p.Error(), "runs on host-a as before") {
+		b.t.Fatalf("the record does not say what happened: %+v", p)
+	}
+}
+
+// qemu is the process of the guest on the named host.
+func (b *bed) qemu(host string) int {
+	b.t.Helper()
+	text, err := os.ReadFile(b.Lab.Host(host).Path("/run/libvirt/qemu/web-1.pid"))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return pid
 }

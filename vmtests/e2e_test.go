@@ -3,7 +3,6 @@ package vmtests
 import (
 	"context"
 	"fmt"
-	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -27,6 +26,8 @@ type bed struct {
 	*cluster.Cluster
 	t     *testing.T
 	a, b  *cluster.Node
+	spec  guest.Spec
+	img   guest.Image
 	guest *guest.Guest
 	obs   *observer.Observer
 	first probe.Status
@@ -49,7 +50,7 @@ func newBed(t *testing.T, c lab.Config, edits ...func(*bed, *guest.Spec)) *bed {
 	t.Helper()
 	img, accel := guest.ForTest(t)
 	c.QEMU = img.QEMU
-	b := &bed{Cluster: cluster.ForTest(t, c), t: t}
+	b := &bed{Cluster: cluster.ForTest(t, c), t: t, img: img}
 	b.a, b.b = b.Nodes[0], b.Nodes[1]
 	err := b.Lab.InSwitch(func() error {
 		conn, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(heartbeats))
@@ -63,20 +64,24 @@ func newBed(t *testing.T, c lab.Config, edits ...func(*bed, *guest.Spec)) *bed {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { b.obs.Close() })
-	spec := guest.Spec{Name: "web-1", MemoryMiB: 192, Accel: accel, IP: netip.MustParsePrefix("10.77.1.1/16"), Heartbeat: heartbeats}
+	b.spec = guest.Spec{Name: "web-1", MemoryMiB: 192, Accel: accel, IP: netip.MustParsePrefix("10.77.1.1/16"), Heartbeat: heartbeats}
 	for _, edit := range edits {
-		edit(b, &spec)
+		edit(b, &b.spec)
 	}
-	b.guest, err = guest.Start(b.ctx(2*time.Minute), b.a, spec, img)
-	if err != nil {
-		t.Fatal(err)
+	b.start()
+	return b
+}
+
+// start starts the guest on host-a.
+func (b *bed) start() {
+	b.t.Helper()
+	var err error
+	if b.guest, err = guest.Start(b.ctx(2*time.Minute), b.a, b.spec, b.img); err != nil {
+		b.t.Fatal(err)
 	}
-	if _, err := b.a.Virsh(b.ctx(10*time.Second), "autostart", "web-1"); err != nil {
-		t.Fatal(err)
-	}
+	b.virsh(b.a, "autostart", "web-1")
 	b.dirty(b.a, 8)
 	b.first, b.mem = b.look(b.a)
-	return b
 }
 
 func (b *bed) ctx(d time.Duration) context.Context {
@@ -256,119 +261,6 @@ func TestThereAndBack(t *testing.T) {
 				r.Pause().Round(time.Millisecond), r.Standstill.Round(time.Millisecond), r.Lost, op.Move.Downtime, op.Move.Total.Round(time.Millisecond), op.Move.MemorySent>>20)
 		}
 	}
-}
-
-// The agents die with SIGKILL in the middle of a copy; restarted, they end the
-// operation that they had begun.
-func TestAgentsKilledInTheMiddle(t *testing.T) {
-	t.Parallel()
-	b := newBed(t, lab.Config{})
-	ctx := b.ctx(4 * time.Minute)
-	for _, c := range []struct {
-		name   string
-		victim []*cluster.Node
-		before bool // the copy ends while the agent is dead
-	}{
-		{"source, copy goes on", b.Nodes[:1], false},
-		{"source, copy ends without it", b.Nodes[:1], true},
-		{"both", b.Nodes, false},
-	} {
-		op := b.begin()
-		for _, n := range c.victim {
-			if err := n.Kill(); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if c.before {
-			b.hurry()
-			b.awaitGone(b.a)
-		}
-		for _, n := range c.victim {
-			if err := n.Start(ctx); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if !c.before {
-			b.hurry()
-		}
-		got := b.end(b.a, op.ID)
-		if got.Outcome != maint.OutcomeDone || got.Resumed != 1 {
-			t.Fatalf("%s: outcome %q, resumed %d times: %v", c.name, got.Outcome, got.Resumed, got.Problems)
-		}
-		b.isWhole(b.b)
-		b.migrate(b.b, b.a)
-		b.isWhole(b.a)
-	}
-}
-
-// An agent, of one host or the other, dies with SIGKILL at a random moment of
-// a migration, whatever it is doing. Restarted, it ends the operation, and the
-// guest is whole on the one host where the record says it is.
-func TestAgentsKilledAtRandom(t *testing.T) {
-	t.Parallel()
-	b := newBed(t, lab.Config{TLS: true})
-	ctx := b.ctx(30 * time.Minute)
-	rounds := 4
-	if long() {
-		rounds = 60
-	}
-	from, to := b.a, b.b
-	for round := range rounds {
-		victim, after := b.Nodes[rand.IntN(2)], time.Duration(rand.Int64N(int64(2500*time.Millisecond)))
-		told := make(chan maint.OpID, 1)
-		go func() {
-			op, err := from.Client().Migrate(ctx, maint.MigrateRequest{Guest: "web-1", To: to.Name})
-			if err != nil { // killed before it could answer
-				op.ID = ""
-			}
-			told <- op.ID
-		}()
-		select {
-		case <-time.After(after):
-		case <-ctx.Done():
-			t.Fatal(ctx.Err())
-		}
-		if err := victim.Kill(); err != nil {
-			t.Fatal(err)
-		}
-		if err := victim.Start(ctx); err != nil {
-			t.Fatal(err)
-		}
-		id := <-told
-		if id == "" {
-			if id = b.newest(from); id == "" {
-				b.isWhole(from)
-				continue
-			}
-		}
-		op := b.end(from, id)
-		t.Logf("round %d: %s killed after %s: %s, resumed %d times %v", round, victim.Name, after.Round(time.Millisecond), op.Outcome, op.Resumed, op.Problems)
-		switch op.Outcome {
-		case maint.OutcomeDone:
-			from, to = to, from
-		case maint.OutcomeFailed, maint.OutcomeBlocked:
-			if victim == from {
-				t.Fatal("the source's agent took the operation up again and did not bring it to its end")
-			}
-		default:
-			t.Fatalf("round %d: %+v", round, op)
-		}
-		b.isWhole(from)
-	}
-}
-
-// newest is the operation that a node began last and that has not ended, ""
-// when there is none.
-func (b *bed) newest(n *cluster.Node) maint.OpID {
-	b.t.Helper()
-	ops, err := n.Client().Ops(b.ctx(20 * time.Second))
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	if len(ops) == 0 || ops[len(ops)-1].State == maint.OpEnded {
-		return ""
-	}
-	return ops[len(ops)-1].ID
 }
 
 // awaitGone waits until the guest no longer runs on n.

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -95,6 +96,16 @@ func endProcesses(ctx context.Context, namespaces []string) error {
 		case <-time.After(pollEvery):
 		}
 	}
+}
+
+// Guests are the QEMU processes of the host, whatever libvirt knows of them.
+func (h *Host) Guests() ([]int, error) {
+	ns, err := netnsIDs(h.netns)
+	if err != nil {
+		return nil, err
+	}
+	pids, err := processesIn(ns)
+	return slices.DeleteFunc(pids, func(pid int) bool { return !isGuest(pid) }), err
 }
 
 func isGuest(pid int) bool {
