@@ -226,6 +226,7 @@ func TestMistakes(t *testing.T) {
 		{"zero-copy, and TLS", "[migration]\nzero_copy = true\ntls = true\n", []string{"migration.zero_copy", "TLS copies what it encrypts"}},
 		{"zero-copy, and compression", "[migration]\nzero_copy = true\ncompression = 'zstd'\n", []string{"migration.zero_copy", "choose one of"}},
 		{"no migrate_uri", tlsFiles + "[peers.b]\naddress = 'b:7443'\nlibvirt_uri = 'qemu+tls://b/system'\nmigrate_uri = '192.0.2.2'\n", []string{`peers.b.migrate_uri: "192.0.2.2"`}},
+		{"a migrate_uri of no port", tlsFiles + "[peers.b]\naddress = 'b:7443'\nlibvirt_uri = 'qemu+tls://b/system'\nmigrate_uri = 'tcp://192.0.2.2:99999'\n", []string{`peers.b.migrate_uri: "tcp://192.0.2.2:99999"`}},
 		{"no tls_name", tlsFiles + "[peers.b]\naddress = 'b:7443'\nlibvirt_uri = 'qemu+tls://b/system'\ntls_name = 'a b'\n", []string{"peers.b.tls_name"}},
 		{"negative bandwidth", "[migration]\nbandwidth_mib_s = -1\n",
 			[]string{"belayd.toml:2", `"migration.bandwidth_mib_s"`}},

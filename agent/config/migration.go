@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -107,7 +108,7 @@ func (c *Config) checkPeers(bad func(key, format string, args ...any)) {
 		if u, err := url.Parse(p.LibvirtURI); err != nil || !strings.HasPrefix(u.Scheme, "qemu+") || u.Host == "" {
 			bad(key+".libvirt_uri", "%q is not a libvirt URI of another host, such as qemu+tls://%s/system", p.LibvirtURI, name)
 		}
-		if u, err := url.Parse(p.MigrateURI); p.MigrateURI != "" && (err != nil || u.Scheme == "" || u.Host == "") {
+		if u, err := url.Parse(p.MigrateURI); p.MigrateURI != "" && (err != nil || u.Scheme == "" || u.Host == "" || !canBePort(u.Port())) {
 			bad(key+".migrate_uri", "%q is not a URI that memory can be sent to, such as tcp://198.51.100.2", p.MigrateURI)
 		}
 		if p.TLSName != "" && !isName(p.TLSName) {
@@ -129,4 +130,10 @@ func (c *Config) checkPeers(bad func(key, format string, args ...any)) {
 func isAddress(s string) bool {
 	a, err := netip.ParseAddr(s)
 	return err == nil && a.Zone() == "" && !a.Is4In6() && !a.IsUnspecified() && !a.IsLoopback() && !a.IsMulticast()
+}
+
+// canBePort accepts one to listen on, and none.
+func canBePort(s string) bool {
+	n, err := strconv.ParseUint(s, 10, 16)
+	return s == "" || err == nil && n > 0
 }
