@@ -147,6 +147,9 @@ func (m *matrix) takePorts(n *cluster.Node) {
 	m.must(n.InNet(func() error {
 		for port := 49152; port <= 49215; port++ {
 			l, err := net.Listen("tcp4", fmt.Sprintf("0.0.0.0:%d", port))
+			if errors.Is(err, syscall.EADDRINUSE) {
+				continue // the copy that runs has it
+			}
 			if err != nil {
 				return err
 			}
