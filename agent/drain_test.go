@@ -388,6 +388,30 @@ func TestRestoreLeaves(t *testing.T) {
 	}
 }
 
+// TestRestoreRefused: a guest that its peer does not give back is not taken for one that
+// is back, though it runs where it was sent.
+func TestRestoreRefused(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 2, nil, "a", "b", "c")
+	if op := f.drain(maint.DrainRequest{To: []string{"b"}}); op.Outcome != maint.OutcomeDone {
+		t.Fatalf("%s: %v", op.Outcome, op.Problems)
+	}
+	ctx := ctxFor(t, time.Minute)
+	for _, way := range [][2]int{{1, 2}, {2, 1}} { // on, and back: it has not come to b from a
+		from, to := f.Nodes[way[0]], f.Nodes[way[1]]
+		op, err := from.Client.Migrate(ctx, maint.MigrateRequest{Guest: "web-1", To: to.Host.Name()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		await(t, ctx, from, op.ID)
+	}
+	op := f.restore(maint.RestoreRequest{})
+	if at := f.at(); op.Outcome != maint.OutcomePartly || len(op.Problems) != 1 || op.Problems[0].Subject != "guest web-1" ||
+		op.Problems[0].Code != maint.CodeForbidden || at["web-1"] != "b" || at["web-2"] != "a" {
+		t.Fatalf("%s: %+v, %v", op.Outcome, op.Problems, at)
+	}
+}
+
 // TestReturnIsForGuestsThatCame: nobody is sent a guest that did not come from there,
 // or by another operation, or that has left since; and one token is one migration.
 func TestReturnIsForGuestsThatCame(t *testing.T) {

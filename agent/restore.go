@@ -89,7 +89,7 @@ func (a *Agent) restoreSteps(op maint.Op) []run.Step {
 		{Name: phaseReturn, Commit: true, Do: func(ctx context.Context, s *run.Scratch) error {
 			return newReturn(ctx, a, op, s).run(ctx)
 		}},
-		{Name: phaseAccount, Do: func(context.Context, *run.Scratch) error { return a.accountReturns(op) }},
+		{Name: phaseAccount, Do: func(ctx context.Context, _ *run.Scratch) error { return a.accountReturns(ctx, op) }},
 	}
 }
 
@@ -162,19 +162,34 @@ func (a *Agent) notThere(ctx context.Context, m maint.GuestMove, here bool) *mai
 	return nil
 }
 
-// accountReturns says which guests should have come back and have not.
-func (a *Agent) accountReturns(op maint.Op) error {
+// accountReturns says which guests should have come back and have not. One that its
+// peer does not give back may be here all the same: only the peer's answer was lost.
+func (a *Agent) accountReturns(ctx context.Context, op maint.Op) error {
 	now, _ := a.journal.Op(op.ID)
+	guests, err := a.presentAtLast(ctx)
+	if err != nil {
+		return err
+	}
+	here := make(map[string]bool)
+	for _, g := range guests {
+		here[keyOf(g)] = g.State.Active()
+	}
 	var ps []maint.Problem
 	for _, m := range now.Moves {
 		switch {
 		case m.State == maint.MoveMoved:
 			ps = append(ps, m.Problems...)
-		case !slices.ContainsFunc(m.Problems, func(p maint.Problem) bool { return gone(p) || p.Code == maint.CodeNothing }):
+		case !here[m.GuestUUID] && !slices.ContainsFunc(m.Problems, noneToFetch):
 			ps = append(ps, whyLeft(m))
 		}
 	}
 	return maint.Refuse("not every guest is back on "+a.cfg.Host, ps)
+}
+
+// noneToFetch is a problem with a guest that nobody expects back: it is off, has moved
+// on or is no more.
+func noneToFetch(p maint.Problem) bool {
+	return p.Code == maint.CodeGuestOff || p.Code == maint.CodeUnknownGuest || p.Code == maint.CodeNothing
 }
 
 // newReturn is the convoy of a restore: its migrations are the peers'.
