@@ -73,6 +73,7 @@ type Follower interface {
 	Job(ctx context.Context, uuid string) (maint.Job, error)
 	CompletedJob(ctx context.Context, uuid string) (maint.Job, error)
 	Subscribe() (events <-chan maint.Event, cancel func())
+	CPUTimes(ctx context.Context, uuid string, ready func(), f func(running bool, at time.Time)) error
 }
 
 // Journal is what the agent needs of its journal; see package journal.
@@ -106,6 +107,7 @@ type Agent struct {
 	since   time.Time
 	metrics *metrics
 	view    *inventory
+	cpus    cpuTimes
 
 	local    *local.Host
 	preserve Preserve
@@ -158,6 +160,7 @@ func New(cfg config.Config, version string, hyp Hypervisor, j Journal, b Preserv
 func (a *Agent) Run(ctx context.Context) error {
 	var helpers sync.WaitGroup
 	helpers.Go(func() { a.view.follow(a.life) })
+	helpers.Go(func() { a.meetArrivals(a.life) })
 	for _, p := range a.peers {
 		helpers.Go(func() { p.greet(a.life, a.log) })
 	}

@@ -314,5 +314,6 @@ func defines(definition, uuid string) bool {
 // CompletedJob returns the statistics of a guest's arrival.
 func (a *Agent) CompletedJob(ctx context.Context, uuid string) (maint.Job, error) {
 	j, err := a.hyp.CompletedJob(ctx, uuid)
+	_, j.Started = a.cpus.of(uuid)
 	return j, a.downProblem(err)
 }

@@ -109,6 +109,7 @@ func (a *Agent) migrateSteps(op maint.Op) []run.Step {
 		{Name: migrate.PhasePerform, Commit: true,
 			Do: a.noted(op, func(ctx context.Context, s *run.Scratch) error {
 				a.answerPolls(ctx, op.GuestUUID)
+				defer a.watchCPUs(op.GuestUUID)()
 				ctx, cancel := a.copyTime(ctx, op)
 				defer cancel()
 				return unlessUnsettled(op, m.Perform(ctx, a.life, s))
@@ -224,6 +225,8 @@ func (a *Agent) finish(ctx context.Context, m *migrate.Migration, op maint.Op, s
 	if p := a.peers[op.Peer]; err == nil && p != nil {
 		now := p.ask(ctx)
 		result.Downtime, result.Copy = byOneClock(result.Downtime, now), byOneClock(result.Copy, now)
+		result.Stopped, _ = a.cpus.of(op.GuestUUID)
+		seen(&result, now)
 	}
 	result.Total = time.Since(op.Started)
 	if result.Disks, err = m.Left(s); err != nil {
@@ -239,21 +242,6 @@ func (a *Agent) finish(ctx context.Context, m *migrate.Migration, op maint.Op, s
 	}
 	a.metrics.moved(result)
 	return m.Release(ctx, s)
-}
-
-// byOneClock corrects a time that libvirt has taken from the source's clock at its beginning
-// and the destination's at its end, as it does with the blackout: by what the clocks differ,
-// as far as that is known, which is to half a round trip. Where the destination's clock is
-// so far behind that its end may seem to be before its beginning, libvirt has taken
-// another end, on the source, and d stays as it is.
-//
-// Source: libvirt, qemuMigrationDstFinish, qemuDomainJobDataUpdateDowntime.
-func byOneClock(d time.Duration, peer maint.PeerStatus) time.Duration {
-	off := peer.ClockOffset
-	if !peer.OK || off.Abs() <= peer.Latency/2 || d <= -off || d <= off {
-		return d
-	}
-	return d - off
 }
 
 // roomTimeout is how long a peer is asked to give up room that would lapse anyway.

@@ -142,11 +142,17 @@ type wire struct {
 
 	header []byte // of the packet being read: its length, as far as it is in
 	body   int    // bytes of that packet still to come
+
+	// tap, unless nil, is given packets without their length, up to tapMost bytes
+	// of each. It is called by the reading goroutine.
+	tap    atomic.Pointer[func(packet []byte)]
+	packet []byte // what is in of the one being read
 }
 
 const (
 	packetMin = 28       // length word and header
 	packetMax = 64 << 20 // libvirt's own limit (VIR_NET_MESSAGE_MAX) is 32 MiB
+	tapMost   = 64 << 10
 )
 
 func newWire(nc net.Conn) *wire {
@@ -172,7 +178,7 @@ func (w *wire) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// follow keeps account of packet boundaries.
+// follow keeps account of packet boundaries, and taps packets.
 func (w *wire) follow(p []byte) error {
 	for len(p) > 0 {
 		if w.body == 0 {
@@ -187,11 +193,17 @@ func (w *wire) follow(p []byte) error {
 			if length < packetMin || length > packetMax {
 				return fmt.Errorf("packet of %d bytes", length)
 			}
-			w.body = int(length) - 4
+			w.body, w.packet = int(length)-4, w.packet[:0]
 			continue
 		}
 		take := min(w.body, len(p))
 		w.body -= take
+		if tap := w.tap.Load(); tap != nil {
+			w.packet = append(w.packet, p[:min(take, max(0, tapMost-len(w.packet)))]...)
+			if w.body == 0 {
+				(*tap)(w.packet)
+			}
+		}
 		p = p[take:]
 	}
 	return nil

@@ -11,7 +11,7 @@
 //	 │     Suspend Resume State GuestTime SetGuestTime AgentCommand
 //	 ├─ events connection, kept by Run           lifecycle, agent state
 //	 │     └─► hub ─► one unbounded queue per Subscribe
-//	 └─ one connection per running Migrate, Save, Restore, CreatePaused
+//	 └─ one connection per running Migrate, Save, Restore, CreatePaused, CPUTimes
 //	        │                                    lives as long as that does
 //	        ▼  unix socket, libvirt's RPC
 //	     virtqemud or libvirtd

@@ -298,6 +298,7 @@ func (m *Migration) Measure(ctx context.Context) (maint.MoveResult, error) {
 		return r, err
 	}
 	r.Downtime, r.Copy, r.MemorySent, r.Iterations = job.Downtime, job.Elapsed, job.MemorySent, job.Iteration
+	r.Started = job.Started
 	return r, nil
 }
 

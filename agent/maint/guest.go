@@ -148,7 +148,10 @@ type Job struct {
 	Elapsed time.Duration `json:"elapsed_ns"`
 	// Downtime is an estimate while the job is active, and QEMU's own
 	// measure of the blackout once it is completed.
-	Downtime       time.Duration `json:"downtime_ns"`
+	Downtime time.Duration `json:"downtime_ns"`
+	// Started is when QEMU started the vCPUs of a guest that had come, by that host's
+	// clock; zero: not seen.
+	Started        time.Time     `json:"started,omitzero"`
 	Setup          time.Duration `json:"setup_ns"`
 	MemoryTotal    uint64        `json:"memory_total_bytes"`
 	MemorySent     uint64        `json:"memory_sent_bytes"` // transferred, resends counted again

@@ -153,11 +153,17 @@ type Step struct {
 
 // MoveResult is what a finished migration measured.
 type MoveResult struct {
-	From       string        `json:"from"`
-	To         string        `json:"to"`
-	Downtime   time.Duration `json:"downtime_ns"` // vCPUs stopped to vCPUs started, from the destination's completed job, less what the hosts' clocks differ
-	Copy       time.Duration `json:"copy_ns"`     // the libvirt job
-	Total      time.Duration `json:"total_ns"`    // the whole operation
+	From string `json:"from"`
+	To   string `json:"to"`
+	// Downtime is the blackout: from the guest's vCPUs being stopped to their being
+	// started. It is Started less Stopped, and less what the clocks differ by, where both were
+	// seen; else libvirt's measure, from the destination's completed job.
+	Downtime time.Duration `json:"downtime_ns"`
+	// Stopped and Started are when QEMU did so, each by its own host's clock. Zero: not seen.
+	Stopped    time.Time     `json:"stopped,omitzero"`
+	Started    time.Time     `json:"started,omitzero"`
+	Copy       time.Duration `json:"copy_ns"`  // the libvirt job
+	Total      time.Duration `json:"total_ns"` // the whole operation
 	MemorySent uint64        `json:"memory_sent_bytes"`
 	Iterations uint64        `json:"iterations"`
 	// Disks are those that were copied. Their images are left on the host that the guest

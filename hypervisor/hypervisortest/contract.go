@@ -89,6 +89,7 @@ func Contract(t *testing.T, env Env) {
 		{"XML", testXML},
 		{"CompareCPU", testCompareCPU},
 		{"Events", testEvents},
+		{"CPUTimes", testCPUTimes},
 		{"DryRun", testDryRun},
 		{"Move", testMove},
 		{"MoveTransient", testMoveTransient},

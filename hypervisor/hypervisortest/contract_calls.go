@@ -255,6 +255,46 @@ func testEvents(t *testing.T, env Env) {
 	}
 }
 
+func testCPUTimes(t *testing.T, env Env) {
+	uuid := newGuest(t, env, "cpu-times")
+	h := env.A.Hypervisor()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	type told struct {
+		running bool
+		at      time.Time
+	}
+	ready, times, ended := make(chan struct{}), make(chan told, 10), make(chan error, 1)
+	go func() {
+		ended <- h.CPUTimes(ctx, uuid, func() { close(ready) }, func(running bool, at time.Time) { times <- told{running, at} })
+	}()
+	select {
+	case <-ready:
+	case err := <-ended:
+		t.Fatal(err)
+	}
+	for _, running := range []bool{false, true} {
+		begun := time.Now().Truncate(time.Microsecond)
+		if running {
+			env.A.ResumeGuest(t, uuid)
+		} else {
+			env.A.PauseGuest(t, uuid)
+		}
+		select {
+		case got := <-times:
+			if got.running != running || got.at.Before(begun) || got.at.After(time.Now()) {
+				t.Errorf("got %+v, want running %t, since %v", got, running, begun)
+			}
+		case <-ctx.Done():
+			t.Fatal("nothing is told")
+		}
+	}
+	cancel()
+	must(t, <-ended)
+	err := h.CPUTimes(t.Context(), "00000000-0000-4000-8000-000000000000", nil, func(bool, time.Time) {})
+	wantIs(t, "CPUTimes of nobody", err, maint.ErrNoGuest)
+}
+
 func testReconnect(t *testing.T, env Env) {
 	uuid := newGuest(t, env, "reconnect")
 	h := env.A.Hypervisor()

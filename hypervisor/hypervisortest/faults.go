@@ -129,6 +129,7 @@ func (h *Host) DropConnections() {
 func (h *Host) disconnect() {
 	close(h.interrupt)
 	h.interrupt = make(chan struct{})
+	h.dropCPUs()
 	h.publish(maint.Event{Kind: maint.EventDown})
 }
 

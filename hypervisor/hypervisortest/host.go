@@ -37,6 +37,7 @@ type Host struct {
 	cameBy    maint.MoveParams // how the last guest came that came here
 	interrupt chan struct{}    // closed when connections to libvirt are lost, and replaced
 	frozen    chan struct{}    // closed by Thaw; nil when libvirt is not frozen
+	watchers  map[chan cpuTime]bool
 
 	hub       *feed.Hub
 	closed    chan struct{}
@@ -304,6 +305,12 @@ func (h *Host) change(t testing.TB, uuid string, f func(*guest)) {
 
 // lifecycle publishes a lifecycle event.
 func (h *Host) lifecycle(g *guest, change, detail string) {
+	h.lifecycleAt(g, change, detail, time.Now())
+}
+
+// lifecycleAt is lifecycle where the vCPUs are stopped or started at a time of its own.
+func (h *Host) lifecycleAt(g *guest, change, detail string, at time.Time) {
+	h.tellCPUs(g.UUID, change, at)
 	h.publish(maint.Event{
 		Kind: maint.EventLifecycle, UUID: g.UUID, Name: g.Name,
 		Change: change, Detail: detail,

@@ -33,6 +33,7 @@ type Hypervisor interface {
 	ResumePostCopy(ctx context.Context, uuid string, p maint.MoveParams) error
 	Job(ctx context.Context, uuid string) (maint.Job, error)
 	CompletedJob(ctx context.Context, uuid string) (maint.Job, error)
+	CPUTimes(ctx context.Context, uuid string, ready func(), f func(running bool, at time.Time)) error
 	SetAutostart(ctx context.Context, uuid string, on bool) error
 	Define(ctx context.Context, xml string) error
 	UndefineInactive(ctx context.Context, uuid string) error

@@ -23,6 +23,7 @@ type migration struct {
 	phase      Phase
 	pass       int
 	started    time.Time
+	stopped    time.Time     // its vCPUs
 	pause      time.Duration // with which it may end
 	lifted     bool          // it is not held any more
 	slowed     int           // the guest, per cent
@@ -314,7 +315,8 @@ func (m *migration) suspend() {
 	m.phase = PhaseSuspended
 	if g := m.src.guests[m.uuid]; !m.wasPaused {
 		g.become(maint.GuestPaused, "migrating")
-		m.src.lifecycle(g, "suspended", "migrated")
+		m.stopped = time.Now()
+		m.src.lifecycleAt(g, "suspended", "migrated", m.stopped)
 	}
 }
 
@@ -336,7 +338,7 @@ func (m *migration) resume() {
 		return
 	}
 	g.become(maint.GuestRunning, "migrated")
-	m.dst.lifecycle(g, "resumed", "migrated")
+	m.dst.lifecycleAt(g, "resumed", "migrated", m.stopped.Add(m.copy.Blackout))
 }
 
 // persist defines the guest on the destination.

@@ -194,6 +194,7 @@ func (w *World) AddHost(name string, o HostOptions) *Host {
 		saved:     make(map[string]savedGuest),
 		up:        true,
 		interrupt: make(chan struct{}),
+		watchers:  make(map[chan cpuTime]bool),
 		hub:       &feed.Hub{},
 		closed:    make(chan struct{}),
 	}
