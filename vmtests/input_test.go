@@ -48,10 +48,6 @@ func TestBadInput(t *testing.T) {
 	b.refused(b.a, blocked, []string{"no-such-guest", "is not on host host-a", "belay guests"}, "migrate", "no-such-guest", "--to", "host-b")
 	b.refused(b.a, blocked, []string{"host-x", "not configured", "host-b"}, "migrate", "web-1", "--to", "host-x")
 
-	b.virsh(b.a, "suspend", "web-1")
-	b.refused(b.a, blocked, []string{"web-1", "is paused (user)", "virsh resume"}, move...)
-	b.virsh(b.a, "resume", "web-1")
-
 	b.define(b.a, "off-1", "")
 	b.refused(b.a, blocked, []string{"off-1", "is shut off", "start it"}, "migrate", "off-1", "--to", "host-b")
 
