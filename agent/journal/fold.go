@@ -22,7 +22,7 @@ import (
 //	undo-done     undoing           undoing      step: undone
 //	undo-failed   undoing           undoing      step: undo failed
 //	abort         running, undoing  the same
-//	moved, held, replaced, leash, guest-move: results, likewise
+//	moved, held, replaced, leash, guest-move, clock: results, likewise
 //	ended         running, undoing  ended
 //	seen-to       ended             ended
 //
@@ -93,6 +93,9 @@ func Fold(op *maint.Op, r maint.Record) error {
 		return json.Unmarshal(r.Data, op.Replaced)
 	case maint.RecLeash:
 		return add(&op.Leash, r.Data)
+	case maint.RecClock:
+		op.Arrival = new(maint.ArrivalReport)
+		return json.Unmarshal(r.Data, &op.Arrival.Clock)
 	case maint.RecStepStart:
 		if err := needs(maint.OpRunning); err != nil {
 			return err

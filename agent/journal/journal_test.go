@@ -375,3 +375,16 @@ func TestSeenToFollowsTheEnd(t *testing.T) {
 		t.Error("a report that cannot be read was taken")
 	}
 }
+
+// A journal of an earlier belayd, which put a moved guest's clock right before the end, is
+// read.
+func TestEarlierClock(t *testing.T) {
+	j := open(t, t.TempDir())
+	defer j.Close()
+	if err := j.Append(accepted("a"), maint.Record{Op: "a", Kind: maint.RecClock, Data: data(maint.ClockReport{Shots: 2})}); err != nil {
+		t.Fatal(err)
+	}
+	if op, _ := j.Op("a"); op.Arrival == nil || op.Arrival.Clock.Shots != 2 {
+		t.Errorf("the operation has %+v", op.Arrival)
+	}
+}

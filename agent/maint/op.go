@@ -191,6 +191,7 @@ const (
 	RecHeld       RecordKind = "held"        // Data is the HoldResult
 	RecReplaced   RecordKind = "replaced"    // Data is the VMMResult
 	RecLeash      RecordKind = "leash"       // Data is a LeashEvent
+	RecClock      RecordKind = "clock"       // in journals of before RecSeenTo; Data is a ClockReport
 	RecEnded      RecordKind = "ended"       // Data is an Ending
 	RecSeenTo     RecordKind = "seen-to"     // after the end: Data is the ArrivalReport of the guest's new host
 	RecReserved   RecordKind = "reserved"    // room kept for an arriving guest; Data is the Reservation
