@@ -19,12 +19,13 @@ import (
 //
 // Mounts of other network namespaces, this lab's and other labs', were copied
 // into the new mount namespace and would keep those alive after their own
-// lab's Down: they go first.
+// lab's Down: they go first. One that is gone when its turn comes, since its lab is
+// going down, is an error: then it is begun again.
 //
 // /sys shows the links of the network namespace it was mounted in. The machine's
 // cgroups are below the old one and go with it.
 const holderScript = `set -eu
-umount -a -l -t nsfs
+umount -a -l -t nsfs || umount -a -l -t nsfs || umount -a -l -t nsfs
 hostname "$1"
 dir=$2
 qemu=$3
