@@ -296,10 +296,7 @@ func (a *Agent) runToEnd(ctx context.Context, op maint.Op) {
 			return
 		}
 		a.log.Error("the journal cannot be written, the operation waits", "op", op.ID, "err", err)
-		select {
-		case <-time.After(journalRetry):
-		case <-a.life.Done():
-		}
+		pause(a.life, journalRetry)
 	}
 }
 

@@ -105,7 +105,7 @@ func (a *Agent) reportOn(ctx context.Context, came maint.Arrived) (r maint.Arriv
 	if runs {
 		ports.Go(func() { r.Ports = a.portsOfArrival(ctx, g) })
 	}
-	r.Clock = a.clockOfArrival(ctx, came)
+	r.Clock = a.clockOfArrival(ctx, came, g, err)
 	if runs {
 		r.Agent = a.agentOfArrival(ctx, g)
 	}
@@ -113,10 +113,10 @@ func (a *Agent) reportOn(ctx context.Context, came maint.Arrived) (r maint.Arriv
 	return r
 }
 
-// clockOfArrival puts the clock of a guest right that has come here.
-func (a *Agent) clockOfArrival(ctx context.Context, came maint.Arrived) maint.ClockReport {
+// clockOfArrival puts the clock of a guest right that has come here; err is why nothing
+// is known of it.
+func (a *Agent) clockOfArrival(ctx context.Context, came maint.Arrived, g maint.Guest, err error) maint.ClockReport {
 	r := maint.ClockReport{Guest: came.Guest, UUID: came.GuestUUID, State: maint.ClockUnsynchronised}
-	g, err := a.hyp.Guest(ctx, came.GuestUUID)
 	switch {
 	case err != nil:
 		r.Reason = err.Error()

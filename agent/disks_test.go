@@ -253,6 +253,12 @@ func TestDestinationAsksWhatBecameOfDisks(t *testing.T) {
 	}
 }
 
+// arrivalWithDisk is of guest web-2, whose disk is to be copied.
+func arrivalWithDisk() maint.Arrival {
+	return maint.Arrival{Op: "mig-1", Guest: "web-2", GuestUUID: strings.Repeat("1", 36), MemoryBytes: 1 << 20, DomainType: "qemu",
+		Disks: []maint.DiskCopy{{Target: "vda", Path: "/disks/web-2.raw", Format: "raw", Bytes: 1 << 20}}}
+}
+
 // Nobody but the peer that holds the reservation has anything made or removed.
 func TestDisksAreThePeersOwn(t *testing.T) {
 	t.Parallel()
@@ -260,8 +266,7 @@ func TestDisksAreThePeersOwn(t *testing.T) {
 	b := w.Nodes[1]
 	withDisk(t, w)
 	ctx := ctxFor(t, 10*time.Second)
-	r := maint.Arrival{Op: "mig-1", Guest: "web-2", GuestUUID: strings.Repeat("1", 36), MemoryBytes: 1 << 20, DomainType: "qemu",
-		Disks: []maint.DiskCopy{{Target: "vda", Path: "/disks/web-2.raw", Format: "raw", Bytes: 1 << 20}}}
+	r := arrivalWithDisk()
 	forbidden := func(what string, err error) {
 		t.Helper()
 		var p *maint.Problem
@@ -367,8 +372,7 @@ func TestDisksInUseAreKept(t *testing.T) {
 	b := w.Nodes[1]
 	withDisk(t, w)
 	ctx := ctxFor(t, 10*time.Second)
-	r := maint.Arrival{Op: "mig-1", Guest: "web-2", GuestUUID: strings.Repeat("1", 36), MemoryBytes: 1 << 20, DomainType: "qemu",
-		Disks: []maint.DiskCopy{{Target: "vda", Path: "/disks/web-2.raw", Format: "raw", Bytes: 1 << 20}}}
+	r := arrivalWithDisk()
 	reserve(t, b, r)
 	check(t, b.Agent.MakeDisks(ctx, "a", r.Op))
 	uuid := b.Host.PutGuest("web-2", func(g *maint.Guest) {

@@ -284,9 +284,7 @@ func (a *Agent) awaitReturn(ctx context.Context, m maint.GuestMove, tell func(ma
 			}
 			return op, err
 		}
-		select {
-		case <-time.After(returnAgain):
-		case <-ctx.Done():
+		if !pause(ctx, returnAgain) {
 			return op, ctx.Err()
 		}
 	}

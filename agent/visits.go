@@ -86,9 +86,7 @@ func (a *Agent) visitSteps(op maint.Op) []run.Step {
 			if err := s.Note("the guest runs in the twin and is not brought home yet: %v", err); err != nil {
 				return err
 			}
-			select {
-			case <-time.After(homeAgain):
-			case <-a.life.Done():
+			if !pause(a.life, homeAgain) {
 				return a.life.Err()
 			}
 		}

@@ -42,12 +42,7 @@ or with --dry-run: would be; 4 some guests are left; 5 goes on.`,
 			if c.Flags().Changed("to") && len(r.To) == 0 {
 				return usage("--to names no host; leave it out for all peers")
 			}
-			if c.Flags().Changed("allow") {
-				r.Allow = []maint.Means{}
-				for _, m := range allow {
-					r.Allow = append(r.Allow, maint.Means(m))
-				}
-			}
+			r.Allow = allowed(c.Flags(), allow)
 			if dry {
 				return a.planDrain(c.Context(), r)
 			}
@@ -55,10 +50,7 @@ or with --dry-run: would be; 4 some guests are left; 5 goes on.`,
 			if err != nil {
 				return err
 			}
-			if detach {
-				return a.print(op, func(w io.Writer) { row(w, op.ID) })
-			}
-			return a.follow(c.Context(), op.ID, wait, maint.OutcomeDone)
+			return a.begun(c.Context(), op, detach, wait)
 		},
 	}
 	f := c.Flags()
@@ -158,10 +150,7 @@ Exit codes: 0 done; 1 failed or aborted; 2 wrong usage; 3 refused before any eff
 			if err != nil {
 				return err
 			}
-			if detach {
-				return a.print(op, func(w io.Writer) { row(w, op.ID) })
-			}
-			return a.follow(c.Context(), op.ID, wait, maint.OutcomeDone)
+			return a.begun(c.Context(), op, detach, wait)
 		},
 	}
 	f := c.Flags()

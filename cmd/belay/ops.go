@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"belay/agent/maint"
 )
@@ -48,12 +49,7 @@ peer is this host.`,
 				return usage("--copy-disks= names no disk; it can be all, none, or disks' targets")
 			}
 			r.Guest = args[0]
-			if c.Flags().Changed("allow") {
-				r.Allow = []maint.Means{}
-				for _, m := range allow {
-					r.Allow = append(r.Allow, maint.Means(m))
-				}
-			}
+			r.Allow = allowed(c.Flags(), allow)
 			if r.To == "" {
 				return usage("belay migrate needs --to HOST")
 			}
@@ -61,10 +57,7 @@ peer is this host.`,
 			if err != nil {
 				return err
 			}
-			if detach {
-				return a.print(op, func(w io.Writer) { row(w, op.ID) })
-			}
-			return a.follow(c.Context(), op.ID, wait, maint.OutcomeDone)
+			return a.begun(c.Context(), op, detach, wait)
 		},
 	}
 	f := c.Flags()
@@ -279,6 +272,26 @@ func outcomeCode(o maint.Outcome) int {
 		return exitPartly
 	}
 	return exitFailed
+}
+
+// begun prints the ID of an operation that was begun, or follows it to its end.
+func (a *app) begun(ctx context.Context, op maint.Op, detach bool, wait time.Duration) error {
+	if detach {
+		return a.print(op, func(w io.Writer) { row(w, op.ID) })
+	}
+	return a.follow(ctx, op.ID, wait, maint.OutcomeDone)
+}
+
+// allowed are the means of --allow; nil where the flag was not given.
+func allowed(f *pflag.FlagSet, names []string) []maint.Means {
+	if !f.Changed("allow") {
+		return nil
+	}
+	means := []maint.Means{}
+	for _, name := range names {
+		means = append(means, maint.Means(name))
+	}
+	return means
 }
 
 // about names what an operation is about.

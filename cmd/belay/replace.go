@@ -120,10 +120,7 @@ func (a *app) replace(c *cobra.Command, r maint.ReplaceRequest, detach bool) err
 	if err != nil {
 		return err
 	}
-	if detach {
-		return a.print(op, func(w io.Writer) { row(w, op.ID) })
-	}
-	return a.follow(c.Context(), op.ID, 0, maint.OutcomeDone)
+	return a.begun(c.Context(), op, detach, 0)
 }
 
 // replaceEach does one guest after the other, goes on past one that cannot be
