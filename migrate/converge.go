@@ -44,7 +44,8 @@ type convergence struct {
 	passes []pass        // whose beginning was seen since something was done last
 	since  time.Duration // when that was, by the copy's clock
 	slowed int           // the most that the guest was slowed by, per cent
-	stuck  string        // why it does not end as it is, for people
+	stuck  bool          // the last passes did not get on
+	told   string        // what they left, for people; "" before any were measured
 }
 
 // pass is one over the guest's memory, when it was first seen.
@@ -115,16 +116,12 @@ func (c *convergence) next(j maint.Job) decision {
 	}
 	c.passes = c.passes[n-2:]
 	first, second := size(c.passes[0], c.passes[1]), size(c.passes[1], c.passes[2])
-	if float64(second) < getsOn*float64(first) || second == 0 {
-		c.stuck = ""
-		return decision{}
-	}
 	least := min(first, second)
 	needs := seconds(float64(least) / float64(j.BytesPerSecond))
-	c.stuck = fmt.Sprintf("it dirties %s/s and the network takes %s/s, so that each pass over its memory leaves at least %s, which take %s",
-		mib(j.DirtyPerSecond), mib(j.BytesPerSecond), mib(least), round(needs))
-	if c.slowed > 0 {
-		c.stuck += fmt.Sprintf(", although it is slowed by %d %%", c.slowed)
+	c.stuck = float64(second) >= getsOn*float64(first) && second > 0
+	c.told = c.tell(j, first, second, needs)
+	if !c.stuck {
+		return decision{}
 	}
 	var d decision
 	if c.pause < c.maxPause {
@@ -139,8 +136,22 @@ func (c *convergence) next(j maint.Job) decision {
 	if d == (decision{}) {
 		return d // it may write less later; the operation's time ends it
 	}
-	d.why, c.passes, c.since = c.stuck, nil, j.Elapsed
+	d.why, c.passes, c.since = c.told, nil, j.Elapsed
 	return d
+}
+
+// tell says what two passes left, and how long the least of that takes.
+func (c *convergence) tell(j maint.Job, first, second uint64, needs time.Duration) string {
+	told := fmt.Sprintf("it dirties %s/s and the network takes %s/s", mib(j.DirtyPerSecond), mib(j.BytesPerSecond))
+	if c.stuck {
+		told += fmt.Sprintf(", so that each pass over its memory leaves at least %s, which take %s", mib(min(first, second)), round(needs))
+	} else {
+		told += fmt.Sprintf("; its copy got on: the last passes over its memory left %s, then %s, which take %s", mib(first), mib(second), round(needs))
+	}
+	if c.slowed > 0 {
+		told += fmt.Sprintf(", although it is slowed by %d %%", c.slowed)
+	}
+	return told
 }
 
 // slower reports whether QEMU will slow the guest down further, before post-copy.
@@ -150,6 +161,9 @@ func (c *convergence) slower() bool {
 
 // remedy is for a copy that did not come to its end in time.
 func (c *convergence) remedy() string {
+	if !c.stuck {
+		return "allow more time (--timeout) or bandwidth, or move it when it writes less memory"
+	}
 	return fmt.Sprintf("allow a longer pause (--max-pause, now %s) or more means (--allow, of %v), or move it when it writes less", round(c.maxPause), maint.AllMeans)
 }
 

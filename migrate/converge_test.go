@@ -88,6 +88,38 @@ func TestConvergence(t *testing.T) {
 	}
 }
 
+// A copy that ran out of time tells what its last passes left, whether it got on or not.
+func TestConvergenceOutOfTime(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		writes        uint64 // by the guest, MiB/s
+		timeout       time.Duration
+		reason, wrong string
+		remedy        string
+	}{
+		"it got on": {85, 3 * time.Second,
+			"it dirties 85.0 MiB/s and the network takes 100.0 MiB/s; its copy got on: the last passes over its memory left ", "at least", "allow more time (--timeout) or bandwidth"},
+		"it did not": {300, 30 * time.Second,
+			"it dirties 300.0 MiB/s and the network takes 100.0 MiB/s, so that each pass over its memory leaves at least 512.0 MiB, which take 5.12s", "got on", "allow a longer pause (--max-pause, now 300ms)"},
+		"no pass was measured": {85, time.Second, "runs on a as before", ":", "allow more time (--timeout) or bandwidth"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			inBubble(t, func(t *testing.T, x *bench) {
+				x.w.SetCopy(hypervisortest.Copy{Writes: hypervisortest.Writes{PerSecond: test.writes * mibs, WorkingSet: 512 * mibs, Network: 100 * mibs}})
+				x.MaxPause = 300 * time.Millisecond
+				ctx, cancel := context.WithTimeout(t.Context(), test.timeout)
+				defer cancel()
+				err := x.Perform(ctx, t.Context(), x.page(PhasePerform))
+				var p *maint.Problem
+				if !errors.As(err, &p) || p.Code != maint.CodeTimeout || !strings.Contains(p.Reason, test.reason) || strings.Contains(p.Reason, test.wrong) || !strings.HasPrefix(p.Remedy, test.remedy) {
+					t.Errorf("%+v", err)
+				}
+			})
+		})
+	}
+}
+
 // An agent that dies in any copy of several leaves a migration that the next one sees to
 // its end.
 func TestConvergenceOfTheNextAgent(t *testing.T) {

@@ -388,8 +388,8 @@ func (m *Migration) cancelled(ctx context.Context, c *convergence) error {
 		p := maint.Problemf(maint.CodeTimeout, "guest "+m.Guest,
 			"allow more time (--timeout) or bandwidth, or move it when it writes less memory",
 			"the copy to %s did not finish in time and was cancelled; the guest runs on %s as before", m.To, m.From)
-		if c != nil && c.stuck != "" {
-			p.Reason, p.Remedy = p.Reason+": "+c.stuck, c.remedy()
+		if c != nil && c.told != "" {
+			p.Reason, p.Remedy = p.Reason+": "+c.told, c.remedy()
 		} else if left := m.disksLeft(); left != "" {
 			p.Reason, p.Remedy = p.Reason+": "+left, "allow more time (--timeout) or bandwidth, or have the guest's writes to its disks wait for the destination (--allow slow)"
 		}
