@@ -1,0 +1,205 @@
+package maint
+
+import (
+	"slices"
+	"time"
+)
+
+// PatchAction is what is changed of the running host: rung A.
+type PatchAction string
+
+// The actions. None of them is felt by guests.
+const (
+	PatchApply     PatchAction = "apply"     // load a kernel livepatch
+	PatchRevert    PatchAction = "revert"    // take it back and unload it
+	PatchReload    PatchAction = "reload"    // load the one that is kept again, after a boot
+	PatchMicrocode PatchAction = "microcode" // load CPU microcode late
+	PatchRestart   PatchAction = "restart"   // restart a component that guests do not touch
+)
+
+// PatchActions are all of them.
+var PatchActions = []PatchAction{PatchApply, PatchRevert, PatchReload, PatchMicrocode, PatchRestart}
+
+// PatchRequest asks for a change of the running host.
+type PatchRequest struct {
+	Action PatchAction `json:"action"`
+	// File is the livepatch's module on this host, an absolute path that ends in
+	// ".ko"; beside it are its manifest (.toml) and the manifest's signature
+	// (.toml.minisig).
+	File string `json:"file,omitempty"`
+	// Name is the livepatch to revert, or the unit to restart.
+	Name   string `json:"name,omitempty"`
+	Reason string `json:"reason,omitempty"`
+	// Boot is the boot in which it was asked for; belayd fills it in. What was begun
+	// before the host went down is not gone on with.
+	Boot string `json:"boot,omitempty"`
+}
+
+// KeptPatch is a livepatch that Belay has loaded and keeps a copy of.
+type KeptPatch struct {
+	Name       string    `json:"name"`       // of the module
+	SHA256     string    `json:"sha256"`     // of the module
+	SrcVersion string    `json:"srcversion"` // of the module
+	Release    string    `json:"release"`    // uname -r of the kernel that it is for
+	Version    string    `json:"version"`    // uname -v, which tells builds of one release apart
+	Cumulative bool      `json:"cumulative"` // it replaces those before it
+	Covers     []string  `json:"covers,omitempty"`
+	Reboot     []string  `json:"reboot,omitempty"`
+	Functions  []string  `json:"functions,omitempty"` // object/function
+	Since      time.Time `json:"since,omitzero"`
+}
+
+// Patches is what Belay keeps of livepatches, as one record has it.
+type Patches struct {
+	// Active is the one that is loaded, and loaded again after a boot of the same kernel.
+	Active *KeptPatch `json:"active,omitempty"`
+	// NoReload says why none is loaded by itself; "": it is.
+	NoReload string `json:"no_reload,omitempty"`
+}
+
+// PatchedObject is the kernel ("vmlinux") or a module that a livepatch changes.
+type PatchedObject struct {
+	Name      string   `json:"name"`
+	Patched   bool     `json:"patched"`   // it is loaded, and changed
+	Functions []string `json:"functions"` // with their place among those of the same name: "f,1"
+}
+
+// LivePatch is a livepatch as the kernel shows it.
+type LivePatch struct {
+	Name       string `json:"name"`
+	Enabled    bool   `json:"enabled"`
+	Transition bool   `json:"transition"` // tasks are still on their way to it, or back
+	// Replace is that it replaces those before it, StackOrder its place among those that
+	// are loaded; nil where the kernel does not tell.
+	Replace    *bool           `json:"replace,omitempty"`
+	StackOrder *int            `json:"stack_order,omitempty"`
+	SrcVersion string          `json:"srcversion,omitempty"`
+	Objects    []PatchedObject `json:"objects"`
+	// Kept is what Belay knows of it; nil: it was loaded by somebody else.
+	Kept *KeptPatch `json:"kept,omitempty"`
+}
+
+// Whole reports whether every task runs the patched code.
+func (p LivePatch) Whole() bool { return p.Enabled && !p.Transition }
+
+// KernelTask is a task that a livepatch waits for, or would.
+type KernelTask struct {
+	PID      int      `json:"pid"`
+	TID      int      `json:"tid"`
+	Comm     string   `json:"comm"`
+	Kernel   bool     `json:"kernel_thread"`      // no signal reaches it
+	Function string   `json:"function,omitempty"` // a changed one that it is in; "" where none was seen
+	Stack    []string `json:"stack,omitempty"`    // innermost first; none where it could not be read
+}
+
+// PatchView is what is changed of the running host.
+type PatchView struct {
+	Release string      `json:"release"`
+	Version string      `json:"version"`
+	Taint   uint64      `json:"taint"`
+	Loaded  []LivePatch `json:"loaded"`
+	Patches
+	// AutoOff says why nothing is loaded by itself at boot; "": it is.
+	AutoOff string `json:"auto_off,omitempty"`
+	// Waiting are the tasks that a transition waits for.
+	Waiting   []KernelTask   `json:"waiting,omitempty"`
+	Microcode []CPUMicrocode `json:"microcode,omitempty"`
+}
+
+// CPUMicrocode is the revision of a CPU's microcode.
+type CPUMicrocode struct {
+	CPU      int    `json:"cpu"`
+	Revision string `json:"revision"` // as the kernel has it: "0x1f"
+}
+
+// PatchFile is what is to be known of a livepatch before it is loaded.
+type PatchFile struct {
+	KeptPatch
+	VerMagic string `json:"vermagic"`
+	// Problems are why it would not be loaded here now.
+	Problems []Problem `json:"problems"`
+	// Forecast are kernel threads that are asleep in what it changes now: they would hold
+	// up its transition. It is no more than a look at stacks.
+	Forecast []KernelTask `json:"forecast,omitempty"`
+}
+
+// CoverageVerdict is whether the running kernel is mended of something.
+type CoverageVerdict string
+
+// The verdicts.
+const (
+	Covered        CoverageVerdict = "covered"
+	NeedsReboot    CoverageVerdict = "needs-reboot"
+	CoverageUnsure CoverageVerdict = "unknown"
+)
+
+// Coverage is the verdict on one change, such as "CVE-2024-1086".
+type Coverage struct {
+	Change  string          `json:"change"`
+	Verdict CoverageVerdict `json:"verdict"`
+	By      string          `json:"by,omitempty"` // the livepatch that covers it
+	Reason  string          `json:"reason"`
+}
+
+// Cover is the verdict on a change, from what is loaded and who vouches for it. It is
+// covered only where a manifest that was signed says so of a livepatch that is loaded,
+// is the very one, and is through with its transition.
+func Cover(v PatchView, change string) Coverage {
+	c := Coverage{Change: change, Verdict: CoverageUnsure, Reason: "no livepatch that is loaded here, and that Belay knows, is said to cover it"}
+	for _, p := range v.Loaded {
+		k := p.Kept
+		switch {
+		case k == nil:
+		case k.Release != v.Release || k.Version != v.Version:
+		case slices.Contains(k.Covers, change) && p.Whole() && p.SrcVersion == k.SrcVersion:
+			return Coverage{change, Covered, p.Name, "livepatch " + p.Name + " covers it, and every task runs it"}
+		case slices.Contains(k.Covers, change):
+			c.Reason = "livepatch " + p.Name + " is to cover it, and not every task runs it yet"
+		case slices.Contains(k.Reboot, change):
+			c.Verdict, c.Reason = NeedsReboot, "the manifest of livepatch "+p.Name+" says that it cannot be mended while the kernel runs: use rung B3 or D"
+		}
+	}
+	return c
+}
+
+// PatchResult is what a change of the running host did.
+type PatchResult struct {
+	Name       string         `json:"name"`                     // livepatch or unit
+	Transition time.Duration  `json:"transition_ns,omitempty"`  // from loading it to every task running it
+	Soaked     time.Duration  `json:"soaked_ns,omitempty"`      // watched after that
+	Replaced   string         `json:"replaced,omitempty"`       // the livepatch before it
+	Before     []CPUMicrocode `json:"microcode_from,omitempty"` //
+	After      []CPUMicrocode `json:"microcode_to,omitempty"`   //
+	Guests     []GuestProof   `json:"guests,omitempty"`         // of a restart
+}
+
+// GuestProof is what shows that a guest felt nothing.
+type GuestProof struct {
+	Guest   string     `json:"guest"`
+	UUID    string     `json:"uuid"`
+	QEMU    int        `json:"qemu_pid"` // before and after; 0: not to be seen
+	State   GuestState `json:"state"`    // before and after
+	Pauses  int        `json:"pauses"`   // of it, meanwhile
+	Problem *Problem   `json:"problem,omitempty"`
+}
+
+// The codes of what stands in the way of a livepatch, and of what it can come to.
+const (
+	CodePatchFile     Code = "patch-file"       // it cannot be read, or is cut short
+	CodePatchHash     Code = "patch-hash"       // it is not the file that was signed
+	CodePatchSigned   Code = "patch-signature"  // nobody who is trusted has signed it
+	CodeNoLivepatch   Code = "not-a-livepatch"  // it is another module, or none
+	CodeWrongKernel   Code = "wrong-kernel"     // it is for another one
+	CodePatchLoaded   Code = "patch-loaded"     // it is there already
+	CodePatchStack    Code = "patch-stack"      // others are loaded
+	CodeTransition    Code = "patch-transition" // one is under way (EBUSY)
+	CodeTainted       Code = "kernel-tainted"   // something went wrong before
+	CodeStalled       Code = "patch-stalled"    // tasks did not get to it
+	CodeUnwell        Code = "host-unwell"      // after it
+	CodeNoHelper      Code = "kernel-helper"    // belay-kernel
+	CodeKernelRefused Code = "kernel-refuses"   // with an errno
+	CodeHostRebooted  Code = "host-rebooted"    // meanwhile
+	CodeNeedsReboot   Code = "needs-reboot"     // rung B3 or D
+	CodeComponent     Code = "component"        // of a unit
+	CodeGuestFelt     Code = "guest-felt-it"    // what no guest was to feel
+)

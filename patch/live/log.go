@@ -1,0 +1,72 @@
+package live
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Line is one record of the kernel's log: "priority,sequence,µs,flags;text" of
+// /dev/kmsg (Documentation/ABI/testing/dev-kmsg).
+type Line struct {
+	Seq  uint64 `json:"seq"`
+	Text string `json:"text"`
+}
+
+// maxLog bounds what is read of a log at once, bytes.
+const maxLog = 32 << 20
+
+// KernelLog gives what the kernel has logged after a record, 0 for all that it still has.
+// It wants CAP_SYSLOG.
+func (t Tree) KernelLog(after uint64) ([]Line, error) {
+	// Not by os: each read of the device is one record, and its end is EAGAIN.
+	fd, err := unix.Open(t.path("dev/kmsg"), unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: t.path("dev/kmsg"), Err: err}
+	}
+	defer unix.Close(fd)
+	var lines []Line
+	var text strings.Builder
+	buf := make([]byte, 16<<10)
+	for text.Len() < maxLog {
+		n, err := unix.Read(fd, buf)
+		switch {
+		case errors.Is(err, unix.EPIPE), errors.Is(err, unix.EINTR): // older ones were overwritten meanwhile
+			continue
+		case errors.Is(err, unix.EAGAIN), n == 0 && err == nil:
+			return parseLog(text.String(), after, lines), nil
+		case err != nil:
+			return nil, fmt.Errorf("cannot read the kernel's log: %w", err)
+		}
+		text.Write(buf[:n])
+	}
+	return nil, fmt.Errorf("cannot read the kernel's log: %w", io.ErrShortBuffer)
+}
+
+func parseLog(text string, after uint64, lines []Line) []Line {
+	for record := range strings.Lines(text) {
+		head, message, found := strings.Cut(strings.TrimSuffix(record, "\n"), ";")
+		fields := strings.Split(head, ",")
+		if !found || len(fields) < 3 || strings.HasPrefix(record, " ") {
+			continue // a line of a dictionary
+		}
+		if seq, err := strconv.ParseUint(fields[1], 10, 64); err == nil && seq > after {
+			lines = append(lines, Line{seq, message})
+		}
+	}
+	return lines
+}
+
+// alarm is how the kernel begins to tell that something is wrong with itself.
+var alarm = regexp.MustCompile(`^(BUG: |WARNING: |kernel BUG at |Oops|Internal error: |general protection fault|Unable to handle kernel |` +
+	`Kernel panic|watchdog: BUG|rcu: .*self-detected stall|INFO: task .* blocked for more than|INFO: rcu.*stall|` +
+	`EDAC .*UE |mce: \[Hardware Error\])`)
+
+// Alarm reports whether a line tells of a kernel in trouble.
+func (l Line) Alarm() bool { return alarm.MatchString(l.Text) }
