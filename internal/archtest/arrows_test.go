@@ -97,6 +97,7 @@ var alone = []struct {
 	{"patch", []string{"agent/maint", "agent/boottime"}, "a rung is given its host as interfaces and knows no other rung"},
 	{"notify", []string{"agent/maint"}, "guests are told of any rung alike"},
 	{"cmd/belay-guest", []string{"notify/channel/wire"}, "it runs in guests, and shares with the host nothing but what goes between them"},
+	{"cmd/belay-kernel", []string{"patch/live", "patch/live/remote"}, "it has the capabilities that nobody else has, and so is small"},
 	{"cmd/belay", []string{"agent/api", "agent/maint"}, "belay runs as whoever calls it: what it may do is what the API lets it"},
 }
 
@@ -109,11 +110,12 @@ var owned = []struct {
 	{"github.com/digitalocean/go-libvirt", []string{"hypervisor"}, "one package has the deadlines, the errors and no call that could end a guest"},
 	{module + "/hypervisor", []string{"hypervisor", "agent", "cmd/belayd", "cmd/belay-leash"}, "only package agent and its wiring know that a host is libvirt; the leash has a connection of its own"},
 	{module + "/migrate", []string{"migrate", "agent"}, "only package agent makes steps of a rung's phases"},
-	{module + "/patch", []string{"patch", "agent", "cmd/belayd", "cmd/belay-leash"}, "only package agent makes steps of a rung's phases; programs are wired up in their mains"},
+	{module + "/patch", []string{"patch", "agent", "cmd/belayd", "cmd/belay-leash", "cmd/belay-kernel"}, "only package agent makes steps of a rung's phases; programs are wired up in their mains"},
 	{module + "/notify", []string{"notify", "agent", "cmd/belay-guest"}, "only package agent makes steps of a rung's phases; the guest's end of a channel speaks its protocol"},
 	{module + "/agent/run", []string{"agent"}, "only package agent runs operations"},
 	{module + "/agent/journal", []string{"agent", "cmd/belayd"}, "the journal has one owner, and who wires it up opens it"},
 	{module + "/agent", []string{"cmd/belayd", "agent/agenttest"}, "an agent is the top: belayd runs it"},
+	{"aead.dev/minisign", []string{"patch/live"}, "one package judges who has signed a livepatch"},
 	{"go.etcd.io/bbolt", []string{"agent/journal"}, "how the journal is kept on disk is the journal's affair"},
 	{"github.com/spf13/cobra", []string{"cmd/belay"}, "the daemon has a handful of flags"},
 }

@@ -74,6 +74,9 @@ func ReadArtifact(file string) (a Artifact, err error) {
 	return a, nil
 }
 
+// DefaultKeys is the folder of the keys that livepatches are trusted by.
+const DefaultKeys = "/etc/belay/keys"
+
 // Key is a minisign public key that livepatches are trusted by.
 type Key struct {
 	minisign.PublicKey

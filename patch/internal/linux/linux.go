@@ -18,13 +18,18 @@ func ReadFile(name string, most int64) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
+	return ReadAll(f, most)
+}
+
+// ReadAll is ReadFile of an open file, from its beginning.
+func ReadAll(f *os.File, most int64) ([]byte, error) {
 	switch info, err := f.Stat(); {
 	case err != nil:
 		return nil, err
 	case !info.Mode().IsRegular():
-		return nil, fmt.Errorf("%s is not a file", name)
+		return nil, fmt.Errorf("%s is not a file", f.Name())
 	case info.Size() > most:
-		return nil, fmt.Errorf("%s has %d bytes, more than %d", name, info.Size(), most)
+		return nil, fmt.Errorf("%s has %d bytes, more than %d", f.Name(), info.Size(), most)
 	}
-	return io.ReadAll(io.LimitReader(f, most))
+	return io.ReadAll(io.NewSectionReader(f, 0, most))
 }

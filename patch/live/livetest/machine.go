@@ -64,7 +64,6 @@ type patch struct {
 	replace         bool
 	functions       []string // object/function
 	timer           *time.Timer
-	replaced        []*patch // by it
 }
 
 // New makes a machine below root.

@@ -1,0 +1,108 @@
+package remote
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+
+	"golang.org/x/sys/unix"
+
+	"belay/agent/maint"
+	"belay/patch/live"
+)
+
+// Client has belay-kernel act. It has no deadline but those of its callers' contexts.
+type Client struct{ Socket string }
+
+var _ Host = Client{}
+
+// Load implements live.Kernel.
+func (c Client) Load(ctx context.Context, a live.Artifact) error {
+	fd, err := unix.MemfdCreate("livepatch", unix.MFD_CLOEXEC)
+	if err != nil {
+		return os.NewSyscallError("memfd_create", err)
+	}
+	f := os.NewFile(uintptr(fd), "livepatch")
+	defer f.Close()
+	if _, err := f.Write(a.Module); err != nil {
+		return err
+	}
+	_, err = c.ask(ctx, request{Do: doLoad, Manifest: a.Manifest, Signature: a.Signature}, f)
+	return err
+}
+
+// Enable implements live.Kernel.
+func (c Client) Enable(ctx context.Context, name string, on bool) error {
+	do := doDisable
+	if on {
+		do = doEnable
+	}
+	_, err := c.ask(ctx, request{Do: do, Name: name}, nil)
+	return err
+}
+
+// Unload implements live.Kernel.
+func (c Client) Unload(ctx context.Context, name string) error {
+	_, err := c.ask(ctx, request{Do: doUnload, Name: name}, nil)
+	return err
+}
+
+// ReloadMicrocode implements live.Microcode.
+func (c Client) ReloadMicrocode(ctx context.Context) error {
+	_, err := c.ask(ctx, request{Do: doMicrocode}, nil)
+	return err
+}
+
+// Tasks implements live.Witness.
+func (c Client) Tasks(ctx context.Context, functions []string) ([]maint.KernelTask, error) {
+	a, err := c.ask(ctx, request{Do: doTasks, Functions: functions}, nil)
+	return a.Tasks, err
+}
+
+// KernelLog implements live.Witness.
+func (c Client) KernelLog(ctx context.Context, after uint64) ([]live.Line, error) {
+	a, err := c.ask(ctx, request{Do: doLog, After: after}, nil)
+	return a.Log, err
+}
+
+// ask sends one request and reads its answer. When the connection is lost nobody knows what
+// was done: callers look.
+func (c Client) ask(ctx context.Context, r request, file *os.File) (a answer, err error) {
+	lost := func(err error) (answer, error) {
+		if ctx.Err() != nil {
+			return a, ctx.Err()
+		}
+		return a, maint.Problemf(maint.CodeNoHelper, "belay-kernel", "systemctl status belay-kernel.socket; it says why in the journal (journalctl -u 'belay-kernel@*')",
+			"gives no answer on %s: %v", c.Socket, err)
+	}
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", c.Socket)
+	if err != nil {
+		return a, maint.Problemf(maint.CodeNoHelper, "belay-kernel", "systemctl enable --now belay-kernel.socket, or set patch.helper in belayd's configuration",
+			"cannot be reached on %s: %v", c.Socket, errors.Unwrap(err))
+	}
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	line, err := json.Marshal(r)
+	if err != nil {
+		return a, err
+	}
+	line = append(line, '\n')
+	var rights []byte
+	if file != nil {
+		rights = unix.UnixRights(int(file.Fd()))
+	}
+	n, _, err := conn.(*net.UnixConn).WriteMsgUnix(line, rights, nil)
+	if err == nil && n < len(line) {
+		_, err = conn.Write(line[n:])
+	}
+	if err != nil {
+		return lost(err)
+	}
+	if err := json.NewDecoder(conn).Decode(&a); err != nil {
+		return lost(fmt.Errorf("cannot read its answer: %w", err))
+	}
+	return a, a.err()
+}

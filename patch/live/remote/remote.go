@@ -1,0 +1,110 @@
+// Package remote is how belayd, which may load no module, has belay-kernel do so: one
+// request for each connection, a line of JSON, and a line of JSON back. A livepatch's
+// module goes along as a file descriptor.
+//
+// The server knows no other actions than these, judges each livepatch itself by the keys
+// that are its own, and touches no module that is no livepatch.
+package remote
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"belay/agent/maint"
+	"belay/patch/live"
+)
+
+// DefaultSocket is where systemd listens for belay-kernel.
+const DefaultSocket = "/run/belay/kernel.sock"
+
+// The actions.
+const (
+	doLoad      = "load"
+	doEnable    = "enable"
+	doDisable   = "disable"
+	doUnload    = "unload"
+	doMicrocode = "microcode"
+	doTasks     = "tasks"
+	doLog       = "log"
+)
+
+// request is what is asked. A load has one file descriptor with it, the module's.
+type request struct {
+	Do        string   `json:"do"`
+	Name      string   `json:"name,omitempty"`
+	Manifest  []byte   `json:"manifest,omitempty"`
+	Signature []byte   `json:"signature,omitempty"`
+	Functions []string `json:"functions,omitempty"`
+	After     uint64   `json:"after,omitempty"`
+}
+
+// maxRequest bounds a request, bytes; a manifest fits in well.
+const maxRequest = 4 << 20
+
+// answer is what came of it.
+type answer struct {
+	Tasks   []maint.KernelTask `json:"tasks,omitempty"`
+	Log     []live.Line        `json:"log,omitempty"`
+	Error   string             `json:"error,omitempty"`
+	Errno   unix.Errno         `json:"errno,omitempty"`
+	Problem *maint.Problem     `json:"problem,omitempty"`
+	Refusal *maint.Refusal     `json:"refusal,omitempty"`
+}
+
+// fail puts an error into an answer so that it can be told apart by the asker as well.
+func (a *answer) fail(err error) {
+	if err == nil {
+		return
+	}
+	a.Error = err.Error()
+	errors.As(err, &a.Errno)
+	errors.As(err, &a.Problem)
+	errors.As(err, &a.Refusal)
+}
+
+func (a *answer) err() error {
+	switch {
+	case a.Refusal != nil:
+		return a.Refusal
+	case a.Problem != nil:
+		return a.Problem
+	case a.Errno != 0:
+		return fmt.Errorf("belay-kernel: %s: %w", a.Error, a.Errno)
+	case a.Error != "":
+		return errors.New("belay-kernel: " + a.Error)
+	}
+	return nil
+}
+
+// Host is what the server works on: live.Direct, or a test's.
+type Host interface {
+	live.Kernel
+	live.Witness
+	live.Microcode
+}
+
+// perform does what is asked.
+func perform(ctx context.Context, h Host, r request, module []byte) (a answer) {
+	var err error
+	switch r.Do {
+	case doLoad:
+		err = h.Load(ctx, live.Artifact{Module: module, Manifest: r.Manifest, Signature: r.Signature})
+	case doEnable, doDisable:
+		err = h.Enable(ctx, r.Name, r.Do == doEnable)
+	case doUnload:
+		err = h.Unload(ctx, r.Name)
+	case doMicrocode:
+		err = h.ReloadMicrocode(ctx)
+	case doTasks:
+		a.Tasks, err = h.Tasks(ctx, r.Functions)
+	case doLog:
+		a.Log, err = h.KernelLog(ctx, r.After)
+	default:
+		err = fmt.Errorf("there is no action %q", r.Do)
+	}
+	a.fail(err)
+	return a
+}

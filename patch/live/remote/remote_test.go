@@ -1,0 +1,162 @@
+package remote_test
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"belay/agent/maint"
+	"belay/patch/live"
+	"belay/patch/live/livetest"
+	"belay/patch/live/remote"
+)
+
+// judging is a machine that has livepatches judged as live.Direct does.
+type judging struct{ *livetest.Machine }
+
+func (j judging) Load(ctx context.Context, a live.Artifact) error {
+	keys, err := live.ReadKeys(j.Keys)
+	if err != nil {
+		return err
+	}
+	if _, _, err := a.Check(keys); err != nil {
+		return err
+	}
+	return j.Machine.Load(ctx, a)
+}
+
+// listen serves a host on a socket, as systemd and belay-kernel would.
+func listen(t *testing.T, h remote.Host) remote.Client {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "kernel")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, "s"), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			conn, err := l.AcceptUnix()
+			if err != nil {
+				return
+			}
+			go remote.Serve(context.Background(), conn, h, uint32(os.Getuid())) //nolint:errcheck // the asker is told
+		}
+	}()
+	return remote.Client{Socket: l.Addr().String()}
+}
+
+// TestContract: whoever asks belay-kernel finds what is relied on.
+func TestContract(t *testing.T) {
+	t.Parallel()
+	m := livetest.New(t, t.TempDir(), livetest.Newer())
+	v := livetest.NewVendor(t)
+	v.Trust(m.Keys)
+	livetest.Contract(t, livetest.Subject{Tree: m.Tree, Kernel: listen(t, judging{m}), Wait: 10 * time.Second,
+		A: v.Make("fix_a", m.Release, m.Version, nil), B: v.Make("fix_b", m.Release, m.Version, nil),
+		Other: v.Make("fix_c", "5.10.0", m.Version, nil), Hold: func() func() { m.Hold(120, "worker_thread"); return func() { m.LetGo(120) } }})
+}
+
+func TestWitness(t *testing.T) {
+	t.Parallel()
+	m := livetest.New(t, t.TempDir(), livetest.Newer())
+	c := listen(t, m)
+	m.Hold(120, "meminfo_proc_show")
+	tasks, err := c.Tasks(t.Context(), []string{"vmlinux/meminfo_proc_show"})
+	if err != nil || len(tasks) != 1 || tasks[0].TID != 120 || !tasks[0].Kernel || tasks[0].Function != "meminfo_proc_show" {
+		t.Errorf("%+v, %v", tasks, err)
+	}
+	m.Say("BUG: unable to handle page fault")
+	lines, err := c.KernelLog(t.Context(), 0)
+	if err != nil || len(lines) < 2 || !lines[len(lines)-1].Alarm() {
+		t.Errorf("%+v, %v", lines, err)
+	}
+	before, _ := m.Tree.Microcode()
+	if err := c.ReloadMicrocode(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if after, _ := m.Tree.Microcode(); len(after) != 4 || after[3] == before[3] {
+		t.Errorf("%v, then %v", before, after)
+	}
+}
+
+// TestProblemsTravel: what belay-kernel finds wrong is what its asker is told.
+func TestProblemsTravel(t *testing.T) {
+	t.Parallel()
+	m := livetest.New(t, t.TempDir(), livetest.Debian12())
+	livetest.NewVendor(t).Trust(m.Keys)
+	c := listen(t, judging{m})
+	var p *maint.Problem
+	if err := c.Load(t.Context(), livetest.NewVendor(t).Make("fix_a", m.Release, m.Version, nil)); !errors.As(err, &p) || p.Code != maint.CodePatchSigned || p.Remedy == "" {
+		t.Errorf("%v", err)
+	}
+	if err := c.ReloadMicrocode(t.Context()); !errors.Is(err, unix.ENOENT) {
+		t.Errorf("%v", err)
+	}
+	if err := (remote.Client{Socket: "/nonexistent"}).Unload(t.Context(), "a"); !errors.As(err, &p) || p.Code != maint.CodeNoHelper {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestBadRequests: whatever comes, there is an answer, and nothing is done.
+func TestBadRequests(t *testing.T) {
+	t.Parallel()
+	m := livetest.New(t, t.TempDir(), livetest.Debian12())
+	c := listen(t, m)
+	for name, text := range map[string]string{
+		"not JSON":        "load please\n",
+		"unknown action":  `{"do":"reboot"}` + "\n",
+		"unknown field":   `{"do":"tasks","force":true}` + "\n",
+		"load of no file": `{"do":"load","manifest":""}` + "\n",
+		"cut":             `{"do":"tas`,
+		"too long":        `{"do":"tasks","name":"` + strings.Repeat("a", 5<<20) + `"}` + "\n",
+	} {
+		conn, err := net.Dial("unix", c.Socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = conn.Write([]byte(text)) // it may have enough before the end
+		_ = conn.(*net.UnixConn).CloseWrite()
+		line, _ := bufio.NewReader(conn).ReadString('\n')
+		var a struct{ Error string }
+		if err := json.Unmarshal([]byte(line), &a); (err != nil || a.Error == "") && name != "too long" {
+			t.Errorf("%s: the answer is %q", name, line)
+		}
+		conn.Close()
+	}
+	if m.Loaded() != "" {
+		t.Errorf("loaded %q", m.Loaded())
+	}
+}
+
+// TestTwoFiles: a load has one.
+func TestTwoFiles(t *testing.T) {
+	t.Parallel()
+	m := livetest.New(t, t.TempDir(), livetest.Debian12())
+	c := listen(t, m)
+	conn, err := net.Dial("unix", c.Socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, _, err := conn.(*net.UnixConn).WriteMsgUnix([]byte(`{"do":"load"}`+"\n"), unix.UnixRights(0, 1), nil); err != nil {
+		t.Fatal(err)
+	}
+	line, _ := bufio.NewReader(conn).ReadString('\n')
+	if !strings.Contains(line, "more than one file") {
+		t.Errorf("the answer is %q", line)
+	}
+}
