@@ -55,11 +55,13 @@ type Supplier interface {
 	HugePages(ctx context.Context) ([]maint.PagePool, error)
 }
 
-// Definer keeps definitions. None of its calls touches a running guest.
+// Definer keeps definitions, and starts what is defined. None of its calls touches a running
+// guest.
 type Definer interface {
 	Define(ctx context.Context, xml string) error
 	UndefineInactive(ctx context.Context, uuid string) error
 	SetAutostart(ctx context.Context, uuid string, on bool) error
+	Launch(ctx context.Context, uuid string) error
 }
 
 // Noter keeps a text with a guest, wherever it goes.
@@ -108,6 +110,7 @@ type Agent struct {
 	metrics *metrics
 	view    *inventory
 	cpus    cpuTimes
+	vigil   vigil
 
 	local    *local.Host
 	preserve Preserve
@@ -161,6 +164,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	var helpers sync.WaitGroup
 	helpers.Go(func() { a.view.follow(a.life) })
 	helpers.Go(func() { a.meetArrivals(a.life) })
+	helpers.Go(func() { a.vigil.follow(a.life, a.hyp) })
 	for _, p := range a.peers {
 		helpers.Go(func() { p.greet(a.life, a.log) })
 	}

@@ -146,6 +146,7 @@ func (a *Agent) promises(from string, r maint.Arrival) (kept, replaced []maint.R
 // memory is taken in.
 func (a *Agent) Reserve(ctx context.Context, from string, r maint.Arrival) (maint.Landing, error) {
 	landing, _ := a.gate().CheckWay(r.Way, a.wiring(r.Way))
+	landing.Vigil = a.vigil.of(r.GuestUUID)
 	return landing, a.reserve(ctx, from, r)
 }
 
@@ -254,6 +255,7 @@ func (a *Agent) View(ctx context.Context, uuid string) (maint.View, error) {
 		}
 	}
 	g, err := a.hyp.Guest(ctx, uuid)
+	v.Vigil = a.vigil.of(uuid) // after the look: it may have run, and gone, before that
 	switch {
 	case errors.Is(err, maint.ErrNoGuest):
 		return v, nil

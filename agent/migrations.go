@@ -118,7 +118,11 @@ func (a *Agent) migrateSteps(op maint.Op) []run.Step {
 				if err := m.Cancel(ctx, s); err != nil {
 					return err
 				}
-				return m.RemoveDisks(ctx, s)
+				off := m.TurnOn(ctx, s)
+				if err := m.RemoveDisks(ctx, s); err != nil || off == nil {
+					return errors.Join(off, err)
+				}
+				return beside(op, off)
 			}},
 		{Name: migrate.PhaseVerify,
 			Do: func(ctx context.Context, s *run.Scratch) error { return unlessUnsettled(op, m.Verify(ctx, s)) }},
@@ -138,7 +142,7 @@ func (a *Agent) migration(op maint.Op, p *peer, to migrate.Destination) *migrate
 			Compression: a.cfg.Migration.Compression, ZeroCopy: a.cfg.Migration.ZeroCopy},
 		MaxPause: op.Migrate.MaxPause, Allow: op.Migrate.Allow,
 		Disks:    migrate.DiskCopying{Which: op.Migrate.CopyDisks, From: source{a.hyp, a.local}, To: disksOf(p, to)},
-		Deadline: op.Deadline,
+		Deadline: op.Deadline, Boot: a.preserve.Boot.ID,
 		Progress: func(j maint.Job) {
 			a.progress.Store(op.ID, j)
 			a.answerPolls(a.life, op.GuestUUID)
@@ -206,6 +210,14 @@ func unlessUnsettled(op maint.Op, err error) error {
 		return &run.Stuck{Problem: maint.AsProblem(err, maint.CodeUnverified, "guest "+op.Guest)}
 	}
 	return err
+}
+
+// beside gives err as one of an undo that has done what matters.
+func beside(op maint.Op, err error) error {
+	if errors.Is(err, run.ErrLeftOpen) {
+		return err
+	}
+	return &run.Beside{Problems: []maint.Problem{*maint.AsProblem(err, maint.CodeFailed, "guest "+op.Guest)}}
 }
 
 // finish writes down what was measured and gives the reservation up. Neither

@@ -2,6 +2,7 @@ package agent_test
 
 import (
 	"bytes"
+	"context"
 	"slices"
 	"strings"
 	"sync"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"belay/agent/agenttest"
+	"belay/agent/config"
 	"belay/agent/maint"
 	"belay/hypervisor/hypervisortest"
 )
@@ -77,6 +79,109 @@ func TestMovedOnBeforeTheSourceIsBack(t *testing.T) {
 			}
 		})
 	}
+}
+
+// The same, and the guest is moved on by hand, before anything was written down of its
+// arrival, and to a host that the source does not know. The destination has seen it run; or,
+// where its agent was away too, nobody has.
+func TestMovedOnByHand(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name          string
+		blind, reboot bool
+		state         string
+	}{
+		{"the source's libvirt dies", false, false, "it has come to b"},
+		{"the source goes down", false, true, "it has come to b"},
+		{"the source's libvirt dies, and the destination's agent", true, false, "cannot be told"},
+		{"the source goes down, and the destination's agent", true, true, "cannot be told"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			w := agenttest.New(t, quiet(t), func(c *config.Config) { delete(c.Peers, map[string]string{"a": "c"}[c.Host]) }, "a", "b", "c")
+			a, b := w.Nodes[0], w.Nodes[1]
+			uuid := a.Host.PutGuest("web-1", autostarted)
+			dead := make(chan struct{})
+			w.OnPhase(func(_ string, p hypervisortest.Phase) {
+				if p == hypervisortest.PhaseResumed {
+					w.OnPhase(func(string, hypervisortest.Phase) {})
+					if c.reboot {
+						a.Crash()
+					} else {
+						a.Kill()
+						a.Host.KillLibvirt()
+					}
+					close(dead)
+				}
+			})
+			ctx := ctxFor(t, patience)
+			op, err := a.Client.Migrate(ctx, toB)
+			check(t, err)
+			<-dead
+			check(t, b.Host.Migrate(ctx, uuid, maint.MoveParams{DestURI: w.Nodes[2].Host.URI(), Persist: true}))
+			if c.blind {
+				b.Stop()
+				b.Start(nil)
+			}
+			a.Host.RestartLibvirt()
+			a.Restart()
+			op = await(t, ctx, a, op.ID)
+			if op.Outcome != maint.OutcomeStuck || len(op.Problems) != 1 || !strings.Contains(op.Problems[0].Reason, c.state) || op.Problems[0].Remedy == "" {
+				t.Errorf("%s, %v", op.Outcome, op.Problems)
+			}
+			if running, _ := places(t, w, uuid); running != "c" {
+				t.Errorf("runs on %q", running)
+			}
+			staysOff(t, a, uuid)
+		})
+	}
+}
+
+// libvirt begins with a copy late, which its agent has asked for in its life before: it is
+// the operation's own, also when the next one is refused for it.
+func TestOwnCopyBeginsLate(t *testing.T) {
+	t.Parallel()
+	w := agenttest.New(t, quiet(t), nil, "a", "b")
+	a := w.Nodes[0]
+	uuid := a.Host.PutGuest("web-1", autostarted)
+	a.Host.HoldCopies()
+	a.Stop()
+	dead := make(chan struct{})
+	a.Start(func(what string) {
+		if what == "before Migrate" {
+			a.Kill()
+			close(dead)
+		}
+	})
+	ctx := ctxFor(t, patience)
+	op, err := a.Client.Migrate(ctx, toB)
+	check(t, err)
+	<-dead
+	begun, late := make(chan struct{}), make(chan error, 1)
+	w.OnPhase(func(_ string, p hypervisortest.Phase) {
+		if p == hypervisortest.PhaseCopying {
+			close(begun)
+		}
+	})
+	var once, refused sync.Once
+	a.RestartWith(func(what string) {
+		switch what {
+		case "before Migrate":
+			once.Do(func() {
+				go func() {
+					late <- a.Host.Migrate(context.Background(), uuid, maint.MoveParams{DestURI: w.Nodes[1].Host.URI(), Persist: true})
+				}()
+				<-begun
+			})
+		case "before Job":
+			refused.Do(a.Host.ReleaseCopies)
+		}
+	})
+	if op = await(t, ctx, a, op.ID); op.Outcome != maint.OutcomeDone {
+		t.Errorf("%s, %v", op.Outcome, op.Problems)
+	}
+	check(t, <-late)
+	aloneOn(t, w, uuid, "b")
 }
 
 // The agent dies while its copy fails, the guest is migrated to a third host by hand, and

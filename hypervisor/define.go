@@ -42,6 +42,27 @@ func (h *Host) Define(ctx context.Context, xml string) error {
 	})
 }
 
+// Launch starts a domain that is defined and shut off, as libvirt starts those with
+// autostart when the host boots. One that is active it leaves as it is. It wraps
+// maint.ErrNoGuest, and maint.ErrLocked when a disk's lease is somebody else's. When ctx
+// ends first the start goes on.
+//
+// Source: virDomainCreateWithFlags, virDomainIsActive.
+func (h *Host) Launch(ctx context.Context, uuid string) error {
+	return h.onDomain(ctx, uuid, func(s *session, d libvirt.Domain) error {
+		_, err := call(s, "DomainCreateWithFlags", func(l *libvirt.Libvirt) (libvirt.Domain, error) {
+			return l.DomainCreateWithFlags(d, 0)
+		})
+		if isCode(err, libvirt.ErrOperationInvalid) {
+			is, lookErr := call(s, "DomainIsActive", func(l *libvirt.Libvirt) (int32, error) { return l.DomainIsActive(d) })
+			if lookErr == nil && is != 0 {
+				return nil
+			}
+		}
+		return locked(err)
+	})
+}
+
 // keepTPM is VIR_DOMAIN_UNDEFINE_KEEP_TPM, of libvirt 8.9.
 const keepTPM libvirt.DomainUndefineFlagsValues = 1 << 6
 

@@ -5,7 +5,7 @@
 //	 ├─ pool of up to 4 control connections      one call at a time on each
 //	 │     Ping Info Guests Guest GuestXML CompareCPU DryRun QMP
 //	 │     QuitMigrated QuitIncoming
-//	 │     AbortJob Job CompletedJob SetAutostart Define UndefineInactive SavedXML
+//	 │     AbortJob Job CompletedJob SetAutostart Define UndefineInactive Launch SavedXML
 //	 │     SetNote Note
 //	 ├─ fan of up to 24 more, see Warm           the same, for many guests at once
 //	 │     Suspend Resume State GuestTime SetGuestTime AgentCommand

@@ -68,10 +68,12 @@ type Marker interface {
 }
 
 // Keeper deals with a definition that was left behind: it removes it, which is
-// refused while the guest is active, or keeps it from starting with the host.
+// refused while the guest is active, or keeps it from starting with the host. Launch starts
+// a guest that is off, as that would.
 type Keeper interface {
 	UndefineInactive(ctx context.Context, uuid string) error
 	SetAutostart(ctx context.Context, uuid string, on bool) error
+	Launch(ctx context.Context, uuid string) error
 }
 
 // Resumer starts a guest's vCPUs. It wraps maint.ErrLocked where somebody else has its
@@ -139,6 +141,8 @@ type Migration struct {
 	// Deadline is when the operation was to be over. An agent that comes back
 	// after it sees a copy through, but begins none. Zero is none.
 	Deadline time.Time
+	// Boot tells this boot of the source from others, "" where that is not known.
+	Boot string
 	// Progress is told the statistics of the running copy.
 	Progress func(maint.Job)
 	// Disks, unless empty, says which disks are copied along.
@@ -218,10 +222,10 @@ func (m *Migration) Verify(ctx context.Context, s Scratch) error {
 		return err
 	}
 	moved := Story{Begun: MoveSeen, Persistent: b.Persistent, Paused: a.Paused}
-	settle := maint.Settlement{Op: m.Op, GuestUUID: m.UUID, Persistent: b.Persistent, Autostart: b.Autostart, XML: b.XML}
+	settle := maint.Settlement{Op: m.Op, GuestUUID: m.UUID, Persistent: b.Persistent, Autostart: b.Autostart || a.KeptOff, XML: b.XML}
 	if err := m.retry(ctx, settleGrace, func(ctx context.Context) error { return m.Destination.Settle(ctx, settle) }); err != nil {
 		return maint.Problemf(maint.CodeUnverified, "guest "+m.Guest,
-			fmt.Sprintf("on %s: virsh dominfo %s; then set persistence and autostart as wanted (were: persistent %t, autostart %t)", m.To, m.Guest, b.Persistent, b.Autostart),
+			fmt.Sprintf("on %s: virsh dominfo %s; then set persistence and autostart as wanted (were: persistent %t, autostart %t)", m.To, m.Guest, settle.Persistent, settle.Autostart),
 			"runs on %s, but its definition there could not be settled: %v", m.To, err)
 	}
 	now, err := m.settle(ctx, moved)

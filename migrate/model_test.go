@@ -28,6 +28,13 @@ type model struct {
 	persistent bool
 	postCopies bool // this one is to go on as post-copy
 
+	watched  bool // the destination's belayd has not lost sight of its guests since the copy began
+	noted    bool // and has seen it run
+	wasBlind bool // has lost sight of it, ever
+	keptOff  bool // its autostart, for the copy
+	rebooted bool // the source, since
+	third    bool // another host runs it: somebody has moved it on by hand
+
 	begun   int  // copies
 	over    bool // libvirt has said that the latest failed
 	told    bool // to go on as post-copy
@@ -79,7 +86,16 @@ func (m *model) view(h half, source bool) *maint.View {
 	return &maint.View{}
 }
 
+// ranThere is the destination's having started it.
+func (m *model) ranThere() { m.ran, m.noted = true, m.noted || m.watched }
+
+// blind is what the destination's belayd, or its connection to libvirt, leaves that dies.
+func (m *model) blind() { m.watched, m.noted, m.wasBlind = false, false, true }
+
 func (m *model) runs() (n int) {
+	if m.third {
+		n++
+	}
 	if m.here.process == "running" {
 		n++
 	}
@@ -112,7 +128,7 @@ func (m *model) step() {
 	switch m.call {
 	case "copying":
 		if m.told {
-			m.ran = true
+			m.ranThere()
 			m.call, m.here, m.there = "post-copy", half{"post", m.here.defined, reasonPostCopy}, half{"post", m.persistent, reasonPostCopy}
 			return
 		}
@@ -120,7 +136,8 @@ func (m *model) step() {
 	case "performed":
 		m.call = "finishing"
 	case "finishing":
-		m.call, m.ran, m.there = "started", true, half{"running", m.persistent, "migrated"}
+		m.ranThere()
+		m.call, m.there = "started", half{"running", m.persistent, "migrated"}
 	case "started":
 		m.call, m.here = "", half{}
 	case "post-copy":
@@ -158,7 +175,21 @@ func (m *model) killSource() {
 	case "performed": // and knows no better than to leave it stopped
 		m.dropIncoming()
 	case "finishing": // the destination carries out what it was told
-		m.ran, m.there = true, half{"running", m.persistent, "migrated"}
+		m.ranThere()
+		m.there = half{"running", m.persistent, "migrated"}
+	}
+}
+
+// rebootSource is the host's going down, and its coming back.
+func (m *model) rebootSource() {
+	m.killSource()
+	m.lost = m.lost || m.here.process == "post"
+	m.here, m.rebooted = half{defined: m.here.defined}, true
+	if !m.persistent && m.runs() == 0 {
+		m.lost = true
+	}
+	if m.here.defined && !m.keptOff {
+		m.here.process, m.here.reason = "running", "booted"
 	}
 }
 
@@ -174,6 +205,7 @@ func (m *model) killDestination() {
 		return
 	}
 	m.thereUp = false
+	m.blind()
 	if m.call != "" && m.hereUp {
 		m.fail()
 	}
@@ -206,7 +238,7 @@ func (m *model) killQEMU(source bool) {
 }
 
 func (m *model) story() Story {
-	s := Story{Begun: CopyBegun, Persistent: m.persistent}
+	s := Story{Begun: CopyBegun, Persistent: m.persistent, Came: m.noted, Watched: m.watched && !m.noted, Rebooted: m.keptOff && m.rebooted}
 	switch {
 	case m.seen:
 		s.Begun = MoveSeen
@@ -239,17 +271,18 @@ func (m *model) belay(t *rapid.T, between func()) {
 	case Begin:
 		if m.begun < 3 && m.hereUp && m.thereUp && m.lan && m.here.process == "running" && m.there == (half{}) && m.call == "" {
 			m.begun, m.over, m.told = m.begun+1, false, false
+			m.watched, m.noted, m.keptOff, m.rebooted = true, false, m.persistent, false
 			m.call, m.there = "copying", half{process: "incoming"}
 		}
 	case Watch:
 		if m.call == "copying" && m.postCopies {
 			m.told = true
 		}
-	case ResumeSource:
+	case ResumeSource, StartSource:
 		if m.there.process != "" || m.ran || m.call != "" {
-			t.Fatalf("resumed: %+v", m)
+			t.Fatalf("%s: %+v", v.Action, m)
 		}
-		if m.hereUp && m.here.process == "stopped" {
+		if was := map[Action]string{ResumeSource: "stopped"}[v.Action]; m.hereUp && m.here.process == was {
 			m.here.process, m.here.reason = "running", "unpaused"
 		}
 	case ResumePostCopy:
@@ -258,7 +291,7 @@ func (m *model) belay(t *rapid.T, between func()) {
 			m.here.reason, m.there.reason = reasonPostCopy, reasonPostCopy
 		}
 	case Finish:
-		if m.there.process == "" && !m.there.defined && !m.off && !m.lost {
+		if m.there.process == "" && !m.there.defined && !m.off && !m.lost && !m.third {
 			t.Fatalf("finished: %+v", m)
 		}
 		m.seen = true
@@ -300,11 +333,18 @@ func TestTwoHosts(t *testing.T) {
 					m.off, m.there = true, half{defined: m.there.defined}
 				}
 			},
+			"moved on by hand": func() {
+				if m.there.process == "running" && m.call == "" && m.thereUp {
+					m.third, m.there = true, half{}
+				}
+			},
+			"destination's belayd killed": m.blind, "source rebooted": m.rebootSource,
 			"source's QEMU killed": func() { m.killQEMU(true) }, "destination's QEMU killed": func() { m.killQEMU(false) },
 		}
 		// Not all in one run: what is rare together would never come in the right order.
 		faults := []string{"source's libvirtd killed", "destination's libvirtd killed", "LAN cut", "LAN back", "keepalive", "TCP gives up",
-			"shut down on the destination", "source's QEMU killed", "destination's QEMU killed"}
+			"shut down on the destination", "moved on by hand", "destination's belayd killed", "source rebooted",
+			"source's QEMU killed", "destination's QEMU killed"}
 		often := append(rapid.SliceOfNDistinct(rapid.SampledFrom(faults), 1, 6, rapid.ID[string]).Draw(t, "faults"),
 			"step", "step", "step", "QEMU ends by itself", "libvirtd restarted")
 		m.postCopies = rapid.Bool().Draw(t, "goes on as post-copy")
@@ -338,12 +378,15 @@ func TestTwoHosts(t *testing.T) {
 		}
 		switch {
 		case m.flaw || m.lost || m.off:
-		case m.runs() == 1 && !m.post():
-		case m.alarmed && !m.persistent: // a transient guest leaves no proof
+		case m.third && !m.seen && !m.alarmed:
+			t.Fatalf("another host has it, and nobody was told: %+v", m)
+		case m.runs() == 1 && (!m.post() || m.third && m.alarmed):
+		case m.alarmed && (!m.persistent || !m.watched): // there is no proof
 		default:
 			t.Fatalf("it runs nowhere: %+v", m)
 		}
-		if m.flaw && m.runs() > 1 && !m.alarmed {
+		// What a destination has not seen that was blind, and that was moved on, nobody can tell.
+		if m.flaw && m.runs() > 1 && !m.alarmed && !(m.third && m.wasBlind) {
 			t.Fatalf("two run, and nobody was told: %+v", m)
 		}
 		if !m.flaw && !m.lost && !m.off && m.there.process == "running" && m.here != (half{}) {

@@ -24,6 +24,9 @@ const (
 	// renewEvery is how often the peer's reservation is renewed; it must be
 	// well under the time after which the peer lets one lapse.
 	renewEvery = 20 * time.Second
+	// unheardGrace is how long a copy that nobody has heard the end of is given to show
+	// itself, before it is held to be no more.
+	unheardGrace = 500 * time.Millisecond
 	// connections is by how many memory is sent where one is not enough.
 	connections = 4
 )
@@ -34,9 +37,17 @@ const (
 type attempt struct {
 	Number int  `json:"number"`
 	Over   bool `json:"over,omitempty"`
-	// Persistent and Paused: see Story.
-	Persistent bool `json:"persistent,omitempty"`
-	Paused     bool `json:"paused,omitempty"`
+	// Unheard: one before it was begun of which libvirt has not said how it ended. It may
+	// have been waiting in libvirt, for a job of the guest's to end, and begin yet.
+	Unheard bool `json:"unheard,omitempty"`
+	// Persistent, Paused and Vigil: see Story.
+	Persistent bool        `json:"persistent,omitempty"`
+	Paused     bool        `json:"paused,omitempty"`
+	Vigil      maint.Vigil `json:"vigil,omitzero"`
+	// KeptOff: the guest's autostart was on, and is turned off on the source, in this boot
+	// of it.
+	KeptOff bool   `json:"kept_off,omitempty"`
+	Boot    string `json:"boot,omitempty"`
 	// Means are those with which it is begun.
 	Means []maint.Means `json:"means,omitempty"`
 	// Able: it was begun so that it can go on as post-copy. PostCopy: it was told to, or
@@ -74,11 +85,11 @@ func StoryOf(performed json.RawMessage) Story {
 
 // story is what it tells of the migration.
 func (a attempt) story() Story {
-	story := Story{Begun: CopyBegun, Persistent: a.Persistent, Paused: a.Paused}
+	story := Story{Begun: CopyBegun, Persistent: a.Persistent, Paused: a.Paused, Vigil: a.Vigil}
 	switch {
 	case a.Number == 0:
 		story.Begun = NothingBegun
-	case a.Over:
+	case a.Over && !a.Unheard:
 		story.Begun = CopyOver
 	case a.PostCopy:
 		story.Begun = PostCopyBegun
@@ -106,9 +117,9 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 	var c *convergence // of the copy that was begun or found
 	var failed error   // what became of the one that was begun here
 	for {
-		now, err := m.settle(m.patient(ctx, detach, a), a.story())
+		now, err := m.settle(m.patient(ctx, detach, a), m.story(a))
 		if err != nil {
-			return m.notSettled(ctx, now, err)
+			return m.notSettled(ctx, detach, s, now, a, err)
 		}
 		switch now.Action {
 		case Finish, RemoveDefinition:
@@ -129,6 +140,9 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 				}
 			}
 			begun = true
+			if a.Over { // it was refused for one before it, of this operation: see Unheard
+				failed = nil
+			}
 			c = m.converge(a)
 			if a.PostCopy = a.PostCopy || now.PostCopy(); a.PostCopy {
 				if err := m.seeThrough(ctx, detach, &a, s); err != nil {
@@ -138,16 +152,16 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 			}
 			_ = m.watch(ctx, detach, nil, c, &a, s) // both hosts tell
 			continue
-		case ResumeSource:
-			if err := m.resumeSource(detach, s, now); err != nil {
-				return err
+		case ResumeSource, StartSource:
+			if err := m.startAgain(detach, s, now); err != nil {
+				return m.keptOff(s, a, err)
 			}
 			continue
 		case Leave, End:
 			return m.gone(now, a)
 		case Begin:
 		default:
-			return m.alarm(detach, s, now)
+			return m.alarm(detach, s, now, a)
 		}
 		switch {
 		case c != nil && c.again: // it was given up for a better one
@@ -170,12 +184,17 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 			return err
 		}
 		g := now.here.Guest
+		a.Unheard = a.Unheard || a.Number > 0 && !a.Over
 		a.Number, a.Over, a.PostCopy, a.Persistent, a.Paused = a.Number+1, false, false, g.Persistent, g.State == maint.GuestPaused
+		a.KeptOff, a.Boot, a.Vigil = a.KeptOff || g.Autostart, m.Boot, m.landing.Vigil
 		a.Able, m.seen = m.mayPostCopy(a), maint.Job{}
 		if a.Params, err = m.with(ctx, s, a); err != nil {
 			return err
 		}
 		if err := s.Save(a); err != nil {
+			return err
+		}
+		if err := m.turnOff(ctx, g); err != nil {
 			return err
 		}
 		c, begun = m.converge(a), true
@@ -203,16 +222,25 @@ func (m *Migration) patient(ctx, detach context.Context, a attempt) context.Cont
 	return detach
 }
 
+// story is what the journal says, and what the source's boot does.
+func (m *Migration) story(a attempt) Story {
+	story := a.story()
+	story.Rebooted = a.KeptOff && a.Boot != "" && m.Boot != "" && a.Boot != m.Boot
+	return story
+}
+
 // notSettled is the error of a Perform that could not tell where the guest is. Where
 // nothing was begun, that is this host's fault and nothing else.
-func (m *Migration) notSettled(ctx context.Context, now situation, err error) error {
+func (m *Migration) notSettled(ctx, detach context.Context, s Scratch, now situation, a attempt, err error) error {
 	switch {
+	case detach.Err() != nil:
+		return err
 	case ctx.Err() != nil && !errors.Is(err, ErrUnsettled):
 		return m.cancelled(ctx, nil)
 	case now.here == nil && now.err != nil && now.nothing:
 		return now.err
 	}
-	return err
+	return m.keptOff(s, a, err)
 }
 
 // unmoved says of a guest that is on the source, and of which no copy runs, why none is
@@ -298,26 +326,28 @@ func (m *Migration) Cancel(ctx context.Context, s Scratch) error {
 	}
 	abortCtx, cancel := context.WithCancel(ctx)
 	cancel()
-	for {
-		now, err := m.settle(ctx, a.story())
+	for heard := a.Over && !a.Unheard; ; heard = true {
+		now, err := m.settle(ctx, m.story(a))
 		if err != nil {
-			return err
+			return m.keptOff(s, a, err)
 		}
 		switch now.Action {
 		case Begin, End, Leave:
-			return nil
+			if heard || !wait(ctx, unheardGrace) {
+				return ctx.Err()
+			}
 		case Watch:
 			_ = m.watch(abortCtx, ctx, nil, nil, &a, s) // both hosts tell
 		case ResumePostCopy:
 			if err := m.seeThrough(abortCtx, ctx, &a, s); err != nil {
 				return err
 			}
-		case ResumeSource:
-			if err := m.resumeSource(ctx, s, now); err != nil {
-				return err
+		case ResumeSource, StartSource:
+			if err := m.startAgain(ctx, s, now); err != nil {
+				return m.keptOff(s, a, err)
 			}
 		default:
-			return m.alarm(ctx, s, now)
+			return m.alarm(ctx, s, now, a)
 		}
 	}
 }

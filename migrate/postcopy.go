@@ -68,7 +68,7 @@ func (m *Migration) seeThrough(ctx, detach context.Context, a *attempt, s Scratc
 	defer m.report(nil)
 	pause, tries := resumeFirst, 0
 	for {
-		now := m.look(detach, a.story())
+		now := m.look(detach, m.story(*a))
 		switch {
 		case detach.Err() != nil:
 			return detach.Err()

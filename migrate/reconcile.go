@@ -32,8 +32,19 @@ type Story struct {
 	// Paused: it was paused before the copy was begun, and arrives so. It never runs by
 	// this operation's doing, on either host.
 	Paused bool
-	// Came: the destination says that it has come by this operation. It may have moved on.
+	// Came: the destination says that it has come by this operation, or has seen it run
+	// since. It may have moved on.
 	Came bool
+	// Watched: the destination has watched without a break since before the copy, and has
+	// not seen it run. Without that its absence there proves nothing: somebody may have moved
+	// it on by hand before the destination wrote down that it came.
+	Watched bool
+	// Vigil is the destination's of before the copy.
+	Vigil maint.Vigil
+	// Rebooted: the source has booted since the copy was begun, with the guest's autostart
+	// turned off for it, so that nobody has started the guest that was to start with the
+	// host.
+	Rebooted bool
 }
 
 // State is where a guest is, seen from both hosts at once and with the journal's story.
@@ -62,6 +73,15 @@ const (
 	// Doubtful: the same, but the destination may have run it, and it may have ended
 	// there: what it has written since is not in the source's memory.
 	Doubtful State = "stopped for the switch-over, and not on the destination, where it may have run and ended"
+	// Unstarted: it ended with its host, in the copy, and was kept from starting with it:
+	// the destination has never run it.
+	Unstarted State = "off since its host went down, and never started on the destination"
+	// Gone: the source has it, shut off, and the destination, where it may have run, has
+	// nothing of it: it may have moved on, or have ended there.
+	Gone State = "shut off, and not on the destination, where it may have run"
+	// OldCopy: the source runs it, since the destination's answer was lost, and it has
+	// come to the destination, which does not have it any more.
+	OldCopy State = "running on the source, although it has come to the destination"
 	// PausedTwice: both hosts have it paused. The destination's is the one that goes on,
 	// where the migration came to its end.
 	PausedTwice State = "paused on both hosts"
@@ -100,6 +120,7 @@ const (
 	Finish           Action = "finish"            // it has moved
 	RemoveDefinition Action = "remove definition" // it has moved; the source's definition is in the way
 	ResumeSource     Action = "resume source"     // nobody else can start it, and it must run
+	StartSource      Action = "start source"      // the same, of one that is off
 	ResumePostCopy   Action = "resume post-copy"  // libvirt refuses where it still runs
 	End              Action = "end"               // nothing is there to be moved
 	Alarm            Action = "alarm"             // a person must look; nothing is touched
@@ -123,11 +144,11 @@ func (v Verdict) PostCopy() bool { return v.State == PostCopyRunning || v.State 
 // two looks at two hosts are not made at one instant.
 func (v Verdict) Doubt() time.Duration {
 	switch v.State {
-	case Both, Neither, SecondCopy, PausedTwice, Elsewhere:
+	case Both, Neither, SecondCopy, PausedTwice, Elsewhere, OldCopy:
 		return 300 * time.Millisecond
 	case MovedLeftover: // its libvirt may be about to remove it
 		return 2 * time.Second
-	case Stranded, Doubtful:
+	case Stranded, Doubtful, Unstarted, Gone:
 		return 3 * time.Second
 	case PostCopyLostThere, PostCopyLostHere: // or about to end well
 		return 10 * time.Second
@@ -240,6 +261,7 @@ func see(v *maint.View) sight {
 //	               running, resumed    paused              SecondCopy         alarm
 //	               running, resumed    arriving, stopped   Switching          wait: about to be removed
 //	               resumed             unknown             Unknown            wait: it was between both
+//	came           resumed             absent, off         OldCopy            alarm: it has run there, and may run on a third
 //	               running, resumed                        NotMoved           begin
 //
 //	               stopped, paused     running, sending    MovedLeftover      finish
@@ -249,21 +271,24 @@ func see(v *maint.View) sight {
 //	moved          stopped, paused     absent, off         MovedLeftover      finish: it has ended there
 //	               stopped             unknown             Unknown            wait
 //	came           stopped, paused     absent, off         Doubtful           alarm: it has run there, and may run on a third
-//	copy, over     stopped             absent, persistent  Stranded           resume source
+//	copy, over     stopped             absent, proven      Stranded           resume source
 //	               stopped                                 Doubtful           alarm
 //	               paused                                  NotMoved           begin: its owner's doing
 //	paused before  stopped, paused     paused              MovedLeftover      finish: so it arrives
 //	paused before  stopped, paused     unknown             Unknown            wait
-//	paused before  stopped, paused     absent              NotMoved           begin
-//	paused before  stopped, paused     off                 Doubtful           alarm: it has come, and ended there
+//	paused before  stopped, paused     absent, watched     NotMoved           begin
+//	paused before  stopped, paused     absent, off         Doubtful           alarm: it may have come, and ended there
 //
 //	               absent, off         postcopy, broken    PostCopyLostHere   alarm
 //	               absent, off         arriving, stopped   Switching          wait
 //	               absent, off         unknown             Unknown            wait
 //	               absent              process, off        Moved              finish
 //	               off                 process             MovedDefined       remove definition
-//	moved          off                 off                 MovedDefined       remove definition
-//	               off                                     Off                end
+//	moved, came    off                 off                 MovedDefined       remove definition: it has ended there
+//	moved          off                 absent              Off                end
+//	copy, over     off                 absent, proven      Unstarted          start source, if rebooted
+//	               off                 watched             Off                end
+//	               off                                     Gone               alarm
 //	               absent                                  Neither            alarm
 //
 // "process" is any sight of one, "runs" one whose vCPUs run, or may at any moment
@@ -273,12 +298,17 @@ func see(v *maint.View) sight {
 // Stranded is what a source's libvirtd leaves that is killed after the last pass and
 // before it has told the destination to start (libvirt's Perform is done, Finish is not
 // begun): the destination's libvirtd kills what it had received, and nobody starts the
-// source's, which still has everything. The proof that the destination has not run it:
-// the domain is persistent, libvirt writes its definition there before it starts it, and
-// there is none; that host has not noted that it came, as it does before it lets it leave
-// again; its QEMU there is gone; and no migration is left on the source that
-// could tell the destination anything. A transient domain leaves no such trace, nor does
-// one that the destination had a definition of: Doubtful.
+// source's, which still has everything. It is proven that the destination has not run it
+// where all of this holds: the domain is persistent, libvirt writes its definition there
+// before it starts it, and there is none; that host has not noted that it came, as it does
+// before it lets it leave again; it has watched since before the copy and not seen it run, so
+// that nobody else has moved it on either; its QEMU there is gone; and no migration is left
+// on the source that could tell the destination anything. A transient domain leaves no such
+// trace, nor does one that the destination had a definition of: Doubtful.
+//
+// Unstarted is the same of a source that went down as a whole, in the copy: what would have
+// started there with the host is off, since a second one must not start with it (see
+// keepOff).
 //
 // The lines "paused before" are in force instead of those of the same sights above. That
 // the source does not run says nothing there of whether it has been received.
@@ -344,6 +374,8 @@ func Reconcile(source, destination *maint.View, story Story) Verdict {
 			return Verdict{Switching, Wait}
 		case s == resumed && d == unknown:
 			return Verdict{Unknown, Wait}
+		case s == resumed && story.Came:
+			return Verdict{OldCopy, Alarm}
 		}
 		return Verdict{NotMoved, Begin}
 	case stopped, paused:
@@ -361,10 +393,22 @@ func Reconcile(source, destination *maint.View, story Story) Verdict {
 		return Verdict{Moved, Finish}
 	case s == absent:
 		return Verdict{Neither, Alarm}
-	case d.process() || begun == MoveSeen && d == off:
+	case d.process() || d == off && (begun == MoveSeen || story.Came):
 		return Verdict{MovedDefined, RemoveDefinition}
+	case begun == MoveSeen:
+		return Verdict{Off, End}
+	case story.Rebooted && d == absent && story.neverRan(): // nor in post-copy, which it may have been told
+		return Verdict{Unstarted, StartSource}
+	case story.Came || !story.Watched:
+		return Verdict{Gone, Alarm}
 	}
 	return Verdict{Off, End}
+}
+
+// neverRan reports whether a guest's absence from the destination proves that it has never
+// run there, see Reconcile.
+func (s Story) neverRan() bool {
+	return s.Persistent && s.Watched && !s.Came
 }
 
 // reconcileStopped is for a process on the source that does not run and that no
@@ -387,9 +431,9 @@ func reconcileStopped(s, d sight, story Story) Verdict {
 		return Verdict{NotMoved, Begin}
 	case d == unknown:
 		return Verdict{Unknown, Wait}
-	case d == absent && story.Paused:
+	case d == absent && story.Paused && story.Watched:
 		return Verdict{NotMoved, Begin}
-	case d == absent && story.Persistent && story.Begun != PostCopyBegun:
+	case d == absent && !story.Paused && story.neverRan() && story.Begun != PostCopyBegun:
 		return Verdict{Stranded, ResumeSource}
 	}
 	return Verdict{Doubtful, Alarm}

@@ -33,7 +33,7 @@ func TestReconcilePaused(t *testing.T) {
 		}
 		for _, s := range sights {
 			for i, d := range sights {
-				story := Story{Begun: Begun(lines[0]), Persistent: true}
+				story := Story{Begun: Begun(lines[0]), Persistent: true, Watched: true}
 				want := short[Reconcile(shown[s], shown[d], story)]
 				if cells, there := differs[s]; there {
 					want = cells[i]
@@ -82,6 +82,7 @@ var short = map[Verdict]string{
 	{PostCopyBroken, ResumePostCopy}: "broken", {PostCopyBroken, Watch}: "brk,watch", {PostCopyBroken, Wait}: "brk,wait",
 	{PostCopyLostThere, Alarm}: "lostthere", {PostCopyLostHere, Alarm}: "losthere",
 	{Both, Alarm}: "both", {SecondCopy, Alarm}: "second", {Elsewhere, Leave}: "elsewhere",
+	{Unstarted, StartSource}: "unstarted", {Gone, Alarm}: "vanished", {OldCopy, Alarm}: "oldcopy",
 	{Off, End}: "off", {Neither, Alarm}: "neither", {Neither, End}: "gone", {Unknown, Wait}: "unknown",
 }
 
@@ -169,14 +170,14 @@ func TestReconcile(t *testing.T) {
 		for _, s := range sights {
 			var got []string
 			for i, d := range sights {
-				v := Reconcile(shown[s], shown[d], Story{Begun: begun, Persistent: true})
+				v := Reconcile(shown[s], shown[d], Story{Begun: begun, Persistent: true, Watched: true})
 				word := short[v]
 				got = append(got, fmt.Sprintf("%-9s", word))
 				if want := tables[begun][s]; len(want) != len(sights) || want[i] != word {
 					t.Errorf("%s begun, source %s, destination %s: %+v", begun, s, d, v)
 				}
 				// A transient guest leaves nothing on the destination that proves anything.
-				transient := Reconcile(shown[s], shown[d], Story{Begun: begun})
+				transient := Reconcile(shown[s], shown[d], Story{Begun: begun, Watched: true})
 				if v.State == Stranded {
 					v = Verdict{Doubtful, Alarm}
 				}
@@ -191,22 +192,78 @@ func TestReconcile(t *testing.T) {
 	}
 }
 
-// A guest that has come is not proven to have stayed away from the destination by its not
-// being there any more.
-func TestReconcileCame(t *testing.T) {
-	t.Parallel()
+// otherwise checks what differs of the verdicts where the destination's word is another.
+func otherwise(t *testing.T, word func(*Story), differs func(s, d sight, story Story) (Verdict, bool)) {
+	t.Helper()
 	for _, begun := range []Begun{NothingBegun, CopyBegun, CopyOver, PostCopyBegun, MoveSeen} {
 		for _, s := range sights {
 			for _, d := range sights {
 				for _, wasPaused := range []bool{false, true} {
-					story := Story{Begun: begun, Persistent: true, Paused: wasPaused}
+					story := Story{Begun: begun, Persistent: true, Paused: wasPaused, Watched: true}
 					want := Reconcile(shown[s], shown[d], story)
-					if copied := begun != NothingBegun && begun != MoveSeen; copied && (s == stopped || s == paused) && (d == absent || d == off) {
-						want = Verdict{Doubtful, Alarm}
+					if v, other := differs(s, d, story); other && (begun == CopyBegun || begun == CopyOver || begun == PostCopyBegun) {
+						want = v
 					}
-					story.Came = true
+					word(&story)
+					if got := Reconcile(shown[s], shown[d], story); got != want && !(begun == MoveSeen && got.State == OldCopy) {
+						t.Errorf("%s begun, source %s, destination %s, paused %t: %+v, want %+v", begun, s, d, wasPaused, got, want)
+					}
+				}
+			}
+		}
+	}
+}
+
+// A guest that has come is not proven to have stayed away from the destination by its not
+// being there any more.
+func TestReconcileCame(t *testing.T) {
+	t.Parallel()
+	otherwise(t, func(s *Story) { s.Watched, s.Came = false, true }, func(s, d sight, _ Story) (Verdict, bool) {
+		gone := d == absent || d == off
+		switch {
+		case (s == stopped || s == paused) && gone:
+			return Verdict{Doubtful, Alarm}, true
+		case s == resumed && gone:
+			return Verdict{OldCopy, Alarm}, true
+		case s == off && d == off:
+			return Verdict{MovedDefined, RemoveDefinition}, true
+		case s == off && d == absent:
+			return Verdict{Gone, Alarm}, true
+		}
+		return Verdict{}, false
+	})
+}
+
+// Nor where the destination has not watched all the while.
+func TestReconcileUnwatched(t *testing.T) {
+	t.Parallel()
+	otherwise(t, func(s *Story) { s.Watched = false }, func(s, d sight, story Story) (Verdict, bool) {
+		switch {
+		case d == absent && (s == stopped || s == paused && story.Paused):
+			return Verdict{Doubtful, Alarm}, true
+		case s == off && (d == absent || d == off):
+			return Verdict{Gone, Alarm}, true
+		}
+		return Verdict{}, false
+	})
+}
+
+// A guest that was kept from starting with its host is started where it is proven that it
+// has not left, and nowhere else.
+func TestReconcileRebooted(t *testing.T) {
+	t.Parallel()
+	for _, begun := range []Begun{NothingBegun, CopyBegun, CopyOver, PostCopyBegun, MoveSeen} {
+		for _, s := range sights {
+			for _, d := range sights {
+				for _, story := range []Story{{Watched: true}, {}, {Came: true}} {
+					story.Begun, story.Persistent = begun, true
+					want := Reconcile(shown[s], shown[d], story)
+					if s == off && d == absent && story.Watched && begun != NothingBegun && begun != MoveSeen {
+						want = Verdict{Unstarted, StartSource}
+					}
+					story.Rebooted = true
 					if got := Reconcile(shown[s], shown[d], story); got != want {
-						t.Errorf("%s begun, source %s, destination %s: %+v, want %+v", begun, s, d, got, want)
+						t.Errorf("%+v, source %s, destination %s: %+v, want %+v", story, s, d, got, want)
 					}
 				}
 			}
@@ -240,8 +297,11 @@ func TestReconcileKeepsPromises(t *testing.T) {
 	for _, begun := range []Begun{NothingBegun, CopyBegun, CopyOver, PostCopyBegun, MoveSeen} {
 		for _, src := range views {
 			for _, dst := range views {
-				v := Reconcile(src, dst, Story{Begun: begun, Persistent: true})
-				met[v.State] = true
+				for i := range 4 {
+					v := Reconcile(src, dst, Story{Begun: begun, Persistent: true, Watched: i < 2, Came: i == 3, Rebooted: i == 1})
+					met[v.State] = true
+				}
+				v := Reconcile(src, dst, Story{Begun: begun, Persistent: true, Watched: true})
 				never := func(broken bool, promise string) {
 					if broken {
 						t.Fatalf("%s begun, source %s, destination %s: %+v: %s", begun, see(src), see(dst), v, promise)

@@ -34,6 +34,7 @@ type situation struct {
 	here, there *maint.View // nil: could not be asked
 	err         error       // why here is nil
 	nothing     bool        // was begun
+	came        bool        // the destination says that the guest has come
 }
 
 // settle looks at both hosts until what they show is to be acted on. It waits
@@ -54,7 +55,9 @@ func (m *Migration) settle(detach context.Context, story Story) (situation, erro
 			return now, nil
 		}
 		patience := settleGrace
-		if now.here == nil && !now.nothing {
+		// A guest that went down with its host may run on the other one, and nobody
+		// could do better than wait for that either.
+		if now.here == nil && !now.nothing || story.Rebooted {
 			patience = silentGrace
 		}
 		// In post-copy the hosts are waited for without an end: nobody could do better.
@@ -98,15 +101,23 @@ func (m *Migration) look(ctx context.Context, story Story) (now situation) {
 		now.err = err
 	}
 	now.there = <-remote
-	story.Came = m.came(now)
+	if now.there != nil {
+		same, ran := now.there.Vigil.Since(story.Vigil)
+		story.Watched, story.Came = same && !ran, ran || slices.Contains(now.there.Came, m.Op)
+	}
+	now.came = story.Came
 	now.Verdict = Reconcile(now.here, now.there, story)
 	return now
 }
 
-// resumeSource starts the guest again where a migration has stopped it and nothing else
-// will. Only the verdict Stranded allows it.
-// Not even then where a third host has it: somebody else's migration has stopped it.
-func (m *Migration) resumeSource(ctx context.Context, s Scratch, now situation) error {
+// startAgain has the guest run again on the source, where a migration has stopped it or its
+// host went down, and nobody else will. Only the verdicts Stranded and Unstarted allow it.
+// Not even then where a third host has it: somebody else's migration has taken it there.
+func (m *Migration) startAgain(ctx context.Context, s Scratch, now situation) error {
+	verb, do, how := "resume", m.Source.Resume, "left stopped by a switch-over that did not come about"
+	if now.Action == StartSource {
+		verb, do, how = "start", m.Source.Launch, "off since that host went down in the copy"
+	}
 	if m.Third != nil {
 		ask, cancel := context.WithTimeout(ctx, lookTimeout)
 		host := m.Third(ask)
@@ -115,19 +126,23 @@ func (m *Migration) resumeSource(ctx context.Context, s Scratch, now situation) 
 			if err := m.keepOff(ctx, s, now); err != nil {
 				return err
 			}
-			return fmt.Errorf("%w: %w", ErrUnsettled, maint.Problemf(maint.CodeUnverified, "guest "+m.Guest,
-				fmt.Sprintf("see that it runs on %s (virsh domstate --reason %s); if so, on %s: virsh destroy %s, and never resume it there", host, m.Guest, m.From, m.Guest),
-				"is on %s, where this operation has not moved it, and stopped on %s", host, m.From))
+			remedy := fmt.Sprintf("see that it runs on %s (virsh domstate --reason %s)", host, m.Guest)
+			if now.Action == ResumeSource {
+				remedy += fmt.Sprintf("; if so, on %s: virsh destroy %s, and never resume it there", m.From, m.Guest)
+			} else {
+				remedy += fmt.Sprintf("; if so, on %s: virsh undefine --keep-nvram %s, and never start it there", m.From, m.Guest)
+			}
+			return fmt.Errorf("%w: %w", ErrUnsettled, maint.Problemf(maint.CodeUnverified, "guest "+m.Guest, remedy,
+				"is on %s, where this operation has not moved it, and %s on %s", host, how, m.From))
 		}
 	}
-	if err := s.Note("the guest was left stopped on %s by a switch-over that did not come about; %s has never started it, so it is started on %s again", m.From, m.To, m.From); err != nil {
+	if err := s.Note("the guest is %s on %s; %s has never started it, so it is started on %s again", how, m.From, m.To, m.From); err != nil {
 		return err
 	}
-	err := m.retry(ctx, settleGrace, func(ctx context.Context) error { return m.Source.Resume(ctx, m.UUID) })
-	if err != nil {
+	if err := m.retry(ctx, settleGrace, func(ctx context.Context) error { return do(ctx, m.UUID) }); err != nil {
 		p := maint.Problemf(maint.CodeUnverified, "guest "+m.Guest,
-			fmt.Sprintf("see that %s does not run it, nor any other host that has its disks, then on %s: virsh resume %s", m.To, m.From, m.Guest),
-			"was left stopped on %s by a switch-over that did not come about, and cannot be started there: %v", m.From, err)
+			fmt.Sprintf("see that %s does not run it, nor any other host that has its disks, then on %s: virsh %s %s", m.To, m.From, verb, m.Guest),
+			"is %s on %s, and cannot be started there: %v", how, m.From, err)
 		return fmt.Errorf("%w: %w", ErrUnsettled, p)
 	}
 	return nil
@@ -141,33 +156,15 @@ func (m *Migration) stays(now situation) string {
 	return fmt.Sprintf("the guest runs on %s as before", m.From)
 }
 
-// came reports whether the destination says that the guest has come by this operation.
-func (m *Migration) came(now situation) bool {
-	return now.there != nil && slices.Contains(now.there.Came, m.Op)
-}
-
 // alarm is unsettled of a verdict. Where the guest is known to have come to the destination,
 // what the source still has does not start with that host.
-func (m *Migration) alarm(ctx context.Context, s Scratch, now situation) error {
-	if now.State == PausedTwice || now.State == Doubtful && m.came(now) {
+func (m *Migration) alarm(ctx context.Context, s Scratch, now situation, a attempt) error {
+	if now.State == PausedTwice || now.came {
 		if err := m.keepOff(ctx, s, now); err != nil {
 			return err
 		}
 	}
-	return m.unsettled(now)
-}
-
-// keepOff keeps what the source has of a guest, and is out of date, from starting when that
-// host reboots. What it cannot do it tells.
-func (m *Migration) keepOff(ctx context.Context, s Scratch, now situation) error {
-	if now.here == nil || now.here.Guest == nil || !now.here.Guest.Autostart {
-		return nil
-	}
-	off := func(ctx context.Context) error { return m.Source.SetAutostart(ctx, m.UUID, false) }
-	if err := m.retry(ctx, settleGrace, off); err != nil {
-		return s.Note("the guest's autostart on %s could not be turned off, and it would be a second one when that host reboots: %v", m.From, err)
-	}
-	return s.Note("the guest's autostart on %s is turned off: it would be a second one when that host reboots", m.From)
+	return m.keptOff(s, a, m.unsettled(now))
 }
 
 // unsettled is the end of what cannot be acted on.
@@ -180,6 +177,15 @@ func (m *Migration) unsettled(now situation) error {
 		p.Remedy = look + "; start it nowhere before the other host is known not to run it"
 	case Both, SecondCopy:
 		p.Remedy = "stop one copy at once, before both write to the same disk: compare 'virsh domstate --reason' and the guest's own clock on both hosts"
+	case Gone:
+		p.Reason = fmt.Sprintf("is shut off on %s, and not on %s, whose belayd or libvirt was away meanwhile: it cannot be told whether it has run there and moved on", m.From, m.To)
+		p.Remedy = fmt.Sprintf("find out where it runs: on every host that has its disks, virsh domstate %s; if nowhere, on %s: virsh start %s; else there: virsh undefine --keep-nvram %s", m.Guest, m.From, m.Guest, m.Guest)
+		if now.came {
+			p.Reason = fmt.Sprintf("is shut off on %s; it has come to %s, which does not have it any more: it has moved on, or has ended there", m.From, m.To)
+		}
+	case OldCopy:
+		p.Reason = fmt.Sprintf("runs on %s, which has lost %s's answer; it has come to %s, which does not have it any more: it has moved on, or has ended there", m.From, m.To, m.To)
+		p.Remedy = fmt.Sprintf("find out at once whether it runs on another host ('belay ops list' on %s, virsh list on every host that has its disks): two of them would write to the same disk, and what runs on %s is the older one", m.To, m.From)
 	case Neither:
 		p.Remedy = fmt.Sprintf("see the libvirt and QEMU logs of both hosts; its definition, if it had one, is in the record of the operation (belay ops show %s -o json, as an operator)", m.Op)
 	case Switching:
@@ -188,7 +194,7 @@ func (m *Migration) unsettled(now situation) error {
 		p.Reason = fmt.Sprintf("is stopped on %s, in the switch-over to %s, where it is not: it cannot be told whether it has run and ended there", m.From, m.To)
 		p.Remedy = fmt.Sprintf("see its QEMU log on %s (/var/log/libvirt/qemu/%s.log); if it has not run there, on %s: virsh resume %s; if it has, what %s holds is out of date: on %s virsh destroy %s, and start it where it is wanted",
 			m.To, m.Guest, m.From, m.Guest, m.From, m.From, m.Guest)
-		if m.came(now) {
+		if now.came {
 			p.Reason = fmt.Sprintf("is stopped on %s; it has come to %s, which does not have it any more: it has moved on, or has ended there", m.From, m.To)
 			p.Remedy = fmt.Sprintf("find out where it runs now ('belay ops list' on %s); what %s holds is out of date and must not be resumed: on %s virsh destroy %s", m.To, m.From, m.From, m.Guest)
 		}
@@ -197,7 +203,7 @@ func (m *Migration) unsettled(now situation) error {
 		p.Remedy = fmt.Sprintf("see why it is paused on %s (virsh domstate --reason %s) and resume it there, nowhere else; when it runs, on %s: virsh destroy %s", m.To, m.Guest, m.From, m.Guest)
 	case PostCopyLostThere:
 		p.Reason = fmt.Sprintf("has ended on %s in post-copy, while part of its memory was on %s: neither host has it whole", m.To, m.From)
-		p.Remedy = fmt.Sprintf("never resume it on %s, whose memory is older than its disk; there: virsh destroy %s; then start it where it is wanted, as after a power cut", m.From, m.Guest)
+		p.Remedy = fmt.Sprintf("never resume it on %s, whose memory is older than its disk; there: virsh destroy %s; then see that no other host has it, moved on by hand, and start it where it is wanted, as after a power cut", m.From, m.Guest)
 	case PostCopyLostHere:
 		p.Reason = fmt.Sprintf("runs on %s, and the part of its memory that was on %s is gone with its process there", m.To, m.From)
 		p.Remedy = fmt.Sprintf("it will hang where it needs that part: shut it down on %s, and start it where it is wanted, as after a power cut", m.To)

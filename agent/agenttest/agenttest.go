@@ -20,10 +20,12 @@ import (
 
 	"belay/agent"
 	"belay/agent/api"
+	"belay/agent/boottime"
 	"belay/agent/config"
 	"belay/agent/journal"
 	"belay/agent/maint"
 	"belay/hypervisor/hypervisortest"
+	"belay/notify/board"
 	"belay/patch/preserve/preservetest"
 	"belay/patch/vmm"
 	"belay/patch/vmm/vmmtest"
@@ -50,6 +52,8 @@ type Node struct {
 	// then on.
 	Machine *vmmtest.Machine
 	Twin    *Second
+	// Boot names the host's boot, for agents that are started from then on.
+	Boot string
 
 	t       testing.TB
 	log     *slog.Logger
@@ -159,7 +163,7 @@ func NewOn(t testing.TB, log *slog.Logger, hosts map[string]hypervisortest.HostO
 		home := filepath.Join(dir, name)
 		options := hosts[name]
 		options.Root = filepath.Join(home, "root")
-		n := &Node{t: t, log: log.With("host", name), CA: ca, Host: w.AddHost(name, options)}
+		n := &Node{t: t, log: log.With("host", name), CA: ca, Boot: "boot-1", Host: w.AddHost(name, options)}
 		alive := func() bool { l := n.living.Load(); return l != nil && !l.over.Load() }
 		n.Leashes, n.Steps = &preservetest.Leashes{Host: n.Host, Alive: alive}, &preservetest.Steps{}
 		check(t, os.Mkdir(home, 0o700))
@@ -204,7 +208,8 @@ func (n *Node) Start(hook func(what string)) {
 	id, err := api.LoadIdentity(n.Config.TLS.CA, n.Config.TLS.Cert, n.Config.TLS.Key)
 	check(n.t, err)
 	n.living.Store(n.life)
-	b := agent.Preserve{Leash: mortalLeash{n.Leashes, n.LeashDir, n.life}, Steps: n.Steps, Clocks: n.Clocks, Places: vmm.Places{Root: n.Root}}
+	b := agent.Preserve{Leash: mortalLeash{n.Leashes, n.LeashDir, n.life}, Steps: n.Steps, Clocks: n.Clocks, Places: vmm.Places{Root: n.Root},
+		Boot: board.Boot{ID: n.Boot, Since: boottime.Now}}
 	var hyp agent.Hypervisor = n.Host
 	if n.Machine != nil {
 		hyp, b.Places = n.Machine, n.Machine.Places()
@@ -261,6 +266,13 @@ func (n *Node) Kill() {
 	n.stop() // ends timers; whatever wakes up ends at its next step
 	servers := n.servers
 	go closeNow(servers)
+}
+
+// Crash is the host's going down, agent and all, and its coming back without an agent yet.
+func (n *Node) Crash() {
+	n.Kill()
+	n.Host.Reboot()
+	n.Boot += "+"
 }
 
 // Restart starts a killed agent again.

@@ -119,6 +119,11 @@ func (m mortalHost) UndefineInactive(ctx context.Context, uuid string) error {
 	return m.Hypervisor.UndefineInactive(ctx, uuid)
 }
 
+func (m mortalHost) Launch(ctx context.Context, uuid string) error {
+	defer m.around("Launch")()
+	return m.Hypervisor.Launch(ctx, uuid)
+}
+
 func (m mortalHost) SetAutostart(ctx context.Context, uuid string, on bool) error {
 	defer m.around("SetAutostart")()
 	return m.Hypervisor.SetAutostart(ctx, uuid, on)

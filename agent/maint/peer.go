@@ -113,6 +113,24 @@ type View struct {
 	// Came are the operations by which the guest has come to run on the host, also where
 	// it has gone from there since.
 	Came []OpID `json:"came,omitempty"`
+	// Vigil is what the host has seen of the guest by itself.
+	Vigil Vigil `json:"vigil,omitzero"`
+}
+
+// Vigil is a host's watch over what a guest does there. What is not seen in one that has
+// not been broken off has not happened.
+type Vigil struct {
+	// ID is of one unbroken watch; "" is of a host that does not watch.
+	ID string `json:"id,omitempty"`
+	// Ran is how often the guest has been seen to run there, or to arrive paused.
+	Ran int `json:"ran,omitempty"`
+}
+
+// Since compares it with an earlier one: same says that the watch was not broken off
+// meanwhile, and ran that the guest was seen.
+func (v Vigil) Since(earlier Vigil) (same, ran bool) {
+	same = v.ID != "" && v.ID == earlier.ID
+	return same, same && v.Ran > earlier.Ran
 }
 
 // Running reports whether the guest's vCPUs run on this host.

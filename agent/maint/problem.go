@@ -80,6 +80,7 @@ const (
 	CodeAborted          Code = "aborted"
 	CodeUnverified       Code = "unverified"
 	CodeLeftover         Code = "leftover"
+	CodeAutostart        Code = "autostart"
 	CodePostCopy         Code = "post-copy"
 	CodeNoJob            Code = "no-job"
 	CodeNothing          Code = "nothing-to-do"

@@ -26,6 +26,8 @@ type Landing struct {
 	URI     string `json:"uri,omitempty"`      // as of a Way; "" lets its libvirt choose
 	Listen  string `json:"listen,omitempty"`   // the one address to listen on; "" leaves it to its qemu.conf
 	TLSName string `json:"tls_name,omitempty"` // a name that the certificate of its QEMU has
+	// Vigil is its watch over the guest as of now, which has not come yet.
+	Vigil Vigil `json:"vigil,omitzero"`
 }
 
 // validate says what of a way cannot be meant, "" when all can.

@@ -313,6 +313,21 @@ func (h *Host) Define(ctx context.Context, text string) error {
 	return err
 }
 
+// Launch starts a guest that is shut off.
+func (h *Host) Launch(ctx context.Context, uuid string) error {
+	_, err := onGuest(ctx, h, "Launch", uuid, func(g *guest) (struct{}, error) {
+		switch {
+		case g.State.Active():
+		case g.rival:
+			return struct{}{}, h.failed("DomainCreateWithFlags", codeResourceBusy, "resource busy: Lockspace resource is locked", maint.ErrLocked)
+		default:
+			h.boot(g)
+		}
+		return struct{}{}, nil
+	})
+	return err
+}
+
 // UndefineInactive removes a guest that is not active.
 func (h *Host) UndefineInactive(ctx context.Context, uuid string) error {
 	_, err := onGuest(ctx, h, "UndefineInactive", uuid, func(g *guest) (struct{}, error) {

@@ -145,6 +145,7 @@ func testUnknownGuest(t *testing.T, env Env) {
 			"SetNote":          func() error { return h.SetNote(ctx, uuid, "x") },
 			"Note":             func() error { _, err := h.Note(ctx, uuid); return err },
 			"UndefineInactive": func() error { return h.UndefineInactive(ctx, uuid) },
+			"Launch":           func() error { return h.Launch(ctx, uuid) },
 			"Suspend":          func() error { return h.Suspend(ctx, uuid) },
 			"Resume":           func() error { return h.Resume(ctx, uuid) },
 			"State":            func() error { _, _, err := h.State(ctx, uuid); return err },
@@ -188,6 +189,11 @@ func testDefinitions(t *testing.T, env Env) {
 	must(t, h.Define(ctx, x.Inactive))
 	wantState(t, env.A, uuid, maint.GuestRunning, "booted")
 
+	env.A.DestroyGuest(t, uuid)
+	for range 2 { // the second time there is nothing to do
+		must(t, h.Launch(ctx, uuid))
+		wantState(t, env.A, uuid, maint.GuestRunning, "booted")
+	}
 	env.A.DestroyGuest(t, uuid)
 	must(t, h.UndefineInactive(ctx, uuid))
 	wantGone(t, env.A, uuid)

@@ -3,6 +3,8 @@ package hypervisortest
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"belay/agent/maint"
@@ -90,6 +92,28 @@ func (h *Host) RestartLibvirt() {
 		h.up = true
 		h.publish(maint.Event{Kind: maint.EventResync})
 	}
+}
+
+// Reboot is a crash of the host, and its next start: all QEMUs are gone, transient guests
+// with them, and migrations end as a killed host's do. libvirt is back at once, and starts
+// the guests that start with the host.
+func (h *Host) Reboot() {
+	h.w.mu.Lock()
+	defer h.w.mu.Unlock()
+	h.disconnect()
+	h.up = false
+	for _, g := range slices.Collect(maps.Values(h.guests)) {
+		if g.State.Active() {
+			h.stop(g, "unknown")
+		}
+	}
+	h.up = true
+	for _, g := range h.guests {
+		if g.Autostart {
+			h.boot(g)
+		}
+	}
+	h.publish(maint.Event{Kind: maint.EventResync})
 }
 
 // Freeze stops libvirt as SIGSTOP does: connections stand, and calls wait until

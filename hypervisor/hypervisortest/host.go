@@ -179,12 +179,15 @@ func (h *Host) Edit(t testing.TB, uuid string, edit func(*maint.Guest)) {
 // Start starts a guest that is shut off.
 func (h *Host) Start(t testing.TB, uuid string) {
 	t.Helper()
-	h.change(t, uuid, func(g *guest) {
-		h.start(g)
-		g.become(maint.GuestRunning, "booted")
-		h.lifecycle(g, "resumed", "unpaused")
-		h.lifecycle(g, "started", "booted")
-	})
+	h.change(t, uuid, h.boot)
+}
+
+// boot gives a guest that is off a QEMU, and has it run.
+func (h *Host) boot(g *guest) {
+	h.start(g)
+	g.become(maint.GuestRunning, "booted")
+	h.lifecycle(g, "resumed", "unpaused")
+	h.lifecycle(g, "started", "booted")
 }
 
 // Pause stops a guest's vCPUs, as an operator would (virsh suspend).

@@ -37,6 +37,7 @@ type Hypervisor interface {
 	SetAutostart(ctx context.Context, uuid string, on bool) error
 	Define(ctx context.Context, xml string) error
 	UndefineInactive(ctx context.Context, uuid string) error
+	Launch(ctx context.Context, uuid string) error
 	SetNote(ctx context.Context, uuid, text string) error
 	Note(ctx context.Context, uuid string) (string, error)
 
