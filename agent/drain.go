@@ -62,6 +62,9 @@ func (a *Agent) checkDrain(what string, r *maint.DrainRequest) error {
 	if r.Timeout < 0 || r.Timeout > maxTimeout {
 		return badRequest("timeout", fmt.Sprintf("choose one up to %s", maxTimeout), "%s is out of range", r.Timeout)
 	}
+	if c := r.CopyDisks; c != "" && c != maint.CopyAll && c != maint.CopyNone {
+		return badRequest("copy_disks", "choose all or none; to name disks, migrate their guest by itself", "%.60q is neither %q nor %q", c, maint.CopyAll, maint.CopyNone)
+	}
 	return a.checkRequest(a.oneOf(maint.Op{Drain: r}, "any", a.peerNames()[0]))
 }
 
@@ -78,8 +81,12 @@ func (a *Agent) atOnce(most int) int {
 // oneOf is the migration of one guest of a drain.
 func (a *Agent) oneOf(op maint.Op, guest, to string) maint.MigrateRequest {
 	d := op.Drain
-	return maint.MigrateRequest{Guest: guest, To: to, Timeout: d.MoveTimeout, BandwidthMiBs: d.BandwidthMiBs,
+	r := maint.MigrateRequest{Guest: guest, To: to, Timeout: d.MoveTimeout, BandwidthMiBs: d.BandwidthMiBs,
 		MaxPause: d.MaxPause, Allow: d.Allow, Reason: d.Reason, Emergency: d.Emergency}
+	if d.CopyDisks != "" {
+		r.CopyDisks = []string{d.CopyDisks}
+	}
+	return r
 }
 
 // PlanDrain says what a drain would do, and changes nothing.

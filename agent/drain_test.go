@@ -466,3 +466,53 @@ func TestReturnIsForGuestsThatCame(t *testing.T) {
 		t.Error("it has left, and is sent again")
 	}
 }
+
+// A guest with a disk that is not shared stays, unless the drain copies disks along; the plan
+// says so, whatever the configuration does.
+func TestDrainCopiesDisks(t *testing.T) {
+	t.Parallel()
+	for _, byDefault := range []string{maint.CopyNone, maint.CopyAll} {
+		t.Run(byDefault, func(t *testing.T) {
+			t.Parallel()
+			w := agenttest.New(t, quiet(t), func(c *config.Config) { c.Migration.CopyDisks = byDefault }, "a", "b")
+			a := w.Nodes[0]
+			uuid := withDisk(t, w)
+			ctx := ctxFor(t, patience)
+
+			plan, err := a.Client.PlanDrain(ctx, maint.DrainRequest{CopyDisks: maint.CopyNone})
+			check(t, err)
+			if m := plan.Guests[0]; m.State != maint.MoveLeft || len(m.Copies) != 1 || !slices.Contains(m.Instead, "have its disks copied along: belay drain --copy-disks") {
+				t.Errorf("without disks it is planned as %+v", m)
+			}
+			plan, err = a.Client.PlanDrain(ctx, maint.DrainRequest{CopyDisks: maint.CopyAll})
+			check(t, err)
+			if m := plan.Guests[0]; m.State != maint.MovePlanned || m.Peer != "b" || len(m.Copies) != 1 || m.Copies[0].Path != diskPath {
+				t.Errorf("with disks it is planned as %+v", m)
+			}
+			var p *maint.Problem
+			if _, err := a.Client.PlanDrain(ctx, maint.DrainRequest{CopyDisks: "vda"}); !errors.As(err, &p) || p.Code != maint.CodeBadRequest {
+				t.Errorf("a disk's name gives %v", err)
+			}
+
+			r := maint.DrainRequest{CopyDisks: maint.CopyNone}
+			op, err := a.Client.Drain(ctx, r)
+			check(t, err)
+			if op = await(t, ctx, a, op.ID); op.Outcome != maint.OutcomeBlocked {
+				t.Errorf("without disks: %s, %v", op.Outcome, op.Problems)
+			}
+			r.CopyDisks = ""
+			if byDefault == maint.CopyNone {
+				r.CopyDisks = maint.CopyAll
+			}
+			op, err = a.Client.Drain(ctx, r)
+			check(t, err)
+			if op = await(t, ctx, a, op.ID); op.Outcome != maint.OutcomeDone {
+				t.Errorf("with disks: %s, %v, %v", op.Outcome, op.Problems, op.Moves)
+			}
+			aloneOn(t, w, uuid, "b")
+			if got := w.Nodes[1].Host.ReadFile(t, diskPath); string(got) != string(image) {
+				t.Error("its disk has not come whole")
+			}
+		})
+	}
+}

@@ -39,7 +39,7 @@ func (a *Agent) Moves(ctx context.Context, guest, to string) ([]maint.MoveVerdic
 	if err != nil {
 		return nil, err
 	}
-	return a.verdicts(ctx, what, guests, a.destinations(ctx, peers))
+	return a.verdicts(ctx, what, guests, a.destinations(ctx, peers), a.cfg.Migration.CopyDisks)
 }
 
 // destinations are the peers as migrations see them. One that does not answer is
@@ -66,7 +66,8 @@ func (a *Agent) destinations(ctx context.Context, peers []string) map[string]mig
 	return all
 }
 
-func (a *Agent) verdicts(ctx context.Context, what string, guests []maint.Guest, to map[string]migrate.Destination) ([]maint.MoveVerdict, error) {
+// verdicts judges guests and peers. copyDisks is maint.CopyAll or maint.CopyNone.
+func (a *Agent) verdicts(ctx context.Context, what string, guests []maint.Guest, to map[string]migrate.Destination, copyDisks string) ([]maint.MoveVerdict, error) {
 	all, failed := []maint.MoveVerdict{}, error(nil)
 	var mu sync.Mutex
 	var work sync.WaitGroup
@@ -76,7 +77,7 @@ func (a *Agent) verdicts(ctx context.Context, what string, guests []maint.Guest,
 			work.Go(func() {
 				turn <- struct{}{}
 				defer func() { <-turn }()
-				v, err := a.verdict(ctx, g, a.peers[name], destination)
+				v, err := a.verdict(ctx, g, a.peers[name], destination, copyDisks)
 				mu.Lock()
 				defer mu.Unlock()
 				switch {
@@ -98,7 +99,7 @@ func (a *Agent) verdicts(ctx context.Context, what string, guests []maint.Guest,
 	return all, nil
 }
 
-func (a *Agent) verdict(ctx context.Context, g maint.Guest, p *peer, to migrate.Destination) (maint.MoveVerdict, error) {
+func (a *Agent) verdict(ctx context.Context, g maint.Guest, p *peer, to migrate.Destination, copyDisks string) (maint.MoveVerdict, error) {
 	v := maint.MoveVerdict{Guest: g.Name, GuestUUID: g.UUID, Peer: p.name, Problems: a.engaged(g)}
 	survey := func(copy string) (*migrate.Migration, []maint.Problem, error) {
 		op := maint.Op{ID: newOpID("why", time.Now()), Guest: g.Name, GuestUUID: g.UUID,
@@ -107,7 +108,7 @@ func (a *Agent) verdict(ctx context.Context, g maint.Guest, p *peer, to migrate.
 		problems, err := m.Survey(ctx)
 		return m, problems, err
 	}
-	m, problems, err := survey(a.cfg.Migration.CopyDisks)
+	m, problems, err := survey(copyDisks)
 	if err != nil {
 		return v, err
 	}
@@ -115,7 +116,7 @@ func (a *Agent) verdict(ctx context.Context, g maint.Guest, p *peer, to migrate.
 	if v.CanMove {
 		v.Copies = m.Copies()
 	}
-	if len(v.Problems) == 0 && slices.ContainsFunc(problems, ofDisk) && a.cfg.Migration.CopyDisks == maint.CopyNone {
+	if len(v.Problems) == 0 && slices.ContainsFunc(problems, ofDisk) && copyDisks == maint.CopyNone {
 		with, against, err := survey(maint.CopyAll)
 		if err != nil {
 			return v, err

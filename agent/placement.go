@@ -32,12 +32,18 @@ func (a *Agent) place(ctx context.Context, r maint.DrainRequest, guests []maint.
 		}
 		ask = append(ask, g)
 	}
-	verdicts, err := a.verdicts(ctx, "cannot say where guests could be moved to", ask, to)
+	verdicts, err := a.verdicts(ctx, "cannot say where guests could be moved to", ask, to, cmp.Or(r.CopyDisks, a.cfg.Migration.CopyDisks))
 	if err != nil {
 		return nil, err
 	}
-	pages := make(map[string][]maint.PageNeed)
+	pages, copies := make(map[string][]maint.PageNeed), make(map[string]map[string][]maint.DiskCopy)
 	for _, v := range verdicts {
+		if len(v.Copies) > 0 {
+			if copies[v.GuestUUID] == nil {
+				copies[v.GuestUUID] = make(map[string][]maint.DiskCopy)
+			}
+			copies[v.GuestUUID][v.Peer] = v.Copies
+		}
 		refused[v.GuestUUID][v.Peer] = append(v.Problems, closed[v.Peer]...)
 	}
 	for _, g := range ask {
@@ -62,8 +68,14 @@ func (a *Agent) place(ctx context.Context, r maint.DrainRequest, guests []maint.
 	for _, p := range evacuate.Place(all, peers) {
 		m := maint.GuestMove{Guest: p.Guest.Name, GuestUUID: p.Guest.UUID, MemoryBytes: memory[p.Guest.UUID], Peer: p.Peer,
 			State: maint.MovePlanned, AntiAffinity: p.Guest.AntiAffinity}
+		m.Copies = copies[m.GuestUUID][p.Peer]
 		if p.Peer == "" {
 			m.State, m.Problems = maint.MoveLeft, once(p.Problems)
+			for _, name := range names { // to each of which they would be the same
+				if m.Copies == nil {
+					m.Copies = copies[m.GuestUUID][name]
+				}
+			}
 		}
 		moves = append(moves, m)
 	}
@@ -167,6 +179,9 @@ func (a *Agent) instead(ctx context.Context, m maint.GuestMove) (ways []string) 
 	g, err := a.hyp.Guest(ctx, m.GuestUUID)
 	if err != nil || g.State != maint.GuestRunning && g.State != maint.GuestBlocked {
 		return nil
+	}
+	if len(m.Copies) > 0 {
+		ways = append(ways, "have its disks copied along: belay drain --copy-disks")
 	}
 	ways = append(ways, fmt.Sprintf("hold it while a command services the host, if that needs no reboot: belay hold --guest %s -- COMMAND", g.Name))
 	choices, _ := a.ReplaceChoices(ctx, g.UUID)

@@ -94,8 +94,8 @@ func (c *needsCheck) add(code maint.Code, remedy, format string, args ...any) {
 
 // What an operator can do about disks.
 const (
-	shareIt  = "have the same storage at the same path on both hosts; to move a disk to shared storage under the running guest, virsh blockcopy GUEST DISK --dest PATH --pivot --wait; or have it copied along (belay migrate --copy-disks), with nothing there at its path"
-	mountIt  = "mount the storage there at the same path as here; if it is this host's own, have the disk copied along: belay migrate --copy-disks"
+	shareIt  = "have the same storage at the same path on both hosts; to move a disk to shared storage under the running guest, virsh blockcopy GUEST DISK --dest PATH --pivot --wait; or have it copied along (--copy-disks), with nothing there at its path"
+	mountIt  = "mount the storage there at the same path as here; if it is this host's own, have the disk copied along (--copy-disks)"
 	bringIt  = "copy it there to the same path, put it on shared storage, or take it out of the guest (virsh change-media GUEST DISK --eject for a drive)"
 	reviveIt = "see there what its mount or path waits for (findmnt, dmesg)"
 )

@@ -25,7 +25,10 @@ type DrainRequest struct {
 	MaxPause      time.Duration `json:"max_pause_ns,omitempty"`
 	Allow         []Means       `json:"allow"`
 	Emergency     string        `json:"emergency,omitempty"`
-	Reason        string        `json:"reason,omitempty"`
+	// CopyDisks is whether disks that are not shared are copied along: CopyAll, CopyNone, or
+	// "" for the host's migration.copy_disks.
+	CopyDisks string `json:"copy_disks,omitempty"`
+	Reason    string `json:"reason,omitempty"`
 }
 
 // DrainTimeout is how long a drain or a restore begins moves, unless it is told otherwise.
@@ -71,6 +74,9 @@ type GuestMove struct {
 	Tries int  `json:"tries,omitempty"` // migrations that have failed
 	// Problems are why it is left, or why the last try failed.
 	Problems []Problem `json:"problems,omitempty"`
+	// Copies are the disks that are copied along, as planned. Of a guest that is left they
+	// are those with which it could be moved.
+	Copies []DiskCopy `json:"copies,omitempty"`
 	// AntiAffinity are the groups of which no other guest may be on its host.
 	AntiAffinity []string `json:"anti_affinity,omitempty"`
 	// Instead is what else can be done for a guest that cannot be moved.

@@ -220,6 +220,6 @@ type MoveVerdict struct {
 	CanMove   bool      `json:"can_move"`
 	Problems  []Problem `json:"problems"` // every reason against
 	// Copies are the disks that are copied along, if it can move. If it cannot, and they
-	// are named, it could with them copied: with 'belay migrate --copy-disks'.
+	// are named, it could with them copied: with --copy-disks.
 	Copies []DiskCopy `json:"copies,omitempty"`
 }

@@ -34,7 +34,8 @@ Exit codes: 0 done; 1 failed or aborted; 2 wrong usage; 3 refused before any eff
 or with --dry-run: would be; 4 some guests are left; 5 goes on.`,
 		Example: `  belay drain --dry-run
   belay drain --reason "new memory"
-  belay drain --to host-b,host-c --partial`,
+  belay drain --to host-b,host-c --partial
+  belay drain --copy-disks --move-timeout 4h`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if err := checkWait(wait); err != nil {
 				return err
@@ -63,6 +64,8 @@ or with --dry-run: would be; 4 some guests are left; 5 goes on.`,
 	f.Uint64Var(&r.BandwidthMiBs, "bandwidth", 0, "limit for each memory stream in MiB/s (default: belayd's migration.bandwidth_mib_s)")
 	f.DurationVar(&r.MaxPause, "max-pause", 0, "longest pause that a copy may end with (default: belayd's migration.max_pause)")
 	f.StringSliceVar(&allow, "allow", nil, "what may be done for a guest that writes faster than the network takes it, as with 'belay migrate' (default: belayd's migration.allow)")
+	f.StringVar(&r.CopyDisks, "copy-disks", "", "copy disks along that a guest's peer does not have: all or none; all without a value; after an = sign, as in --copy-disks=none (default: belayd's migration.copy_disks)")
+	f.Lookup("copy-disks").NoOptDefVal = maint.CopyAll
 	f.StringVar(&r.Reason, "reason", "", "why, for the record")
 	emergencyFlag(f, &r.Emergency)
 	f.BoolVar(&detach, "detach", false, "print the operation's ID and return at once")
@@ -82,6 +85,9 @@ func (a *app) planDrain(ctx context.Context, r maint.DrainRequest) error {
 		row(w, "GUEST", "MEMORY", "TO")
 		for _, m := range p.Guests {
 			to := m.Peer
+			if len(m.Copies) > 0 {
+				to += ", with its disks copied: " + copied(m.Copies)
+			}
 			if m.State == maint.MoveLeft {
 				to = "cannot be moved: " + count(len(m.Problems), "reason")
 			}
