@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/semaphore"
+
 	"belay/agent/api"
 	"belay/agent/config"
 	"belay/agent/journal"
@@ -105,6 +107,7 @@ type Agent struct {
 	hyp     Hypervisor
 	journal Journal
 	turns   turns
+	still   *semaphore.Weighted // a place for each operation that keeps guests still, see Calm
 	peers   map[string]*peer
 	since   time.Time
 	metrics *metrics
@@ -144,7 +147,7 @@ type liveOp struct{ abort context.CancelCauseFunc }
 func New(cfg config.Config, version string, hyp Hypervisor, j Journal, b Preserve, tlsConfig *tls.Config, log *slog.Logger) *Agent {
 	a := &Agent{cfg: cfg, version: version, log: log, hyp: hyp, journal: j, preserve: b,
 		since: time.Now(), requests: make(chan func()),
-		peers: make(map[string]*peer), live: make(map[maint.OpID]*liveOp), turns: turns{taken: make(map[maint.OpID]bool)}}
+		peers: make(map[string]*peer), live: make(map[maint.OpID]*liveOp), turns: turns{taken: make(map[maint.OpID]bool)}, still: semaphore.NewWeighted(allStill)}
 	a.local = local.New(b.Places.Root, filepath.Join(cfg.StateDir, "marks"))
 	a.life, a.endLife = context.WithCancel(context.Background())
 	a.keeper = newKeeper(a)

@@ -122,7 +122,7 @@ func (a *Agent) holdSteps(op maint.Op) []run.Step {
 					preserve.Verify(*now.Held, now.Leash, op.Hold.MaxPause))
 			}},
 	}
-	return a.told(op, preserve.PhaseHold, steps)
+	return a.unlessCalm(preserve.PhaseHold, a.told(op, preserve.PhaseHold, steps))
 }
 
 // afterFailure is what there is to tell of a hold that failed beside why it did.

@@ -155,7 +155,7 @@ func (a *Agent) replaceSteps(op maint.Op) []run.Step {
 	r := &vmm.Replacement{Op: op.ID, Guest: op.Guest, UUID: op.GuestUUID, Method: op.Replace.Method, MaxPause: op.Replace.MaxPause,
 		Host: vmmHost{a.hyp}, Places: a.preserve.Places, Log: a.log.With("op", op.ID),
 		BeforePause: l.arm, PointOfNoReturn: l.pass}
-	return a.told(op, vmm.PhaseSwap, []run.Step{
+	return a.unlessCalm(vmm.PhaseSwap, a.told(op, vmm.PhaseSwap, []run.Step{
 		{Name: vmm.PhasePreflight,
 			Do: func(ctx context.Context, s *run.Scratch) error { return r.Preflight(ctx, s) }},
 		{Name: vmm.PhasePrepare,
@@ -179,7 +179,7 @@ func (a *Agent) replaceSteps(op maint.Op) []run.Step {
 			return errors.Join(s.Record(maint.RecReplaced, result), r.Prove(ctx, s))
 		}},
 		{Name: vmm.PhaseFinish, Do: func(ctx context.Context, s *run.Scratch) error { return r.Finish(ctx, s) }},
-	})
+	}))
 }
 
 // unlessBetween gives err, as one that ends the operation without any undo

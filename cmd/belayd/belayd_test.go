@@ -11,6 +11,7 @@ import (
 	"regexp"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -374,6 +375,31 @@ func TestServesWithoutLibvirt(t *testing.T) { // not parallel: it sets the envir
 		t.Fatal(err)
 	}
 	j.Close()
+}
+
+// TestGivesWay: what a reload of the unit does.
+func TestGivesWay(t *testing.T) { // not parallel: the signal is for the process
+	h := newHost(t, "")
+	told := systemd(t, h)
+	var stderr syncWriter
+	exited := make(chan int, 1)
+	go func() { exited <- serve(t.Context(), []string{"-config", h.config}, io.Discard, &stderr) }()
+	hears(t, told, "READY=1")
+	if err := syscall.Kill(os.Getpid(), syscall.SIGUSR1); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case code := <-exited:
+		if code != exitAgain {
+			t.Errorf("exit code %d:\n%s", code, &stderr)
+		}
+	case <-time.After(patience):
+		t.Fatalf("it does not give way:\n%s", &stderr)
+	}
+	hears(t, told, "STOPPING=1")
+	if strings.Contains(stderr.String(), "level=ERROR") || strings.Contains(stderr.String(), "belayd: ") {
+		t.Errorf("it complains:\n%s", &stderr)
+	}
 }
 
 // TestJournaldHasTheTime: where journald adds the time, it is not logged twice.

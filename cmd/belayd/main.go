@@ -54,8 +54,17 @@ func serveTwin() int {
 	return 0
 }
 
-// serve is belayd from flags to exit code: 0 after a clean stop, 1 when it
-// cannot serve, 2 when flags or configuration are wrong.
+// The exit codes beside 0, a clean stop.
+const (
+	exitFailed = 1  // it cannot serve
+	exitUsage  = 2  // flags, configuration or certificates are wrong
+	exitAgain  = 75 // it is to be started anew, see errAgain
+)
+
+// errAgain is that of a belayd that was told to give way to another (SIGUSR1).
+var errAgain = errors.New("to be started anew")
+
+// serve is belayd from flags to exit code.
 func serve(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("belayd", flag.ContinueOnError)
 	flags.SetOutput(stderr)
@@ -67,11 +76,11 @@ func serve(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		if errors.Is(err, flag.ErrHelp) {
 			return 0
 		}
-		return 2
+		return exitUsage
 	}
 	if flags.NArg() > 0 {
 		fmt.Fprintf(stderr, "belayd: unexpected argument %q (belayd takes flags only, see belayd -help)\n", flags.Arg(0))
-		return 2
+		return exitUsage
 	}
 	if *showVersion {
 		fmt.Fprintln(stdout, "belayd", version)
@@ -80,18 +89,18 @@ func serve(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	cfg, err := config.Load(*file)
 	if err != nil {
 		fmt.Fprintf(stderr, "belayd: %v\n", err)
-		return 2
+		return exitUsage
 	}
 	if err := agent.CheckWindows(cfg); err != nil {
 		fmt.Fprintf(stderr, "belayd: %v\n", err)
-		return 2
+		return exitUsage
 	}
 	// Certificates that cannot be read are settings that are wrong: a restart
 	// does not mend them.
 	id, err := api.LoadIdentity(cfg.TLS.CA, cfg.TLS.Cert, cfg.TLS.Key)
 	if err != nil {
 		fmt.Fprintf(stderr, "belayd: %v\n", err)
-		return 2
+		return exitUsage
 	}
 	if *check {
 		if _, err := os.Stat(*file); err != nil {
@@ -101,15 +110,22 @@ func serve(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return 0
 	}
 	log := newLog(stderr, *debugLog)
-	if err := run(ctx, cfg, id, log); err != nil {
+	switch err := run(ctx, cfg, id, log); {
+	case errors.Is(err, errAgain):
+		return exitAgain
+	case err != nil:
 		fmt.Fprintf(stderr, "belayd: %v\n", err)
-		return 1
+		return exitFailed
 	}
 	return 0
 }
 
-// run wires one host's agent together and lets it live until ctx ends.
+// run wires one host's agent together and lets it live until ctx ends, or until no guest
+// is held after a SIGUSR1.
 func run(ctx context.Context, cfg config.Config, id api.Identity, log *slog.Logger) error {
+	again := make(chan os.Signal, 1)
+	signal.Notify(again, unix.SIGUSR1)
+	defer signal.Stop(again)
 	j, err := journal.Open(cfg.StateDir)
 	if err != nil {
 		return err
@@ -128,12 +144,13 @@ func run(ctx context.Context, cfg config.Config, id api.Identity, log *slog.Logg
 	// agent that is going down; what the agent leaves open is in its journal.
 	life, end := context.WithCancel(context.Background())
 	defer end()
-	failed := make(chan error, 6)
+	failed := make(chan error, 7)
 	var parts sync.WaitGroup
 	parts.Go(func() { failed <- hyp.Run(life) })
 	parts.Go(func() { failed <- a.Run(life) })
 	parts.Go(func() { failed <- a.ServeGuests(life) })
 	parts.Go(func() { notifySystemd(life, a, log) })
+	parts.Go(func() { giveWay(life, again, a, failed, log) })
 	servers.Serve(failed)
 	log.Info("belayd serves", "version", version, "host", cfg.Host, "socket", cfg.API.Socket, "listen", cfg.API.Listen, "peers", len(cfg.Peers))
 
@@ -146,6 +163,20 @@ func run(ctx context.Context, cfg config.Config, id api.Identity, log *slog.Logg
 	end()
 	parts.Wait()
 	return err
+}
+
+// giveWay ends this belayd, for another to be started, when it is told to and no guest is
+// held.
+func giveWay(life context.Context, again <-chan os.Signal, a *agent.Agent, failed chan<- error, log *slog.Logger) {
+	select {
+	case <-again:
+	case <-life.Done():
+		return
+	}
+	log.Info("to be started anew, when no guest is held")
+	if a.Calm(life) == nil {
+		failed <- errAgain
+	}
 }
 
 // listen opens everything that belayd serves on.
