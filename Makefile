@@ -10,7 +10,7 @@ TESTFLAGS  ?=
 BENCHFLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo test test-unit test-long lint bench man completion clean clean-cache
+.PHONY: help deps build demo test test-unit test-long lint bench man completion package clean clean-cache
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -48,6 +48,10 @@ man: build ## man pages into bin/man
 
 completion: build ## shell completions into bin/completion
 	@mkdir -p $(BIN)/completion && for s in bash zsh fish; do $(BIN)/belay completion $$s >$(BIN)/completion/belay.$$s; done && ls $(BIN)/completion
+
+package: ## .deb and .rpm into bin/packages
+	@scripts/deps build
+	@dist/package/build $(BIN)/packages
 
 clean: ## remove what was built, and labs that crashed
 	@[ ! -d /var/lib/belay-lab ] || $(GO) run ./vmtests/cmd/lab clean

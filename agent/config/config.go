@@ -161,7 +161,7 @@ func defaults() Config {
 	return Config{
 		Host: host, StateDir: "/var/lib/belay", RunDir: "/run/belay",
 		API:       API{Socket: "/run/belay/belayd.sock"},
-		Access:    Access{Operators: []string{"@libvirt"}, Viewers: []string{"*"}},
+		Access:    Access{Operators: []string{"@libvirt", "@belay"}, Viewers: []string{"*"}},
 		Libvirt:   Libvirt{URI: "qemu:///system", StateDir: "/var/lib/libvirt/qemu"},
 		Limits:    Limits{MemoryReserve: Size{512 << 20}, MigrationsOut: 4, MigrationsIn: 4},
 		Migration: Migration{Timeout: Duration{30 * time.Minute}, MaxPause: Duration{300 * time.Millisecond}, CopyDisks: maint.CopyNone},
