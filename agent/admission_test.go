@@ -234,9 +234,28 @@ func TestJournalFull(t *testing.T) {
 		uuid := w.Nodes[0].Host.PutGuest("web-1", autostarted)
 		begun := copying(w)
 		w.Nodes[1].FailJournal(errFull)
-		ends(t, w, move(t, w), uuid, maint.OutcomeFailed, maint.CodeJournal)
+		op := move(t, w)
+		ends(t, w, op, uuid, maint.OutcomeFailed, maint.CodeJournal)
+		if p := op.Problems[0]; !strings.Contains(p.Reason, "nothing was begun, and the guest is on a as before") {
+			t.Errorf("the record says %v", p)
+		}
 		if len(begun) > 0 {
 			t.Error("a copy was begun without room being promised")
+		}
+	})
+	t.Run("destination, in the middle", func(t *testing.T) {
+		t.Parallel()
+		w := agenttest.New(t, quiet(t), nil, "a", "b")
+		uuid := w.Nodes[0].Host.PutGuest("web-1", autostarted)
+		w.OnPhase(func(_ string, p hypervisortest.Phase) {
+			if p == hypervisortest.PhaseCopying {
+				w.Nodes[1].FailJournal(errFull)
+			}
+		})
+		op := move(t, w)
+		ends(t, w, op, uuid, maint.OutcomePartly, maint.CodeJournal)
+		if p := op.Problems[0]; !strings.Contains(p.Reason, "runs on b,") || !strings.Contains(p.Remedy, "make room") {
+			t.Errorf("the record says %v", p)
 		}
 	})
 }

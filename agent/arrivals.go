@@ -289,14 +289,12 @@ func (a *Agent) Settle(ctx context.Context, from string, s maint.Settlement) err
 		}
 		g.Persistent = true
 	}
-	if err := a.arrived(ctx, s.Op, from, g); err != nil {
-		return err
-	}
 	var kept error
 	if g.Persistent && g.Autostart != s.Autostart {
 		kept = a.hyp.SetAutostart(ctx, s.GuestUUID, s.Autostart)
 	}
-	return errors.Join(kept, a.adopt(ctx, s)) // how it is kept does not depend on its events
+	// How it is kept depends neither on the journal nor on its events.
+	return errors.Join(kept, a.arrived(ctx, s.Op, from, g), a.adopt(ctx, s))
 }
 
 // defines reports whether xml is a definition of that guest and no other. A

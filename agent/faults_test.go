@@ -387,7 +387,7 @@ func TestAbortBeforeTheCopy(t *testing.T) {
 func abortedQuietly(t *testing.T, op maint.Op) maint.Op {
 	t.Helper()
 	for _, p := range op.Problems {
-		if p.Code != maint.CodeAborted {
+		if p.Code != maint.CodeAborted || !strings.Contains(p.Reason, "runs on a as before") {
 			t.Errorf("aborted on request, and the record says %+v", p)
 		}
 	}

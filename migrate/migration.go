@@ -196,7 +196,33 @@ func (m *Migration) Reserve(ctx context.Context, s Scratch) error {
 	if _, err := s.Load(PhasePreflight, &b); err != nil {
 		return err
 	}
-	return m.retry(ctx, restartGrace, func(ctx context.Context) error { return m.reserve(ctx, b.Arrival) })
+	return m.notBegun(ctx, m.makeRoom(ctx, b.Arrival))
+}
+
+// makeRoom has the peer keep room, or go on to.
+func (m *Migration) makeRoom(ctx context.Context, a maint.Arrival) error {
+	return m.retry(ctx, restartGrace, func(ctx context.Context) error { return m.reserve(ctx, a) })
+}
+
+// notBegun has the error of a phase before the copy say that the guest is as before.
+func (m *Migration) notBegun(ctx context.Context, err error) error {
+	return m.asBefore(ctx, err, fmt.Sprintf("nothing was begun, and the guest is on %s as before", m.From))
+}
+
+// asBefore adds to an error, unless it is a refusal, how the guest is. What an abort cuts
+// short tells nothing else.
+func (m *Migration) asBefore(ctx context.Context, err error, how string) error {
+	var refusal *maint.Refusal
+	var p *maint.Problem
+	switch {
+	case err == nil || errors.As(err, &refusal):
+		return err
+	case ctx.Err() != nil && !errors.Is(context.Cause(ctx), context.DeadlineExceeded):
+		return m.cancelled(ctx, nil)
+	case errors.As(err, &p):
+		return &maint.Problem{Code: p.Code, Subject: p.Subject, Reason: p.Reason + "; " + how, Remedy: p.Remedy}
+	}
+	return fmt.Errorf("%w; %s", err, how)
 }
 
 // Release gives the room up. An unreachable peer is no failure: the
@@ -224,6 +250,9 @@ func (m *Migration) Verify(ctx context.Context, s Scratch) error {
 	moved := Story{Begun: MoveSeen, Persistent: b.Persistent, Paused: a.Paused}
 	settle := maint.Settlement{Op: m.Op, GuestUUID: m.UUID, Persistent: b.Persistent, Autostart: b.Autostart || a.KeptOff, XML: b.XML}
 	if err := m.retry(ctx, settleGrace, func(ctx context.Context) error { return m.Destination.Settle(ctx, settle) }); err != nil {
+		if p := new(maint.Problem); errors.As(err, &p) && p.Code == maint.CodeJournal {
+			return maint.Problemf(maint.CodeJournal, "guest "+m.Guest, p.Remedy, "runs on %s, whose belayd cannot write down that it has come: %s", m.To, p.Reason)
+		}
 		return maint.Problemf(maint.CodeUnverified, "guest "+m.Guest,
 			fmt.Sprintf("on %s: virsh dominfo %s; then set persistence and autostart as wanted (were: persistent %t, autostart %t)", m.To, m.Guest, settle.Persistent, settle.Autostart),
 			"runs on %s, but its definition there could not be settled: %v", m.To, err)

@@ -177,8 +177,8 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 			return err
 		}
 		// Once more before the effect: the peer answers, and still has room.
-		if err := m.retry(ctx, restartGrace, func(ctx context.Context) error { return m.reserve(ctx, b.Arrival) }); err != nil {
-			return err
+		if err := m.makeRoom(ctx, b.Arrival); err != nil {
+			return m.asBefore(ctx, err, m.stays(now))
 		}
 		if err := m.makeDisks(ctx, b.Arrival.Disks); err != nil {
 			return err

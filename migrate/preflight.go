@@ -14,7 +14,7 @@ import (
 func (m *Migration) Preflight(ctx context.Context, s Scratch) error {
 	b, problems, err := m.survey(ctx)
 	if err != nil {
-		return err
+		return m.notBegun(ctx, err)
 	}
 	if len(problems) > 0 {
 		return m.refuse(problems)
