@@ -9,8 +9,10 @@ import (
 	"syscall"
 	"time"
 
+	"belay/agent/maint"
 	"belay/vmtests/cluster"
 	"belay/vmtests/lab"
+	"belay/vmtests/pki"
 )
 
 // fault is something that breaks, and how it is mended.
@@ -58,6 +60,11 @@ func faults() []fault {
 		{name: "definitions full", spares: true, strike: func(m *matrix) { m.cover(m.to, "/etc/libvirt/qemu") },
 			mend: func(m *matrix) { m.uncover(m.to, "/etc/libvirt/qemu") }, lasts: true},
 		{name: "ports taken", spares: true, strike: func(m *matrix) { m.takePorts(m.to) }, mend: func(m *matrix) { m.freePorts() }, lasts: true},
+		// belayd's own; those of libvirt and QEMU are in TestTransport.
+		{name: "certificate expired", spares: true, strike: func(m *matrix) { m.certify(m.to, m.to.Name, -time.Hour) },
+			mend: func(m *matrix) { m.certify(m.to, m.to.Name, time.Hour) }, lasts: true},
+		{name: "certificate of another", spares: true, strike: func(m *matrix) { m.certify(m.to, "host-z", time.Hour) },
+			mend: func(m *matrix) { m.certify(m.to, m.to.Name, time.Hour) }, lasts: true},
 		{name: "abort", strike: func(m *matrix) {
 			_, err := m.from.Client().Abort(m.ctx(time.Minute), m.op.ID)
 			m.abortRefused = err != nil // it may have ended
@@ -94,8 +101,44 @@ func (m *matrix) killArriving() {
 	}
 }
 
-// fill leaves no room in what the node's journal is on.
+// certify has the node's belayd be one with a certificate for a name, that is good for so
+// long.
+func (m *matrix) certify(n *cluster.Node, name string, life time.Duration) {
+	m.t.Helper()
+	ca := pki.Open(filepath.Dir(m.Lab.CAFile()))
+	m.must(n.Kill()) // and its connections with it
+	m.must(ca.IssueHostUntil(time.Now().Add(life), name, net.IP(n.Addr.AsSlice())))
+	m.must(os.Rename(ca.CertFile(name), n.CertFile()))
+	m.must(os.Rename(ca.KeyFile(name), n.KeyFile()))
+	m.must(n.Start(m.ctx(time.Minute)))
+}
+
+// fill leaves no room for the node's journal: neither on the disk, nor in what the file
+// has. It is the node's own word that this is so.
 func (m *matrix) fill(n *cluster.Node) {
+	m.t.Helper()
+	m.ballast(n)
+	full := func(err error) bool {
+		p := new(maint.Problem)
+		if err != nil && !(errors.As(err, &p) && p.Code == maint.CodeJournal) {
+			m.t.Fatal(err)
+		}
+		return err != nil
+	}
+	for ctx := m.ctx(time.Minute); ; {
+		if _, err := n.Client().Cordon(ctx, ""); full(err) {
+			return // as for all that is longer than that
+		}
+		if full(n.Client().Uncordon(ctx)) {
+			m.empty(n)
+			m.must(n.Client().Uncordon(ctx))
+			m.ballast(n)
+		}
+	}
+}
+
+// ballast takes all room of what the node's journal is on.
+func (m *matrix) ballast(n *cluster.Node) {
 	m.t.Helper()
 	file, err := os.Create(filepath.Join(n.Root(), n.StateDir(), "ballast"))
 	m.must(err)

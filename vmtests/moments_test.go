@@ -134,6 +134,9 @@ func (m *matrix) reach(at moment) maint.Op {
 	if at != copying && !late(at) {
 		r.BandwidthMiBs = 0
 	}
+	if at == finishing { // from the start: BBR takes 10 s to notice that a way got longer
+		m.link.Delay(20 * time.Millisecond)
+	}
 	op, err := m.from.Client().Migrate(ctx, r)
 	if err != nil {
 		m.t.Fatal(err)
@@ -174,8 +177,6 @@ func (m *matrix) reach(at moment) maint.Op {
 	case switching:
 		hear(m.here(), "suspended")
 	case finishing:
-		hear(m.here(), "suspended")
-		m.link.Delay(20 * time.Millisecond)
 		hear(m.there(), "resumed")
 	case confirming:
 		hear(m.here(), "stopped")
@@ -190,13 +191,17 @@ func (m *matrix) reach(at moment) maint.Op {
 // a narrow link, and the destination's last answer is on its way for a while.
 func (m *matrix) hurry(at moment) {
 	m.t.Helper()
-	if at == switching || at == finishing {
+	pause := "10000" // ms
+	switch at {
+	case switching:
 		if err := m.from.Netem(m.ctx(10*time.Second), "tbf", "rate", "320mbit", "burst", "128kb", "latency", "100ms"); err != nil {
 			m.t.Fatal(err)
 		}
+	case finishing: // and little is yet to be sent, by a TCP that knows the delay
+		pause = "1000"
 	}
 	m.virsh(m.from, "migrate-setspeed", "web-1", "2000")
-	m.virsh(m.from, "migrate-setmaxdowntime", "web-1", "10000")
+	m.virsh(m.from, "migrate-setmaxdowntime", "web-1", pause)
 }
 
 // unhurry takes back what hurry has done to the network.
