@@ -15,9 +15,10 @@ const (
 	// getsOn is how much a pass over the guest's memory leaves, at most, of what the one
 	// before did, where the copy gets on.
 	getsOn = 0.9
-	// spare is kept between what a pass leaves behind and what a pause has room for,
-	// and growth is by how much the pause is raised at least.
-	spare, growth = 1.25, 1.5
+	// The pause is raised to hopeful of what a pass leaves behind first: they differ, and
+	// QEMU ends the copy after the first that leaves less. If none does, it is raised to
+	// spare of it. growth is by how much it is raised at least.
+	hopeful, spare, growth = 0.5, 1.25, 1.5
 	// patience is for how long a copy is watched at least before more is done.
 	patience = 600 * time.Millisecond
 	// mostSlowed is by how much QEMU slows a guest down at most, per cent
@@ -125,7 +126,11 @@ func (c *convergence) next(j maint.Job) decision {
 	}
 	var d decision
 	if c.pause < c.maxPause {
-		d.pause = min(c.maxPause, max(time.Duration(spare*float64(needs)), time.Duration(growth*float64(c.pause))))
+		share := hopeful
+		if c.pause > firstPause || needs > c.maxPause {
+			share = spare
+		}
+		d.pause = min(c.maxPause, max(time.Duration(share*float64(needs)), time.Duration(growth*float64(c.pause))))
 		c.pause = d.pause
 	}
 	// A pause that would have to be longer than the longest need not be tried.
