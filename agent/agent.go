@@ -90,6 +90,7 @@ type Journal interface {
 	Arrival(id maint.OpID) (maint.Arrived, bool)
 	Records(id maint.OpID) ([]maint.Record, error)
 	Scheduled() maint.Scheduled
+	Patches() maint.Patches
 	Cordon() *maint.Cordon
 	Disks() []maint.MadeDisks
 	Changed() <-chan struct{}
@@ -177,6 +178,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	marks := a.local.Leftovers()
 	a.resume()
 	helpers.Go(func() { a.local.Sweep(a.life, marks) })
+	helpers.Go(func() { a.reloadPatch(a.life) })
 	helpers.Go(func() { a.bringHome(a.life) })
 	helpers.Go(func() { a.followArrivals(a.life) })
 	helpers.Go(func() { a.followEvents(a.life) })

@@ -32,8 +32,7 @@ func (a *Agent) Doctor(ctx context.Context) ([]maint.Check, error) {
 		add("host", "libvirt", maint.CheckOK, "", "libvirt %s, QEMU %s, host UUID %s", host.LibvirtVersion, host.QEMUVersion, host.UUID)
 	}
 	checks = append(checks, a.checkState(), a.checkCert())
-	const no = "this belayd has no support for this rung"
-	add("A", "hot patch", maint.CheckNA, "", no)
+	checks = append(checks, a.doctorA(ctx)...)
 	checks = append(checks, a.doctorB(ctx)...)
 	add("B", "kexec", maint.CheckNA, "", "this belayd cannot replace the host's kernel under its guests (B3)")
 	checks = append(checks, a.doctorC(ctx)...)

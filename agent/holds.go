@@ -18,9 +18,11 @@ import (
 )
 
 // Preserve is what rung B needs beside libvirt: a leash, a way to run what is
-// done to the host, and the guests' clocks; and the host's boot, which rung C needs.
+// done to the host, and the guests' clocks; the host's boot, which rung C needs; and
+// its kernel, of rung A.
 type Preserve struct {
 	Boot   board.Boot // zero: the notice of events goes by the wall clock when belayd restarts
+	Live   Live
 	Leash  preserve.Leash
 	Steps  preserve.Steps
 	Clocks Clocks

@@ -155,6 +155,9 @@ func moveMany(op maint.Op) bool { return op.Kind == maint.OpDrain || op.Kind == 
 
 // inCommon names what two operations are both about, "" for nothing.
 func inCommon(op, running maint.Op) string {
+	if op.Kind == maint.OpPatch || running.Kind == maint.OpPatch {
+		return "this host"
+	}
 	if ofAll(op) || ofAll(running) || moveMany(op) && moveMany(running) {
 		return "this host's guests"
 	}
@@ -181,6 +184,8 @@ func (a *Agent) steps(op maint.Op) []run.Step {
 		return a.drainSteps(op)
 	case maint.OpRestore:
 		return a.restoreSteps(op)
+	case maint.OpPatch:
+		return a.patchSteps(op)
 	}
 	return a.migrateSteps(op)
 }

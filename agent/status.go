@@ -64,6 +64,7 @@ func (a *Agent) conditions(snap *snapshot) []maint.Condition {
 			Text: fmt.Sprintf("operation %s: %s %s", id, trouble.Subject, trouble.Reason)})
 		return true
 	})
+	cs = append(cs, a.ofPatches()...)
 	cs = append(cs, a.astray(snap.guests)...)
 	cs = append(cs, a.strayDisks()...)
 	leashes := a.leftovers()
@@ -125,6 +126,9 @@ func unresolved(ops []maint.Op) []maint.Condition {
 func subjects(op maint.Op) []string {
 	if moveMany(op) { // a restore is the end of its drain
 		return []string{ofDrains}
+	}
+	if op.Kind == maint.OpPatch {
+		return []string{"patch " + op.Patch.Name}
 	}
 	if op.Kind != maint.OpHold {
 		return []string{op.GuestUUID}

@@ -26,6 +26,8 @@ import (
 	"belay/agent/maint"
 	"belay/hypervisor/hypervisortest"
 	"belay/notify/board"
+	"belay/patch/live"
+	"belay/patch/live/livetest"
 	"belay/patch/preserve/preservetest"
 	"belay/patch/vmm"
 	"belay/patch/vmm/vmmtest"
@@ -54,6 +56,10 @@ type Node struct {
 	Twin    *Second
 	// Boot names the host's boot, for agents that are started from then on.
 	Boot string
+	// Kernel is the host's; it outlives the agent.
+	Kernel *livetest.Machine
+	// Timing is how livepatches are timed by agents that are started from then on.
+	Timing live.Timing
 
 	t       testing.TB
 	log     *slog.Logger
@@ -177,6 +183,7 @@ func NewOn(t testing.TB, log *slog.Logger, hosts map[string]hypervisortest.HostO
 			Migration: config.Migration{Timeout: config.Duration{Duration: time.Minute}, CopyDisks: maint.CopyNone},
 			Hold: config.Hold{MaxPause: config.Duration{Duration: 10 * time.Second}, MaxPauseLimit: config.Duration{Duration: time.Minute},
 				CommandsBy: "root", Leash: "/bin/true"}, // the leashes are in memory
+			Patch:   config.Patch{AutoLoad: true, Components: []string{"libvirtd.service", "virtlogd.service"}},
 			Journal: config.Journal{Keep: config.Duration{Duration: time.Hour}},
 			Peers:   make(map[string]config.Peer),
 		}
@@ -189,6 +196,8 @@ func NewOn(t testing.TB, log *slog.Logger, hosts map[string]hypervisortest.HostO
 			edit(&n.Config)
 		}
 		n.Clocks = preservetest.Clocks{}
+		n.Timing = live.Timing{Poll: time.Millisecond, Name: 20 * time.Millisecond, Limit: 5 * time.Second, Soak: 10 * time.Millisecond}
+		n.Kernel = livetest.New(t, filepath.Join(home, "kernel"), livetest.Debian12())
 		n.Client = api.NewUnix(n.Config.API.Socket)
 		w.Nodes = append(w.Nodes, n)
 		n.Start(nil)
@@ -209,7 +218,7 @@ func (n *Node) Start(hook func(what string)) {
 	check(n.t, err)
 	n.living.Store(n.life)
 	b := agent.Preserve{Leash: mortalLeash{n.Leashes, n.LeashDir, n.life}, Steps: n.Steps, Clocks: n.Clocks, Places: vmm.Places{Root: n.Root},
-		Boot: board.Boot{ID: n.Boot, Since: boottime.Now}}
+		Boot: board.Boot{ID: n.Boot, Since: boottime.Now}, Live: n.live()}
 	var hyp agent.Hypervisor = n.Host
 	if n.Machine != nil {
 		hyp, b.Places = n.Machine, n.Machine.Places()
@@ -232,6 +241,14 @@ func (n *Node) Start(hook func(what string)) {
 		defer close(stopped)
 		_ = a.Run(ctx)
 	}(n.Agent, n.stopped)
+}
+
+// live is the node's kernel as its agent in this life has it.
+func (n *Node) live() agent.Live {
+	k := mortalKernel{n.Kernel, n.life}
+	return agent.Live{BootID: n.Kernel.BootID(), Microcode: n.Kernel, QEMU: func(string) int { return 4711 },
+		Host: live.Host{Tree: n.Kernel.Tree, Kernel: k, Witness: n.Kernel, Keys: n.Kernel.Keys, Timing: n.Timing,
+			Store: live.Store{Dir: filepath.Join(n.Config.StateDir, "live")}}}
 }
 
 // listenTLS waits for the port, which an outgoing connection of anybody's, or the

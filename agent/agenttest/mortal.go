@@ -9,6 +9,7 @@ import (
 	"belay/agent/maint"
 	"belay/hypervisor"
 	"belay/patch/leash"
+	"belay/patch/live"
 	"belay/patch/preserve"
 	"belay/patch/preserve/preservetest"
 )
@@ -221,4 +222,29 @@ func (m mortalLine) Disarm(ctx context.Context) ([]maint.LeashEvent, error) {
 	m.life.step("before Disarm")
 	defer m.life.step("after Disarm")
 	return m.Line.Disarm(ctx)
+}
+
+// mortalKernel is a kernel whose agent can be killed before and after each thing that it
+// has it do.
+type mortalKernel struct {
+	live.Kernel
+	life *life
+}
+
+func (m mortalKernel) Load(ctx context.Context, a live.Artifact) error {
+	m.life.step("before Load")
+	defer m.life.step("after Load")
+	return m.Kernel.Load(ctx, a)
+}
+
+func (m mortalKernel) Enable(ctx context.Context, name string, on bool) error {
+	m.life.step("before Enable")
+	defer m.life.step("after Enable")
+	return m.Kernel.Enable(ctx, name, on)
+}
+
+func (m mortalKernel) Unload(ctx context.Context, name string) error {
+	m.life.step("before Unload")
+	defer m.life.step("after Unload")
+	return m.Kernel.Unload(ctx, name)
 }

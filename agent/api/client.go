@@ -167,6 +167,26 @@ func (c *Client) Restore(ctx context.Context, r maint.RestoreRequest) (op maint.
 	return op, c.call(ctx, "POST", "/v1/restores", r, &op)
 }
 
+// Patches asks what is changed of the running host.
+func (c *Client) Patches(ctx context.Context) (v maint.PatchView, err error) {
+	return v, c.call(ctx, "GET", "/v1/patches", nil, &v)
+}
+
+// Patch asks for a change of the running host and returns the admitted operation.
+func (c *Client) Patch(ctx context.Context, r maint.PatchRequest) (op maint.Op, err error) {
+	return op, c.call(ctx, "POST", "/v1/patches", r, &op)
+}
+
+// InspectPatch asks for a livepatch's files on the host to be judged.
+func (c *Client) InspectPatch(ctx context.Context, file string) (f maint.PatchFile, err error) {
+	return f, c.call(ctx, "POST", "/v1/patches/inspect", File{file}, &f)
+}
+
+// Coverage asks whether the running kernel is mended of a change.
+func (c *Client) Coverage(ctx context.Context, change string) (v maint.Coverage, err error) {
+	return v, c.call(ctx, "GET", "/v1/patches/coverage?change="+url.QueryEscape(change), nil, &v)
+}
+
 // Cordon has the host take no guests in.
 func (c *Client) Cordon(ctx context.Context, reason string) (k maint.Cordon, err error) {
 	return k, c.call(ctx, "PUT", "/v1/cordon", Reason{reason}, &k)

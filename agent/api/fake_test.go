@@ -119,6 +119,22 @@ func (f *fakeAgent) AbortReturn(_ context.Context, from string, id maint.OpID) (
 	return maint.Op{ID: id}, f.called("AbortReturn "+string(id), from)
 }
 
+func (f *fakeAgent) Patches(context.Context) (maint.PatchView, error) {
+	return maint.PatchView{}, f.called("Patches", "")
+}
+
+func (f *fakeAgent) Patch(_ context.Context, by string, r maint.PatchRequest) (maint.Op, error) {
+	return maint.Op{}, f.called("Patch "+string(r.Action)+" "+r.Name, by)
+}
+
+func (f *fakeAgent) InspectPatch(_ context.Context, file string) (maint.PatchFile, error) {
+	return maint.PatchFile{}, f.called("InspectPatch "+file, "")
+}
+
+func (f *fakeAgent) Coverage(_ context.Context, change string) (maint.Coverage, error) {
+	return maint.Coverage{}, f.called("Coverage "+change, "")
+}
+
 func (f *fakeAgent) Cordon(_ context.Context, by, reason string) (maint.Cordon, error) {
 	return maint.Cordon{By: by, Reason: reason}, f.called("Cordon "+reason, by)
 }

@@ -80,6 +80,21 @@ type Campaigns interface {
 	CloseCampaign(ctx context.Context, id maint.CampaignID) (maint.Campaign, error)
 }
 
+// Patching is what is changed of the running host.
+type Patching interface {
+	Patches(ctx context.Context) (maint.PatchView, error)
+	// Coverage says whether the running kernel is mended of a change, such as a CVE.
+	Coverage(ctx context.Context, change string) (maint.Coverage, error)
+	// InspectPatch judges the files of a livepatch as if it were to be loaded.
+	InspectPatch(ctx context.Context, file string) (maint.PatchFile, error)
+	Patch(ctx context.Context, by string, r maint.PatchRequest) (maint.Op, error)
+}
+
+// File is the body of a request about a file on the host.
+type File struct {
+	File string `json:"file"` // absolute path
+}
+
 // Booking is the body of a request that picks the moment for a guest.
 type Booking struct {
 	Guest string    `json:"guest"`       // name or UUID
@@ -159,6 +174,7 @@ type Agent interface {
 	Clocks
 	Events
 	Campaigns
+	Patching
 	PeerSide
 }
 
@@ -243,6 +259,16 @@ func routes(a Agent) []route {
 			return with(r, func(q Booking) (any, error) { return a.DeferCampaign(r.Context(), campaignID(r), q.Guest) })
 		}},
 		{"POST", "/v1/campaigns/{id}/close", operators, func(r *http.Request, _ Caller) (any, error) { return a.CloseCampaign(r.Context(), campaignID(r)) }},
+		{"GET", "/v1/patches", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Patches(r.Context()) }},
+		{"POST", "/v1/patches", operators, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q maint.PatchRequest) (any, error) { return a.Patch(r.Context(), c.Name, q) })
+		}},
+		{"POST", "/v1/patches/inspect", operators, func(r *http.Request, _ Caller) (any, error) {
+			return with(r, func(q File) (any, error) { return a.InspectPatch(r.Context(), q.File) })
+		}},
+		{"GET", "/v1/patches/coverage", viewers, func(r *http.Request, _ Caller) (any, error) {
+			return a.Coverage(r.Context(), r.URL.Query().Get("change"))
+		}},
 		{"PUT", "/v1/cordon", operators, func(r *http.Request, c Caller) (any, error) {
 			return with(r, func(q Reason) (any, error) { return a.Cordon(r.Context(), c.Name, q.Reason) })
 		}},

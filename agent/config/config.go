@@ -42,6 +42,7 @@ type Config struct {
 	Migration Migration       `toml:"migration"`
 	Hold      Hold            `toml:"hold"`
 	Events    Events          `toml:"events"`
+	Patch     Patch           `toml:"patch"`
 	Journal   Journal         `toml:"journal"`
 	Peers     map[string]Peer `toml:"peers"`
 	// AntiAffinity are groups of guests, by name, of which there is to be one on
@@ -168,6 +169,7 @@ func defaults() Config {
 		Hold: Hold{MaxPause: Duration{10 * time.Second}, MaxPauseLimit: Duration{5 * time.Minute},
 			LeashSilence: Duration{3 * time.Second}, CommandsBy: "root"},
 		Events:  Events{Policy: string(maint.PolicyAll)},
+		Patch:   defaultPatch(),
 		Journal: Journal{Keep: Duration{90 * 24 * time.Hour}},
 	}
 }
@@ -323,6 +325,7 @@ func (c *Config) check() error {
 		bad("limits.migrations_in", "%d is not between 1 and 8", c.Limits.MigrationsIn)
 	}
 	c.Migration.check(bad)
+	c.Patch.check(bad)
 	if limit := c.Hold.MaxPauseLimit.Duration; limit < MinPause || limit > maxPause {
 		bad("hold.max_pause_limit", "%s is not between %s and %s", limit, MinPause, maxPause)
 	} else if p := c.Hold.MaxPause.Duration; p < MinPause || p > limit {

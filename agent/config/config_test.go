@@ -58,7 +58,9 @@ func TestDefaults(t *testing.T) {
 		Migration: Migration{Timeout: Duration{30 * time.Minute}, MaxPause: Duration{300 * time.Millisecond}, CopyDisks: "none"},
 		Hold: Hold{MaxPause: Duration{10 * time.Second}, MaxPauseLimit: Duration{5 * time.Minute},
 			LeashSilence: Duration{3 * time.Second}, CommandsBy: "root"},
-		Events:  Events{Policy: "all"},
+		Events: Events{Policy: "all"},
+		Patch: Patch{Keys: "/etc/belay/keys", Helper: "/run/belay/kernel.sock", AutoLoad: true, Soak: Duration{30 * time.Second}, HealthTimeout: Duration{30 * time.Second},
+			Components: []string{"libvirtd.service", "virtqemud.service", "virtlogd.service", "prometheus-node-exporter.service", "belayd.service"}},
 		Journal: Journal{Keep: Duration{90 * 24 * time.Hour}},
 	}
 	if d := cmp.Diff(want, got); d != "" {
@@ -119,6 +121,14 @@ imds_v1 = true
 ec2_shows_freeze = true
 [events.notice]
 Freeze = "20m"
+[patch]
+keys = "/keys"
+helper = ""
+auto_load = false
+soak = "1m"
+health = ["/bin/healthy", "-q"]
+health_timeout = "5s"
+components = ["libvirtd.service"]
 [anti_affinity]
 db = ["db-*"]
 [events.owners.shop]
@@ -156,6 +166,7 @@ libvirt_uri = "qemu+ssh://root@host-c/system"
 			MaxPause: Duration{time.Second}, Allow: []maint.Means{maint.MeansParallel, maint.MeansSlow}, CopyDisks: "all"},
 		Hold: Hold{MaxPause: Duration{5 * time.Second}, MaxPauseLimit: Duration{30 * time.Second},
 			LeashSilence: Duration{2 * time.Second}, KillLibvirt: Duration{4 * time.Second}, CommandsBy: "operators", Leash: "/usr/libexec/leash"},
+		Patch: Patch{Keys: "/keys", Soak: Duration{time.Minute}, Health: []string{"/bin/healthy", "-q"}, HealthTimeout: Duration{5 * time.Second}, Components: []string{"libvirtd.service"}},
 		Events: Events{Enabled: true, Policy: "any", Wake: "/etc/belay/wake", Upstream: "http://127.0.0.1:8775", IMDSv1: true, EC2ShowsFreeze: true,
 			Notice: map[string]Duration{"Freeze": {20 * time.Minute}}, Owners: map[string]Owner{"shop": {Guests: []string{"shop-*"}}},
 			Windows: []Window{{Guests: []string{"shop-*"}, Rule: "FREQ=DAILY;BYHOUR=2", Zone: "Europe/Berlin", Length: Duration{3 * time.Hour},
@@ -399,6 +410,12 @@ func TestRefusals(t *testing.T) {
 		{"pause shorter than any", "[hold]\nmax_pause='499ms'", "configuration: hold.max_pause: 499ms is not between 500ms and "},
 		{"limit shorter than any pause", "[hold]\nmax_pause='1ns'\nmax_pause_limit='1ns'", "configuration: hold.max_pause_limit: 1ns is not between 500ms and 24h0m0s"},
 		{"limit longer than any pause", "[hold]\nmax_pause_limit='24h1s'", "configuration: hold.max_pause_limit: 24h0m1s is not between"},
+		{"keys nowhere", "[patch]\nkeys='keys'", "configuration: patch.keys: "},
+		{"helper nowhere", "[patch]\nhelper='kernel.sock'", "configuration: patch.helper: "},
+		{"no soak", "[patch]\nsoak='0s'", "configuration: patch.soak: "},
+		{"health by PATH", "[patch]\nhealth=['healthy']", "configuration: patch.health: "},
+		{"endless health", "[patch]\nhealth_timeout='48h'", "configuration: patch.health_timeout: "},
+		{"component that is no service", "[patch]\ncomponents=['libvirtd']", "configuration: patch.components: "},
 		{"nervous leash", "[hold]\nleash_silence='10ms'", "configuration: hold.leash_silence: "},
 		{"libvirt killed in advance", "[hold]\nkill_libvirt='-1s'", "configuration: hold.kill_libvirt: "},
 		{"commands by anybody", "[hold]\ncommands_by='all'", "configuration: hold.commands_by: "},

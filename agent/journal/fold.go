@@ -22,7 +22,7 @@ import (
 //	undo-done     undoing           undoing      step: undone
 //	undo-failed   undoing           undoing      step: undo failed
 //	abort         running, undoing  the same
-//	moved, held, replaced, leash, guest-move, clock: results, likewise
+//	moved, held, replaced, leash, patched, guest-move, clock: results, likewise
 //	ended         running, undoing  ended
 //	seen-to       ended             ended
 //
@@ -91,6 +91,9 @@ func Fold(op *maint.Op, r maint.Record) error {
 	case maint.RecReplaced:
 		op.Replaced = new(maint.VMMResult)
 		return json.Unmarshal(r.Data, op.Replaced)
+	case maint.RecPatched:
+		op.Patched = new(maint.PatchResult)
+		return json.Unmarshal(r.Data, op.Patched)
 	case maint.RecLeash:
 		return add(&op.Leash, r.Data)
 	case maint.RecClock:

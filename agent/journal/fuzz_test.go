@@ -15,7 +15,7 @@ func FuzzApply(f *testing.F) {
 		`{"kind":"step-done","op":"mig-1","step":"none"}`, `{"kind":"of-tomorrow","op":"mig-1"}`} {
 		f.Add([]byte(s))
 	}
-	for _, k := range []maint.RecordKind{maint.RecReserved, maint.RecReleased, maint.RecArrived, maint.RecDisks, maint.RecEvent, maint.RecCordoned, maint.RecUncordoned} {
+	for _, k := range []maint.RecordKind{maint.RecReserved, maint.RecReleased, maint.RecArrived, maint.RecDisks, maint.RecEvent, maint.RecCordoned, maint.RecUncordoned, maint.RecPatches} {
 		for _, data := range []string{`{}`, `null`, `[]`, `{"state":"made","files":[null]}`, `{"expires":"yesterday"}`} {
 			f.Add([]byte(`{"kind":"` + string(k) + `","op":"mig-1","data":` + data + `}`))
 		}

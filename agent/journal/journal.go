@@ -1,7 +1,6 @@
 package journal
 
 import (
-	"bytes"
 	"cmp"
 	"encoding/binary"
 	"encoding/json"
@@ -39,6 +38,7 @@ type Journal struct {
 	disks     map[maint.OpID]maint.MadeDisks // of which it is to be seen what becomes of them
 	scheduled maint.Scheduled
 	cordon    *maint.Cordon // nil: the host takes guests in
+	patches   maint.Patches
 	last      uint64
 	changed   chan struct{} // closed and replaced at every append
 	failed    error         // the last append's error, nil when it worked
@@ -182,6 +182,11 @@ func (j *Journal) Append(recs ...maint.Record) error {
 				return fmt.Errorf("cannot read a cordon: %w", err)
 			}
 		}
+		if recs[i].Kind == maint.RecPatches {
+			if err := json.Unmarshal(recs[i].Data, new(maint.Patches)); err != nil {
+				return fmt.Errorf("cannot read what is kept of livepatches: %w", err)
+			}
+		}
 		if recs[i].Kind == maint.RecArrived {
 			if err := json.Unmarshal(recs[i].Data, new(maint.Arrived)); err != nil {
 				return fmt.Errorf("cannot read an arrival: %w", err)
@@ -192,7 +197,7 @@ func (j *Journal) Append(recs ...maint.Record) error {
 				return err
 			}
 		}
-		if k := recs[i].Kind; isReservation(k) || isCordon(k) || k == maint.RecArrived || k == maint.RecDisks {
+		if k := recs[i].Kind; isReservation(k) || standing(k) != "" || k == maint.RecArrived || k == maint.RecDisks {
 			continue
 		}
 		op := trial[recs[i].Op]
@@ -240,8 +245,16 @@ func isReservation(k maint.RecordKind) bool {
 	return k == maint.RecReserved || k == maint.RecReleased
 }
 
-func isCordon(k maint.RecordKind) bool {
-	return k == maint.RecCordoned || k == maint.RecUncordoned
+// standing names what a record says of the host itself, which holds until another record
+// says something else; "": it is not of that kind.
+func standing(k maint.RecordKind) string {
+	switch k {
+	case maint.RecCordoned, maint.RecUncordoned:
+		return "cordon"
+	case maint.RecPatches:
+		return "patches"
+	}
+	return ""
 }
 
 // apply folds one durable record into the state. j.mu is held, or j is not
@@ -278,6 +291,13 @@ func (j *Journal) apply(r maint.Record) error {
 		return nil
 	case maint.RecUncordoned:
 		j.cordon = nil
+		return nil
+	case maint.RecPatches:
+		var p maint.Patches
+		if err := json.Unmarshal(r.Data, &p); err != nil {
+			return fmt.Errorf("livepatches of this host: %w", err)
+		}
+		j.patches = p
 		return nil
 	}
 	op := j.ops[r.Op]
@@ -324,6 +344,13 @@ func (j *Journal) Cordon() *maint.Cordon {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return j.cordon // never changed
+}
+
+// Patches returns what is kept of livepatches.
+func (j *Journal) Patches() maint.Patches {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.patches // what it points to is never changed
 }
 
 // Records returns the records of an operation, oldest first; of all when id
@@ -376,7 +403,7 @@ func (j *Journal) Prune(t time.Time) (int, error) {
 	}
 	// The destination has no other record of a move than its reservation:
 	// the live ones stay, of the others the records older than t go.
-	var lastCordon uint64 // the one that says how it is now stays
+	last := make(map[string]uint64) // the one that says how it is now stays
 	events := newCompaction(t, time.Now().Add(-eventsApart))
 	stale := func(r maint.Record) bool {
 		if isReservation(r.Kind) {
@@ -395,7 +422,8 @@ func (j *Journal) Prune(t time.Time) (int, error) {
 	n := 0
 	err := j.db.Update(func(tx *bbolt.Tx) error {
 		b := tx.Bucket(bucket)
-		var keys, cordons [][]byte // deleting under a cursor makes it skip
+		var keys [][]byte // deleting under a cursor makes it skip
+		old := make(map[uint64]string)
 		err := b.ForEach(func(k, v []byte) error {
 			var r maint.Record
 			if err := json.Unmarshal(v, &r); err != nil {
@@ -405,11 +433,11 @@ func (j *Journal) Prune(t time.Time) (int, error) {
 				return events.add(r)
 			}
 			switch {
-			case isCordon(r.Kind):
+			case standing(r.Kind) != "":
 				if r.Time.Before(t) {
-					cordons = append(cordons, slices.Clone(k))
+					old[r.Seq] = standing(r.Kind)
 				}
-				lastCordon = r.Seq
+				last[standing(r.Kind)] = r.Seq
 			case stale(r):
 				keys = append(keys, slices.Clone(k))
 			}
@@ -418,9 +446,9 @@ func (j *Journal) Prune(t time.Time) (int, error) {
 		if err != nil {
 			return err
 		}
-		for _, k := range cordons {
-			if !bytes.Equal(k, key(lastCordon)) {
-				keys = append(keys, k)
+		for seq, of := range old {
+			if seq != last[of] {
+				keys = append(keys, key(seq))
 			}
 		}
 		for _, seq := range events.old {

@@ -306,6 +306,52 @@ func TestCordon(t *testing.T) {
 	}
 }
 
+// What is kept of livepatches outlives restarts, and the operation that it is of.
+func TestPatches(t *testing.T) {
+	dir := t.TempDir()
+	j, err := Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	add := func(recs ...maint.Record) {
+		t.Helper()
+		for i := range recs {
+			recs[i].Op = "patch-1"
+		}
+		if err := j.Append(recs...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	add(maint.Record{Kind: maint.RecAccepted, Data: data(maint.Op{ID: "patch-1", Kind: maint.OpPatch})})
+	for _, name := range []string{"fix_1", "fix_2"} {
+		add(maint.Record{Kind: maint.RecPatches, Data: data(maint.Patches{Active: &maint.KeptPatch{Name: name}, NoReload: "no"})},
+			maint.Record{Kind: maint.RecPatched, Data: data(maint.PatchResult{Name: name})})
+	}
+	if op, _ := j.Op("patch-1"); op.Patched == nil || op.Patched.Name != "fix_2" {
+		t.Errorf("%+v", op.Patched)
+	}
+	add(maint.Record{Kind: maint.RecEnded, Data: data(maint.Ending{Outcome: maint.OutcomeDone})})
+	if _, err := j.Prune(time.Now().Add(time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := j.Records(""); err != nil || len(all) != 1 {
+		t.Errorf("%d records are left, %v", len(all), err)
+	}
+	if err := j.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if j, err = Open(dir); err != nil {
+		t.Fatal(err)
+	}
+	defer j.Close()
+	if p := j.Patches(); p.Active == nil || p.Active.Name != "fix_2" || p.NoReload != "no" {
+		t.Errorf("%+v", p)
+	}
+	if err := j.Append(maint.Record{Kind: maint.RecPatches, Data: []byte("[]")}); err == nil {
+		t.Error("what cannot be read is written down")
+	}
+}
+
 // Guests that have come are known, as they were last written down, until they are pruned.
 func TestArrivals(t *testing.T) {
 	dir := t.TempDir()

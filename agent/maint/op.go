@@ -18,6 +18,7 @@ const (
 	OpReplace OpKind = "replace-vmm" // rung B2: a new QEMU under one guest
 	OpDrain   OpKind = "drain"       // every guest to peers, each by a migration of its own
 	OpRestore OpKind = "restore"     // and back, each by a migration of the peer's
+	OpPatch   OpKind = "patch"       // rung A: the running host is changed, and guests feel nothing
 )
 
 // OpState is where an operation is in its life.
@@ -118,6 +119,8 @@ type Op struct {
 	Replace  *ReplaceRequest `json:"replace,omitempty"`
 	Replaced *VMMResult      `json:"replaced,omitempty"`
 	Leash    []LeashEvent    `json:"leash,omitempty"`
+	Patch    *PatchRequest   `json:"patch,omitempty"`
+	Patched  *PatchResult    `json:"patched,omitempty"`
 	// Arrival is what its new host did for a moved guest, after the operation's end;
 	// nil until that has said so.
 	Arrival *ArrivalReport `json:"arrival,omitempty"`
@@ -191,6 +194,8 @@ const (
 	RecHeld       RecordKind = "held"        // Data is the HoldResult
 	RecReplaced   RecordKind = "replaced"    // Data is the VMMResult
 	RecLeash      RecordKind = "leash"       // Data is a LeashEvent
+	RecPatched    RecordKind = "patched"     // Data is the PatchResult
+	RecPatches    RecordKind = "patches"     // of this host: Data is the Patches, in place of those before
 	RecClock      RecordKind = "clock"       // in journals of before RecSeenTo; Data is a ClockReport
 	RecEnded      RecordKind = "ended"       // Data is an Ending
 	RecSeenTo     RecordKind = "seen-to"     // after the end: Data is the ArrivalReport of the guest's new host

@@ -27,8 +27,10 @@ type PatchRequest struct {
 	// ".ko"; beside it are its manifest (.toml) and the manifest's signature
 	// (.toml.minisig).
 	File string `json:"file,omitempty"`
-	// Name is the livepatch to revert, or the unit to restart.
+	// Name is the livepatch to revert, or the unit to restart; Job "restart" (default)
+	// or "reload".
 	Name   string `json:"name,omitempty"`
+	Job    string `json:"job,omitempty"`
 	Reason string `json:"reason,omitempty"`
 	// Boot is the boot in which it was asked for; belayd fills it in. What was begun
 	// before the host went down is not gone on with.
@@ -170,7 +172,9 @@ type PatchResult struct {
 	Replaced   string         `json:"replaced,omitempty"`       // the livepatch before it
 	Before     []CPUMicrocode `json:"microcode_from,omitempty"` //
 	After      []CPUMicrocode `json:"microcode_to,omitempty"`   //
-	Guests     []GuestProof   `json:"guests,omitempty"`         // of a restart
+	// Unwatched: libvirt or belayd was away meanwhile, so a pause may have been missed.
+	Unwatched bool         `json:"unwatched,omitempty"`
+	Guests    []GuestProof `json:"guests,omitempty"` // of a restart
 }
 
 // GuestProof is what shows that a guest felt nothing.
@@ -179,7 +183,7 @@ type GuestProof struct {
 	UUID    string     `json:"uuid"`
 	QEMU    int        `json:"qemu_pid"` // before and after; 0: not to be seen
 	State   GuestState `json:"state"`    // before and after
-	Pauses  int        `json:"pauses"`   // of it, meanwhile
+	Pauses  int        `json:"pauses"`   // of it, that were seen meanwhile
 	Problem *Problem   `json:"problem,omitempty"`
 }
 
@@ -200,6 +204,7 @@ const (
 	CodeKernelRefused Code = "kernel-refuses"   // with an errno
 	CodeHostRebooted  Code = "host-rebooted"    // meanwhile
 	CodeNeedsReboot   Code = "needs-reboot"     // rung B3 or D
+	CodeNeedsPause    Code = "needs-pause"      // rung B2
 	CodeComponent     Code = "component"        // of a unit
 	CodeGuestFelt     Code = "guest-felt-it"    // what no guest was to feel
 )

@@ -305,6 +305,8 @@ func about(op maint.Op) string {
 		return strings.Join(op.Hold.Guests, ",")
 	case ofMany(op):
 		return "all that can"
+	case op.Patch != nil:
+		return "this host"
 	}
 	return "-"
 }
@@ -322,6 +324,8 @@ func describe(op maint.Op) string {
 		return fmt.Sprintf("done, longest pause %s", span(longest))
 	case op.State == maint.OpEnded && op.Outcome == maint.OutcomeDone && op.Replaced != nil:
 		return fmt.Sprintf("done, %s, paused for %s", op.Replaced.Method, span(op.Replaced.Pause))
+	case op.State == maint.OpEnded && op.Patch != nil:
+		return fmt.Sprintf("%s, %s %s", op.Outcome, op.Patch.Action, op.Patch.Name)
 	case op.State == maint.OpEnded && len(op.Moves) > 0:
 		return fmt.Sprintf("%s, %s", op.Outcome, movesInWords(op))
 	case op.State == maint.OpEnded:
@@ -357,7 +361,7 @@ func downtime(r maint.MoveResult) string {
 // printOp prints an operation as a small table.
 func printOp(w io.Writer, op maint.Op) {
 	row(w, "operation", op.ID)
-	if !ofMany(op) {
+	if !ofMany(op) && op.Patch == nil {
 		row(w, "guest", about(op))
 	}
 	if op.Part != "" {
@@ -386,6 +390,7 @@ func printOp(w io.Writer, op maint.Op) {
 		printArrival(w, *op.Arrival)
 	}
 	printHeld(w, op)
+	printPatched(w, op)
 	printMoves(w, op)
 	row(w, "asked by", op.By+", "+clock(op.Started)+suffix(": ", op.Reason))
 	for _, s := range op.Steps {

@@ -23,6 +23,7 @@ import (
 	"belay/agent/config"
 	"belay/agent/maint"
 	"belay/hypervisor/hypervisortest"
+	"belay/patch/live/livetest"
 )
 
 // The scripts in testdata/script run belay as a process of its own, against
@@ -43,6 +44,9 @@ import (
 //	world stop HOST               its belayd
 //	world op                      $OP is the newest operation on a
 //	world drain-op                $OP is the newest drain on a
+//	world patch NAME              a livepatch for a's kernel, by a vendor whom it trusts; $PATCH is its file
+//	world cut FILE                has half of it from now on
+//	world straggler               a task of a's holds up every livepatch
 //	world runs GUEST HOST         it runs there, and on no other host
 //	code N belay …                belay exits with N
 //	json PATH WANT                in the last standard output; PATH is like guests.0.name
@@ -86,6 +90,7 @@ type stage struct {
 	world   *agenttest.World
 	uuids   map[string]string // of a's guests, by name
 	copying chan struct{}
+	vendor  *livetest.Vendor
 
 	background *exec.Cmd
 	stderr     *lookup
@@ -191,6 +196,22 @@ func (p *stage) command(s *testscript.TestScript, args []string) {
 				s.Setenv("OP", string(op.ID))
 			}
 		}
+	case "patch":
+		if p.vendor == nil {
+			p.vendor = livetest.NewVendor(p.t)
+			p.vendor.Trust(a.Kernel.Keys)
+		}
+		made := p.vendor.Make(arg(0), a.Kernel.Release, a.Kernel.Version, func(m *livetest.Spec) { m.Covers = []string{"CVE-2024-1086"} })
+		s.Setenv("PATCH", livetest.Write(p.t, s.MkAbs("livepatches"), arg(0), made))
+	case "cut":
+		info, err := os.Stat(arg(0))
+		s.Check(err)
+		s.Check(os.Truncate(arg(0), info.Size()/2))
+	case "straggler":
+		a.Stop()
+		a.Timing.Limit = 300 * time.Millisecond
+		a.Kernel.Hold(120, "worker_thread")
+		a.Start(nil)
 	case "runs":
 		for _, n := range p.world.Nodes {
 			g, err := n.Host.Guest(ctx, p.uuids[arg(0)])

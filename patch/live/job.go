@@ -24,6 +24,9 @@ const (
 	PhaseLoad      = "load"
 	PhaseSoak      = "soak"
 	PhaseWithdraw  = "withdraw"
+	PhaseMicrocode = "microcode"
+	PhaseRestart   = "restart"
+	PhaseProve     = "prove"
 	PhaseFinish    = "finish"
 )
 
@@ -55,6 +58,8 @@ type guest struct {
 	Name string `json:"name"`
 	UUID string `json:"uuid"`
 	ID   int    `json:"id"`
+	// Transient: libvirt forgets it when it ends, however it does.
+	Transient bool `json:"transient,omitempty"`
 }
 
 // begun is what load has on disk before its effect, and when it has come to its end.
@@ -140,7 +145,7 @@ func (j *Job) baseline(ctx context.Context, plan *intent) (problems []maint.Prob
 	}
 	for _, g := range guests {
 		if g.State == maint.GuestRunning {
-			plan.Guests = append(plan.Guests, guest{g.Name, g.UUID, g.ID})
+			plan.Guests = append(plan.Guests, guest{g.Name, g.UUID, g.ID, !g.Persistent})
 		}
 	}
 	return problems

@@ -126,7 +126,7 @@ func TestSoak(t *testing.T) {
 		{"taint", func(b *bench) { b.SetTaint(512) }, "taint"},
 		{"guest crashed", func(b *bench) { b.guests = guests(maint.GuestShutoff, "crashed") }, "crashed"},
 		{"guest stopped by an error", func(b *bench) { b.guests = guests(maint.GuestPaused, "I/O error") }, "I/O error"},
-		{"guest has gone", func(b *bench) { b.guests = nil }, "gone"},
+		{"guest has gone", func(b *bench) { b.guests = nil }, "it has gone"},
 		{"libvirt does not answer", func(b *bench) { b.libvirt = maint.ErrHypervisorDown }, "not reachable"},
 		{"health", func(b *bench) { b.health = func(context.Context) error { return errors.New("exit status 3") } }, "exit status 3"},
 		{"disabled by somebody", func(b *bench) {
@@ -162,6 +162,7 @@ func TestSoak(t *testing.T) {
 	}{
 		{"nothing", func(*bench) {}},
 		{"its owner has stopped a guest", func(b *bench) { b.guests = guests(maint.GuestShutoff, "shutdown") }},
+		{"a guest has moved", func(b *bench) { b.guests = nil }},
 		{"somebody has paused a guest", func(b *bench) { b.guests = guests(maint.GuestPaused, "user") }},
 		{"the kernel talks", func(b *bench) { b.Say("usb 1-1: new high-speed USB device") }},
 	} {
@@ -169,6 +170,7 @@ func TestSoak(t *testing.T) {
 			t.Parallel()
 			b := newBench(t, livetest.Debian12())
 			b.Say("WARNING: CPU: 0 PID: 1 at kernel/x.c:1 f+0x1/0x2")
+			b.guests[0].Persistent = true
 			b.OnLoad = func(string) { c.do(b) }
 			b.apply("fix_1")
 		})

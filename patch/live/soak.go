@@ -105,7 +105,10 @@ func (j *Job) well(ctx context.Context, plan intent, last bool) error {
 func ailing(guests []maint.Guest, was guest) string {
 	i := slices.IndexFunc(guests, func(g maint.Guest) bool { return g.UUID == was.UUID })
 	if i < 0 {
-		return "it has gone"
+		if was.Transient {
+			return "it has gone"
+		}
+		return "" // moved, or undefined: not by what is wrong with a kernel
 	}
 	g := guests[i]
 	bad := g.State == maint.GuestCrashed ||

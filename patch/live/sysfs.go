@@ -203,3 +203,9 @@ func (t Tree) Microcode() ([]maint.CPUMicrocode, error) {
 
 // microcodeReload is there where the kernel can load microcode late.
 const microcodeReload = "sys/devices/system/cpu/microcode/reload"
+
+// LoadsMicrocode reports whether the kernel can load CPU microcode late.
+func (t Tree) LoadsMicrocode() bool {
+	_, err := os.Stat(t.path(microcodeReload))
+	return err == nil
+}
