@@ -77,9 +77,7 @@ func (a *Agent) noteArrived(came maint.Arrived) error {
 
 // seeTo does what is to be done for a guest that has come, and writes down what it was.
 func (a *Agent) seeTo(ctx context.Context, came maint.Arrived) {
-	bounded, cancel := context.WithTimeout(ctx, clockWait)
-	defer cancel()
-	report := a.reportOn(bounded, came)
+	report := a.reportOn(ctx, came)
 	if ctx.Err() != nil {
 		return // the next belayd does it again
 	}
@@ -98,11 +96,14 @@ func (a *Agent) seeTo(ctx context.Context, came maint.Arrived) {
 }
 
 // reportOn does it, all at once: the clock first of what asks the guest's agent.
-func (a *Agent) reportOn(ctx context.Context, came maint.Arrived) (r maint.ArrivalReport) {
+func (a *Agent) reportOn(life context.Context, came maint.Arrived) (r maint.ArrivalReport) {
+	ctx, cancel := context.WithTimeout(life, clockWait)
+	defer cancel()
 	g, err := a.hyp.Guest(ctx, came.GuestUUID)
 	runs := err == nil && g.State == maint.GuestRunning
 	var ports sync.WaitGroup
 	if runs {
+		ports.Go(func() { r.Health = a.healthOfArrival(life, g) }) // has a time of its own
 		ports.Go(func() { r.Ports = a.portsOfArrival(ctx, g) })
 	}
 	r.Clock = a.clockOfArrival(ctx, came, g, err)

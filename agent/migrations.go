@@ -102,7 +102,12 @@ func (a *Agent) migrateSteps(op maint.Op) []run.Step {
 	m := a.migration(op, p, carrying{p.to, a})
 	steps := []run.Step{
 		{Name: migrate.PhasePreflight,
-			Do: func(ctx context.Context, s *run.Scratch) error { return m.Preflight(ctx, s) }},
+			Do: func(ctx context.Context, s *run.Scratch) error {
+				if err := m.Preflight(ctx, s); err != nil {
+					return err
+				}
+				return a.healthBefore(ctx, op, s)
+			}},
 		{Name: migrate.PhaseReserve,
 			Do:   func(ctx context.Context, s *run.Scratch) error { return m.Reserve(ctx, s) },
 			Undo: func(ctx context.Context, s *run.Scratch) error { return m.Release(ctx, s) }},

@@ -49,6 +49,9 @@ type Config struct {
 	// a host: guests' names, patterns of names ("db-*"), or UUIDs. Guests can
 	// also say so in their <metadata>.
 	AntiAffinity map[string][]string `toml:"anti_affinity"`
+	// Health says how guests are asked whether they do their work, before and after a move.
+	// The first that is for a guest is used.
+	Health []Health `toml:"health"`
 }
 
 // API says where belayd listens.
@@ -383,6 +386,11 @@ func (c *Config) check() error {
 			continue
 		}
 		named("anti_affinity."+name, guests)
+	}
+	for i := range c.Health {
+		key := fmt.Sprintf("health, number %d", i+1)
+		named(key, c.Health[i].Guests)
+		c.Health[i].check(key, bad)
 	}
 	for i, w := range c.Events.Windows {
 		named(fmt.Sprintf("events.windows, number %d", i+1), w.Guests)

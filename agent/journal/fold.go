@@ -22,7 +22,7 @@ import (
 //	undo-done     undoing           undoing      step: undone
 //	undo-failed   undoing           undoing      step: undo failed
 //	abort         running, undoing  the same
-//	moved, held, replaced, leash, patched, guest-move, clock: results, likewise
+//	moved, health, held, replaced, leash, patched, guest-move, clock: results, likewise
 //	ended         running, undoing  ended
 //	seen-to       ended             ended
 //
@@ -85,6 +85,9 @@ func Fold(op *maint.Op, r maint.Record) error {
 			return err
 		}
 		op.Moves = maint.PutMove(op.Moves, m)
+	case maint.RecHealth:
+		op.HealthBefore = new(maint.HealthReport)
+		return json.Unmarshal(r.Data, op.HealthBefore)
 	case maint.RecHeld:
 		op.Held = new(maint.HoldResult)
 		return json.Unmarshal(r.Data, op.Held)

@@ -39,7 +39,7 @@ func open(t *testing.T, dir string) *Journal {
 }
 
 var kinds = []maint.RecordKind{maint.RecAccepted, maint.RecResumed, maint.RecStepStart, maint.RecStepNote, maint.RecStepDone,
-	maint.RecStepFailed, maint.RecUndoStart, maint.RecUndoDone, maint.RecUndoFailed, maint.RecAbort, maint.RecMove, maint.RecMoved, maint.RecEnded,
+	maint.RecStepFailed, maint.RecUndoStart, maint.RecUndoDone, maint.RecUndoFailed, maint.RecAbort, maint.RecMove, maint.RecMoved, maint.RecHealth, maint.RecEnded,
 	maint.RecReserved, maint.RecReleased}
 
 // Whatever is appended, and whatever of it is refused: what a reopened journal
@@ -67,6 +67,8 @@ func TestReopenedJournalHasTheSameState(t *testing.T) {
 				r.Data = data(maint.Ending{Outcome: maint.OutcomeFailed, Problems: []maint.Problem{{Code: maint.CodeFailed}}})
 			case maint.RecMoved:
 				r.Data = data(maint.MoveResult{From: "a", To: "b"})
+			case maint.RecHealth:
+				r.Data = data(maint.HealthReport{Check: "tcp web:80"})
 			case maint.RecMove:
 				r.Data = data(maint.GuestMove{GuestUUID: rapid.SampledFrom([]string{"u1", "u2"}).Draw(rt, "guest"), State: maint.MoveMoving})
 			case maint.RecReserved:

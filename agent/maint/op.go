@@ -124,6 +124,9 @@ type Op struct {
 	// Arrival is what its new host did for a moved guest, after the operation's end;
 	// nil until that has said so.
 	Arrival *ArrivalReport `json:"arrival,omitempty"`
+	// HealthBefore is how its guest did its work before the move; nil where that was not
+	// asked. Arrival has how it did after it.
+	HealthBefore *HealthReport `json:"health_before,omitempty"`
 
 	Drain   *DrainRequest   `json:"drain,omitempty"`
 	Restore *RestoreRequest `json:"restore,omitempty"`
@@ -191,6 +194,7 @@ const (
 	RecAbort      RecordKind = "abort"       // By asked for an abort; Text "now" has what runs of it aborted too
 	RecMove       RecordKind = "guest-move"  // of a drain or a restore; Data is a GuestMove
 	RecMoved      RecordKind = "moved"       // Data is the MoveResult
+	RecHealth     RecordKind = "health"      // before a move; Data is a HealthReport
 	RecHeld       RecordKind = "held"        // Data is the HoldResult
 	RecReplaced   RecordKind = "replaced"    // Data is the VMMResult
 	RecLeash      RecordKind = "leash"       // Data is a LeashEvent
@@ -244,6 +248,18 @@ type ArrivalReport struct {
 	// Agent is AgentAnswers or AgentSilent; "" for a guest that has none, or does not run.
 	Agent string        `json:"agent,omitempty"`
 	Ports []ArrivedPort `json:"ports,omitempty"`
+	// Health is how it was found to do its work; nil where nothing says how to ask.
+	Health *HealthReport `json:"health,omitempty"`
+}
+
+// HealthReport is how a guest was found to do its work.
+type HealthReport struct {
+	Check   string `json:"check"` // "tcp 192.0.2.10:443"
+	Healthy bool   `json:"healthy"`
+	// Reason is why it is not, as of the last try.
+	Reason string        `json:"reason,omitempty"`
+	Tries  int           `json:"tries"`
+	Took   time.Duration `json:"took_ns"` // until it was healthy, or given up
 }
 
 // What became of the guest agent of a guest that has come.

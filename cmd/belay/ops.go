@@ -389,6 +389,7 @@ func printOp(w io.Writer, op maint.Op) {
 		row(w, "clock", fmt.Sprintf("%s: was off by %s, is by %s", k.State, offset(k.Before), clockAfter(k)))
 		printArrival(w, *op.Arrival)
 	}
+	printHealth(w, op)
 	printHeld(w, op)
 	printPatched(w, op)
 	printMoves(w, op)
@@ -404,6 +405,31 @@ func printOp(w io.Writer, op maint.Op) {
 		row(w, "resumed", fmt.Sprintf("%d times after a restart of belayd", op.Resumed))
 	}
 	row(w, "outcome", dash(string(op.Outcome)))
+}
+
+// printHealth tells how a guest did its work before a move, and does after it.
+func printHealth(w io.Writer, op maint.Op) {
+	told := func(r *maint.HealthReport, well string) string {
+		if r.Healthy {
+			return well
+		}
+		return "not healthy: " + r.Reason
+	}
+	if b := op.HealthBefore; b != nil {
+		row(w, "health before", told(b, "healthy")+", "+b.Check)
+	}
+	if op.Arrival == nil || op.Arrival.Health == nil {
+		return
+	}
+	r := op.Arrival.Health
+	text := told(r, "healthy after "+span(r.Took))
+	if !r.Healthy {
+		text += ", given up after " + span(r.Took)
+		if b := op.HealthBefore; b != nil && !b.Healthy {
+			text += "; as it was before the move"
+		}
+	}
+	row(w, "health", text+", "+r.Check)
 }
 
 // printArrival tells how the guest is found at its new host.

@@ -93,6 +93,7 @@ var alone = []struct {
 	{"agent/config", []string{"agent/maint"}, "configuration is values; who uses them imports it, not the other way round"},
 	{"hypervisor", []string{"agent/maint"}, "it speaks libvirt for anybody and knows nobody"},
 	{"migrate", []string{"agent/maint"}, "a rung is given its host and its peer as interfaces and knows no other rung"},
+	{"agent/health", []string{"agent/maint"}, "it asks for anybody, and knows neither why nor what follows"},
 	{"agent/boottime", nil, "everything that outlives a process reckons by it, so it can import nothing"},
 	{"patch", []string{"agent/maint", "agent/boottime"}, "a rung is given its host as interfaces and knows no other rung"},
 	{"notify", []string{"agent/maint"}, "guests are told of any rung alike"},
