@@ -158,6 +158,7 @@ type Migration struct {
 	copies   []maint.DiskCopy // the disks that are copied along
 	seen     maint.Job        // of the copy, as it was seen last
 	resigned bool             // it was told that there is no way back
+	refused  time.Time        // since when libvirt refuses to begin post-copy, each time
 }
 
 // The names of the phases.

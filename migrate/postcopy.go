@@ -29,20 +29,30 @@ const (
 )
 
 // startPostCopy has the copy go on as post-copy. again says that it may have been asked
-// before; to ask twice does no harm. Where libvirt refuses it that never heard of it, the
-// copy goes on as it is.
+// before, of a copy that goes on as it is: to ask twice does no harm. Where libvirt
+// refuses it that never heard of it, or that has refused it for so long that nothing asked
+// before can be on its way to it, the copy goes on as it is, and there is a way back.
 func (m *Migration) startPostCopy(ctx context.Context, a *attempt, s Scratch, again bool) {
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
 	err := m.Source.StartPostCopy(ctx, m.UUID)
 	switch {
 	case err == nil:
+		m.refused = time.Time{}
 		return
-	case !errors.Is(err, maint.ErrNoJob) || again: // it may yet be carried out, or was
+	case !errors.Is(err, maint.ErrNoJob): // it may yet be carried out, or was
+		m.refused = time.Time{}
 		m.Log.Warn("cannot tell whether post-copy has begun", "guest", m.Guest, "err", err)
 		return
+	case again:
+		if m.refused.IsZero() {
+			m.refused = time.Now()
+		}
+		if time.Since(m.refused) < settleGrace {
+			return
+		}
 	}
-	a.PostCopy, a.Unable = false, true
+	a.PostCopy, a.Unable, m.resigned = false, true, false
 	if err := errors.Join(s.Save(*a), s.Note("post-copy is refused, and the copy goes on as it is: %v", err)); err != nil {
 		m.Log.Error("cannot write down that post-copy was refused", "guest", m.Guest, "err", err)
 	}
@@ -76,6 +86,9 @@ func (m *Migration) seeThrough(ctx, detach context.Context, a *attempt, s Scratc
 		case now.Action == Watch: // QEMU goes on by itself; or libvirt has not seen yet that it does not
 			if err := m.watch(ctx, detach, nil, nil, a, s); err != nil && !transient(err) {
 				m.Log.Warn("cannot watch post-copy", "guest", m.Guest, "err", err)
+			}
+			if !a.PostCopy { // it has never begun
+				return nil
 			}
 			if !wait(detach, pollEvery) {
 				return detach.Err()

@@ -235,3 +235,52 @@ func TestPostCopyOfTheNextAgent(t *testing.T) {
 		})
 	}
 }
+
+// deaf is a host whose first word on post-copy is lost, and whose libvirt then refuses it.
+type deaf struct {
+	here
+	asked *int
+}
+
+func (d deaf) StartPostCopy(context.Context, string) error {
+	if *d.asked++; *d.asked == 1 {
+		return maint.ErrHypervisorDown
+	}
+	return fmt.Errorf("QEMU has no post-copy: %w", maint.ErrNoJob)
+}
+
+// A post-copy of which it is not known whether it was begun, and that is refused from then
+// on, has not begun: the copy goes on as it is, and can be cancelled.
+func TestPostCopyRefusedForGood(t *testing.T) {
+	t.Parallel()
+	for name, restart := range map[string]bool{"in this life": false, "in the next one": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			inBubble(t, func(t *testing.T, x *bench) {
+				x.w.SetCopy(fast)
+				x.MaxPause, x.Allow = 300*time.Millisecond, []maint.Means{maint.MeansPostCopy}
+				asked := 0
+				x.Source = deaf{here{x.a}, &asked}
+				ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second) // while it is not known
+				defer cancel()
+				if restart {
+					life, die := context.WithTimeout(t.Context(), 20*time.Second)
+					defer die()
+					if err := x.Perform(ctx, life, x.page(PhasePerform)); asked < 2 || !errors.Is(err, context.DeadlineExceeded) {
+						t.Fatalf("asked %d times: %v", asked, err)
+					}
+				}
+				err := x.Perform(ctx, t.Context(), x.page(PhasePerform))
+				if p := new(maint.Problem); !errors.As(err, &p) || p.Code != maint.CodeTimeout {
+					t.Errorf("%v", err)
+				}
+				if g, err := x.a.Guest(t.Context(), x.UUID); err != nil || g.State != maint.GuestRunning || g.Job != "" {
+					t.Errorf("the guest is %+v, %v", g, err)
+				}
+				if notes := strings.Join(x.notes, "\n"); !strings.Contains(notes, "there is no way back, and it goes on") || !strings.Contains(notes, "post-copy is refused, and the copy goes on as it is") {
+					t.Error(notes)
+				}
+			})
+		})
+	}
+}

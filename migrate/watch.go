@@ -24,7 +24,8 @@ const (
 // it when ctx ends, or for one that is to be better (c.again); but not once it was told to
 // go on as post-copy, from where there is no way back. done delivers Migrate's result; nil
 // when the Migrate of an agent that was killed is being watched: then the job itself is,
-// until it is over or broken. A nil c leaves the copy as it is.
+// until it is over or broken. A nil c leaves the copy as it is, until it is known that it
+// does not go on as post-copy.
 func (m *Migration) watch(ctx, detach context.Context, done <-chan error, c *convergence, a *attempt, s Scratch) error {
 	tick := time.NewTicker(pollFirst)
 	defer tick.Stop()
@@ -63,7 +64,12 @@ func (m *Migration) watch(ctx, detach context.Context, done <-chan error, c *con
 				return nil
 			case job.PostCopy != "":
 			case a.PostCopy:
-				m.startPostCopy(detach, a, s, true)
+				if m.startPostCopy(detach, a, s, true); a.PostCopy {
+					break
+				}
+				if stop = ctx.Done(); done == nil && c == nil {
+					return nil
+				}
 			case c != nil && !c.again && !cancelled:
 				m.tune(detach, c, a, job, s)
 			}
