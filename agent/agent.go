@@ -42,6 +42,15 @@ type Hypervisor interface {
 	vmm.QEMU
 	vmm.Starter
 	QuitIncoming(ctx context.Context, uuid string) error
+	Holder
+}
+
+// Holder keeps connections by which guests come and go in post-copy through a cut network,
+// or ends them (see package hypervisor).
+type Holder interface {
+	HoldOut(ctx context.Context, uuid string, first, last uint16) ([]maint.Connection, error)
+	HoldIn(ctx context.Context, uuid string, all []maint.Connection) (int, error)
+	Sever(ctx context.Context, uuid string, all []maint.Connection) (int, error)
 }
 
 // Inspector reads the host and what its guests are made of.

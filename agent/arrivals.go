@@ -266,6 +266,37 @@ func (a *Agent) View(ctx context.Context, uuid string) (maint.View, error) {
 	return v, nil
 }
 
+// Connections has those by which a guest comes outlive a cut network, or, in post-copy, ends
+// them. It is for the peer that reserved room for this guest, and whose QEMU has, or had,
+// their other ends.
+func (a *Agent) Connections(ctx context.Context, from string, id maint.OpID, c maint.Connections) error {
+	res, ok := a.journal.Reservation(id)
+	if !ok || res.From != from {
+		return maint.Problemf(maint.CodeForbidden, "reservation "+string(id), "", "%s holds none of that name here", from)
+	}
+	failed := func(format string, args ...any) error {
+		return maint.Problemf(maint.CodeFailed, "guest "+res.Guest, "", format, args...)
+	}
+	g, err := a.hyp.Guest(ctx, res.GuestUUID)
+	switch {
+	case errors.Is(err, maint.ErrNoGuest) || err == nil && !migrate.Comes(g, c.End):
+		return failed("does not come to %s at the moment", a.cfg.Host)
+	case err != nil:
+		return a.downProblem(err)
+	case !c.End:
+		n, err := a.hyp.HoldIn(ctx, res.GuestUUID, c.All)
+		if err == nil && n < len(c.All) {
+			err = failed("has %d of %d connections on %s", n, len(c.All), a.cfg.Host)
+		}
+		return err
+	}
+	n, err := a.hyp.Sever(ctx, res.GuestUUID, c.All)
+	if err == nil {
+		a.log.Warn("ended the connections by which a guest comes in post-copy, since their other ends are gone", "op", id, "guest", res.Guest, "peer", from, "connections", n)
+	}
+	return err
+}
+
 // Settle keeps an arrived guest as its source kept it. It is for the peer that
 // reserved room for this guest, and for nothing but that guest.
 func (a *Agent) Settle(ctx context.Context, from string, s maint.Settlement) error {

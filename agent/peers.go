@@ -110,6 +110,21 @@ func (s source) MoveSupport(ctx context.Context, uuid string) (maint.MoveSupport
 	return hypervisor.MoveSupport(ctx, s.Hypervisor, uuid)
 }
 
+// Severed implements migrate.Parter.
+func (s source) Severed(ctx context.Context, uuid string) (bool, error) {
+	return hypervisor.Severed(ctx, s.Hypervisor, uuid)
+}
+
+// HoldConnections implements migrate.Parter. Both hosts are taken to have the same ports for migrations.
+func (s source) HoldConnections(ctx context.Context, uuid string, port uint16) ([]maint.Connection, error) {
+	first, last := port, port
+	if port == 0 {
+		w := s.Wiring()
+		first, last = w.First, w.Last
+	}
+	return s.HoldOut(ctx, uuid, first, last)
+}
+
 // lostPeer stands for a peer that was taken out of the configuration while an
 // operation with it was open: it can be asked nothing.
 type lostPeer struct{ why *maint.Problem }
@@ -124,7 +139,10 @@ func (l lostPeer) Reserve(context.Context, maint.Arrival) (maint.Landing, error)
 }
 func (l lostPeer) Release(context.Context, maint.OpID) error        { return l.err() }
 func (l lostPeer) View(context.Context, string) (maint.View, error) { return maint.View{}, l.err() }
-func (l lostPeer) Settle(context.Context, maint.Settlement) error   { return l.err() }
+func (l lostPeer) Connections(context.Context, maint.OpID, maint.Connections) error {
+	return l.err()
+}
+func (l lostPeer) Settle(context.Context, maint.Settlement) error { return l.err() }
 func (l lostPeer) CompletedJob(context.Context, string) (maint.Job, error) {
 	return maint.Job{}, l.err()
 }

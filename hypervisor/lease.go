@@ -1,10 +1,7 @@
 package hypervisor
 
 import (
-	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 
 	"github.com/digitalocean/go-libvirt"
 
@@ -26,12 +23,7 @@ func (h *Host) giveUpOwn(s *session, d libvirt.Domain) (bool, error) {
 	if err != nil || g.State != maint.GuestPaused {
 		return false, err
 	}
-	run := filepath.Dir(s.conn.socket)
-	text, err := os.ReadFile(filepath.Join(run, "qemu", g.Name+".pid"))
-	if err != nil {
-		return false, err
-	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	pid, err := qemuPID(s, d)
 	if err != nil {
 		return false, err
 	}
@@ -41,7 +33,7 @@ func (h *Host) giveUpOwn(s *session, d libvirt.Domain) (bool, error) {
 			disks = append(disks, disk.Source)
 		}
 	}
-	n, err := lockd.Release(s.ctx, filepath.Join(run, "virtlockd-sock"),
+	n, err := lockd.Release(s.ctx, filepath.Join(filepath.Dir(s.conn.socket), "virtlockd-sock"),
 		lockd.Owner{UUID: d.UUID, Name: g.Name, ID: g.ID, PID: pid}, disks)
 	if n > 0 {
 		h.log.Warn("gave up a guest's own leases, left by a libvirtd that died", "guest", g.Name, "leases", n)

@@ -33,13 +33,23 @@ type PostCopier interface {
 	// StartPostCopy is for a migration begun with PostCopy; it may be asked again. It
 	// wraps maint.ErrNoJob where it is refused.
 	StartPostCopy(ctx context.Context, uuid string) error
-	// ResumePostCopy takes up one that is broken, and blocks as Migrate does.
+	// ResumePostCopy takes up one that is broken, and blocks as Migrate does. It is
+	// refused until both QEMUs have given the connection up.
 	ResumePostCopy(ctx context.Context, uuid string, p maint.MoveParams) error
 }
 
 // Supporter tells what a guest's QEMU can do for its migration.
 type Supporter interface {
 	MoveSupport(ctx context.Context, uuid string) (maint.MoveSupport, error)
+}
+
+// Parter knows of the connections of a post-copy.
+type Parter interface {
+	// HoldConnections has them outlive a cut network, and returns them. port is the
+	// destination's, 0 where its libvirt has picked it.
+	HoldConnections(ctx context.Context, uuid string, port uint16) ([]maint.Connection, error)
+	// Severed reports whether the guest's QEMU has given them up.
+	Severed(ctx context.Context, uuid string) (bool, error)
 }
 
 // Describer tells what a guest is made of and how its copy gets on.
@@ -92,6 +102,7 @@ type Source interface {
 	Marker
 	Pathfinder
 	Supporter
+	Parter
 }
 
 // Admission is the destination's say before a guest comes.
@@ -110,10 +121,17 @@ type Arrived interface {
 	CompletedJob(ctx context.Context, uuid string) (maint.Job, error)
 }
 
+// Holder has the destination's ends of the connections by which a guest comes in post-copy
+// outlive a cut network, or ends them. Either does no harm where it was done.
+type Holder interface {
+	Connections(ctx context.Context, op maint.OpID, c maint.Connections) error
+}
+
 // Destination is the host the guest goes to, as its belayd speaks for it.
 type Destination interface {
 	Admission
 	Arrived
+	Holder
 }
 
 // Scratch is where a phase writes down what people should read (Note) and
@@ -158,6 +176,7 @@ type Migration struct {
 	copies   []maint.DiskCopy // the disks that are copied along
 	seen     maint.Job        // of the copy, as it was seen last
 	resigned bool             // it was told that there is no way back
+	holding  time.Time        // when it was last tried to hold the connections; see hold
 	refused  time.Time        // since when libvirt refuses to begin post-copy, each time
 }
 

@@ -59,6 +59,9 @@ type attempt struct {
 	Params maint.MoveParams `json:"params,omitzero"`
 	// Refused is how many copies were begun anew because of that.
 	Refused int `json:"refused,omitempty"`
+	// Connections are those of post-copy, seen last. Held: they outlive a cut network.
+	Connections []maint.Connection `json:"connections,omitempty"`
+	Held        bool               `json:"held,omitempty"`
 	// BrokenSince is when the way between the hosts was found to be broken in post-copy.
 	BrokenSince time.Time `json:"broken_since,omitzero"`
 }

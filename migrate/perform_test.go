@@ -36,6 +36,14 @@ func (h here) Reaches(netip.Addr) error { return nil }
 
 func (h here) Trusts() []string { return nil }
 
+func (h here) Severed(ctx context.Context, uuid string) (bool, error) {
+	return hypervisor.Severed(ctx, h.Host, uuid)
+}
+
+func (h here) HoldConnections(ctx context.Context, uuid string, port uint16) ([]maint.Connection, error) {
+	return h.HoldOut(ctx, uuid, port, port)
+}
+
 func (h here) MoveSupport(ctx context.Context, uuid string) (maint.MoveSupport, error) {
 	return hypervisor.MoveSupport(ctx, h.Host, uuid)
 }
@@ -46,9 +54,11 @@ type there struct {
 	host     *hypervisortest.Host
 	reserve  func(context.Context) error
 	settle   func(context.Context) error
+	hold     func(context.Context) error
 	others   func(context.Context) error // all other questions
 	promises atomic.Int64
 	landing  maint.Landing
+	uuid     string // of the guest that comes
 }
 
 func ask(ctx context.Context, f func(context.Context) error) error {
@@ -89,6 +99,22 @@ func (d *there) View(ctx context.Context, uuid string) (maint.View, error) {
 	}
 	v.Guest = &g
 	return v, nil
+}
+
+func (d *there) Connections(ctx context.Context, _ maint.OpID, c maint.Connections) error {
+	if err := ask(ctx, d.others); err != nil {
+		return err
+	}
+	do := d.host.HoldIn
+	if c.End {
+		do = d.host.Sever
+	} else if err := ask(ctx, d.hold); err != nil {
+		return err
+	}
+	if n, err := do(ctx, d.uuid, c.All); err != nil || n > 0 || c.End {
+		return err
+	}
+	return errors.New("no such connection")
 }
 
 func (d *there) Settle(ctx context.Context, _ maint.Settlement) error { return ask(ctx, d.settle) }
@@ -156,6 +182,7 @@ func inBubbleOn(t *testing.T, hosts hypervisortest.HostOptions, f func(t *testin
 		uuid := x.a.PutGuest("web-1", func(g *maint.Guest) { g.Autostart, g.Reason = true, "migration canceled" })
 		x.Migration = &Migration{Op: "mig-1", Guest: "web-1", UUID: uuid, From: "a", To: "b", Source: here{x.a}, Destination: x.b,
 			Params: maint.MoveParams{DestURI: x.b.host.URI()}, Log: slog.New(slog.DiscardHandler), Progress: func(maint.Job) {}}
+		x.b.uuid = uuid
 		if err := x.Preflight(t.Context(), x.page(PhasePreflight)); err != nil {
 			t.Fatal(err)
 		}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/url"
+	"strconv"
 	"time"
 
 	"belay/agent/maint"
@@ -17,9 +19,12 @@ import (
 //
 //	copying --start--> running --done--> moved
 //	                    ^   |
-//	             resume |   | the way breaks: libvirt gives up after 30 s, QEMU when TCP does
-//	                    |   v
-//	                    broken --the way is back in time: QEMU goes on by itself--> moved
+//	             resume |   | the way breaks: libvirt gives up after 30 s, QEMU when its
+//	                    |   v connection is reset, or TCP does
+//	                    broken --the way is back: QEMU goes on by itself--> moved
+//
+// TCP is told not to give up (hold), since QEMU on the destination may not be able to take
+// it up again: see package hypervisor.
 
 const (
 	// resumeFirst is the pause before a broken post-copy is resumed again; each further
@@ -27,6 +32,9 @@ const (
 	resumeFirst = time.Second
 	resumeMost  = 30 * time.Second
 )
+
+// errGoesOn is of a post-copy that libvirt has lost sight of, and QEMU has not.
+var errGoesOn = errors.New("it goes on by itself")
 
 // startPostCopy has the copy go on as post-copy. again says that it may have been asked
 // before, of a copy that goes on as it is: to ask twice does no harm. Where libvirt
@@ -76,7 +84,7 @@ func (m *Migration) noWayBack(ctx context.Context, s Scratch) error {
 // hosts tell.
 func (m *Migration) seeThrough(ctx, detach context.Context, a *attempt, s Scratch) error {
 	defer m.report(nil)
-	pause, tries := resumeFirst, 0
+	pause, tries, goesOn := resumeFirst, 0, false
 	for {
 		now := m.look(detach, m.story(*a))
 		switch {
@@ -113,16 +121,19 @@ func (m *Migration) seeThrough(ctx, detach context.Context, a *attempt, s Scratc
 			if err := s.Save(*a); err != nil {
 				return err
 			}
-			if err := s.Note("the way to %s broke in post-copy, %s having been sent of %s: the guest runs there as far as its memory has come; it is resumed as soon as it can be", m.To, mib(m.seen.MemorySent), mib(m.seen.MemoryTotal)); err != nil {
+			if err := s.Note("the way to %s broke in post-copy, %s having been sent of %s: the guest runs there as far as its memory has come; it goes on, or is resumed, as soon as it can be", m.To, mib(m.seen.MemorySent), mib(m.seen.MemoryTotal)); err != nil {
 				return err
 			}
 		}
 		m.seen.PostCopy = maint.PostCopyBroken
-		done := make(chan error, 1)
-		p := a.Params
-		p.Compression, p.ZeroCopy = "", false // what is left of it is sent as it is
-		go func() { done <- m.Source.ResumePostCopy(detach, m.UUID, p) }()
-		err := m.watch(ctx, detach, done, nil, a, s)
+		err := m.part(detach, now, a)
+		if err == nil {
+			done := make(chan error, 1)
+			p := a.Params
+			p.Compression, p.ZeroCopy = "", false // what is left of it is sent as it is
+			go func() { done <- m.Source.ResumePostCopy(detach, m.UUID, p) }()
+			err = m.watch(ctx, detach, done, nil, a, s)
+		}
 		if detach.Err() != nil {
 			return detach.Err()
 		}
@@ -133,6 +144,18 @@ func (m *Migration) seeThrough(ctx, detach context.Context, a *attempt, s Scratc
 			continue
 		}
 		m.report(m.brokenProblem(a, err))
+		if errors.Is(err, errGoesOn) {
+			if !goesOn {
+				goesOn = true
+				if err := s.Note("libvirt has lost sight of post-copy, and QEMU has not: when the network is back it goes on by itself, which can take 2 minutes"); err != nil {
+					return err
+				}
+			}
+			if !wait(detach, resumeFirst) {
+				return detach.Err()
+			}
+			continue
+		}
 		if tries++; tries&(tries-1) == 0 { // 1, 2, 4, 8, ...
 			if err := s.Note("post-copy could not be resumed at attempt %d, after %s: %v", tries, round(time.Since(a.BrokenSince)), err); err != nil {
 				return err
@@ -143,6 +166,60 @@ func (m *Migration) seeThrough(ctx, detach context.Context, a *attempt, s Scratc
 		}
 		pause = min(2*pause, resumeMost)
 	}
+}
+
+// hold has the connections of a post-copy outlive a cut network, on both hosts. QEMU would
+// give them up as soon as TCP does, and that it can be resumed then is not sure. What cannot
+// be held is tried again.
+func (m *Migration) hold(ctx context.Context, a *attempt, s Scratch) {
+	if a.Held || time.Since(m.holding) < lookTimeout {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
+	all, err := m.Source.HoldConnections(ctx, m.UUID, port(a.Params))
+	switch {
+	case err == nil && len(all) == 0:
+		err = errors.New("it is not found among those of its QEMU")
+	case err == nil:
+		a.Connections = all
+		err = m.Destination.Connections(ctx, m.Op, maint.Connections{All: all})
+	}
+	if a.Held, m.holding = err == nil, time.Now(); err != nil {
+		m.Log.Warn("cannot have the connection of post-copy outlive a cut network", "guest", m.Guest, "err", err)
+	}
+	if err := s.Save(*a); err != nil {
+		m.Log.Error("cannot write down the connection of post-copy", "guest", m.Guest, "err", err)
+	}
+}
+
+// port is the destination's for memory, 0 where its libvirt picks it.
+func port(p maint.MoveParams) uint16 {
+	u, err := url.Parse(p.MigrateURI)
+	if err != nil {
+		return 0
+	}
+	n, _ := strconv.ParseUint(u.Port(), 10, 16) // 0 for none
+	return uint16(n)
+}
+
+// part sees to it that both QEMUs have given their connection up, as they must have for the
+// migration to be resumed. The source's has something to send, and does so by itself where
+// it is dead; until then it goes on. The destination's may not have noticed.
+func (m *Migration) part(ctx context.Context, now situation, a *attempt) error {
+	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
+	switch given, err := m.Source.Severed(ctx, m.UUID); {
+	case err != nil:
+		return err
+	case !given:
+		return fmt.Errorf("%w: QEMU on %s has not given up its connection to %s, and goes on when the network lets it", errGoesOn, m.From, m.To)
+	}
+	a.Held = false // the next one is not
+	if see(now.there) != postcopy || len(a.Connections) == 0 {
+		return nil
+	}
+	return m.Destination.Connections(ctx, m.Op, maint.Connections{All: a.Connections, End: true})
 }
 
 // unseen names the host that could not be asked.

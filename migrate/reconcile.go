@@ -221,6 +221,13 @@ func see(v *maint.View) sight {
 	return paused
 }
 
+// Comes reports whether a guest is coming to the host that has it so, with inPostCopy in
+// post-copy only.
+func Comes(g maint.Guest, inPostCopy bool) bool {
+	s := see(&maint.View{Guest: &g})
+	return g.Job == jobIn && (!inPostCopy || s == postcopy || s == broken)
+}
+
 // Reconcile names the state of a guest in a migration, from what both hosts show and
 // what the journal says, and the one action that is safe in it. A nil view is of a host
 // that could not be asked. It is the only place that decides this.

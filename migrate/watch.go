@@ -29,7 +29,7 @@ const (
 func (m *Migration) watch(ctx, detach context.Context, done <-chan error, c *convergence, a *attempt, s Scratch) error {
 	tick := time.NewTicker(pollFirst)
 	defer tick.Stop()
-	stop, cancelled := ctx.Done(), false
+	stop, cancelled, begun := ctx.Done(), false, time.Now()
 	for {
 		select {
 		case err := <-done:
@@ -62,7 +62,13 @@ func (m *Migration) watch(ctx, detach context.Context, done <-chan error, c *con
 			switch {
 			case job.PostCopy == maint.PostCopyBroken && done == nil:
 				return nil
-			case job.PostCopy != "":
+			case job.PostCopy == maint.PostCopyBroken:
+				if time.Since(begun) > lookTimeout {
+					m.report(m.brokenProblem(a, fmt.Errorf("it is being resumed, and libvirt and QEMU of %s do not answer to that", m.To)))
+				}
+			case job.PostCopy == maint.PostCopyRunning:
+				m.report(nil)
+				m.hold(detach, a, s)
 			case a.PostCopy:
 				if m.startPostCopy(detach, a, s, true); a.PostCopy {
 					break
@@ -121,6 +127,7 @@ func (m *Migration) tune(ctx context.Context, c *convergence, a *attempt, job ma
 	case c.again:
 		m.abort(ctx)
 	case d.means == maint.MeansPostCopy:
+		m.hold(ctx, a, s)
 		a.PostCopy = true
 		if err := s.Save(*a); err != nil { // not without its being on disk
 			m.Log.Error("cannot write down that post-copy begins", "guest", m.Guest, "err", err)

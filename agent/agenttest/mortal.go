@@ -90,6 +90,21 @@ func (m mortalHost) StartPostCopy(ctx context.Context, uuid string) error {
 	return m.Hypervisor.StartPostCopy(ctx, uuid)
 }
 
+func (m mortalHost) HoldOut(ctx context.Context, uuid string, first, last uint16) ([]maint.Connection, error) {
+	defer m.around("HoldOut")()
+	return m.Hypervisor.HoldOut(ctx, uuid, first, last)
+}
+
+func (m mortalHost) HoldIn(ctx context.Context, uuid string, all []maint.Connection) (int, error) {
+	defer m.around("HoldIn")()
+	return m.Hypervisor.HoldIn(ctx, uuid, all)
+}
+
+func (m mortalHost) Sever(ctx context.Context, uuid string, all []maint.Connection) (int, error) {
+	defer m.around("Sever")()
+	return m.Hypervisor.Sever(ctx, uuid, all)
+}
+
 func (m mortalHost) ResumePostCopy(ctx context.Context, uuid string, p maint.MoveParams) error {
 	defer m.around("ResumePostCopy")()
 	return m.Hypervisor.ResumePostCopy(ctx, uuid, p)

@@ -62,6 +62,7 @@ var endpoints = []struct {
 	{"POST", "/v1/peer/checks", `{"op":"ID"}`, "peer", "Check me"},
 	{"PUT", "/v1/peer/reservations/{id}", `{"op":"ID"}`, "peer", "Reserve ID me"},
 	{"DELETE", "/v1/peer/reservations/{id}", "", "peer", "Release ID me"},
+	{"PUT", "/v1/peer/reservations/{id}/connections", `{"all":[],"end":true}`, "peer", "Connections ID true me"},
 	{"POST", "/v1/peer/files", `{"files":[]}`, "peer", "CheckFiles"},
 	{"PUT", "/v1/peer/disks/{id}", "", "peer", "MakeDisks ID me"},
 	{"DELETE", "/v1/peer/disks/{id}", "", "peer", "RemoveDisks ID me"},

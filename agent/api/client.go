@@ -329,6 +329,12 @@ func (c *Client) Release(ctx context.Context, op maint.OpID) error {
 	return c.call(ctx, "DELETE", "/v1/peer/reservations/"+segment(string(op)), nil, nil)
 }
 
+// Connections asks a peer to hold the connections by which a guest comes to it in post-copy,
+// or to end them.
+func (c *Client) Connections(ctx context.Context, op maint.OpID, q maint.Connections) error {
+	return c.call(ctx, "PUT", "/v1/peer/reservations/"+segment(string(op))+"/connections", q, nil)
+}
+
 // View asks what a peer has of a guest.
 func (c *Client) View(ctx context.Context, uuid string) (v maint.View, err error) {
 	return v, c.call(ctx, "GET", "/v1/peer/guests/"+segment(uuid), nil, &v)

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"os"
@@ -113,6 +114,10 @@ func (f *fakeAgent) Return(_ context.Context, from string, r maint.ReturnRequest
 
 func (f *fakeAgent) WatchReturn(ctx context.Context, from string, id maint.OpID, tell func(maint.Op) error) error {
 	return f.called("WatchReturn "+string(id), from)
+}
+
+func (f *fakeAgent) Connections(_ context.Context, from string, id maint.OpID, c maint.Connections) error {
+	return f.called(fmt.Sprintf("Connections %s %v", id, c.End), from)
 }
 
 func (f *fakeAgent) AbortReturn(_ context.Context, from string, id maint.OpID) (maint.Op, error) {

@@ -140,6 +140,8 @@ type PeerSide interface {
 	View(ctx context.Context, uuid string) (maint.View, error)
 	Settle(ctx context.Context, from string, s maint.Settlement) error
 	CompletedJob(ctx context.Context, uuid string) (maint.Job, error)
+	// Connections has those by which a guest comes in post-copy held, or ended.
+	Connections(ctx context.Context, from string, id maint.OpID, c maint.Connections) error
 	// Arrival waits for what is done for a guest that has come from there.
 	Arrival(ctx context.Context, from string, id maint.OpID) (maint.ArrivalReport, error)
 	Greeting(ctx context.Context) (Greeting, error)
@@ -299,6 +301,9 @@ func routes(a Agent) []route {
 			})
 		}},
 		{"DELETE", "/v1/peer/reservations/{id}", peers, func(r *http.Request, c Caller) (any, error) { return nil, a.Release(r.Context(), c.Name, opID(r)) }},
+		{"PUT", "/v1/peer/reservations/{id}/connections", peers, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q maint.Connections) (any, error) { return nil, a.Connections(r.Context(), c.Name, opID(r), q) })
+		}},
 		{"POST", "/v1/peer/files", peers, func(r *http.Request, _ Caller) (any, error) {
 			return with(r, func(q maint.FilesQuestion) (any, error) { return a.CheckFiles(r.Context(), q) })
 		}},

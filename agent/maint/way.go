@@ -68,3 +68,16 @@ func isAddress(s string) bool {
 	a, err := netip.ParseAddr(s)
 	return err == nil && a.Zone() == ""
 }
+
+// Connection is one by which a guest moves, of its source's QEMU to its destination's.
+type Connection struct {
+	From netip.AddrPort `json:"from"`
+	To   netip.AddrPort `json:"to"`
+}
+
+// Connections are what a source says of those of a post-copy: they are to outlive a cut
+// network, or are ended, since the source's QEMU has given them up.
+type Connections struct {
+	All []Connection `json:"all"`
+	End bool         `json:"end,omitempty"`
+}

@@ -31,6 +31,9 @@ type Hypervisor interface {
 	LiftBandwidth(ctx context.Context, uuid string) error
 	StartPostCopy(ctx context.Context, uuid string) error
 	ResumePostCopy(ctx context.Context, uuid string, p maint.MoveParams) error
+	HoldOut(ctx context.Context, uuid string, first, last uint16) ([]maint.Connection, error)
+	HoldIn(ctx context.Context, uuid string, all []maint.Connection) (int, error)
+	Sever(ctx context.Context, uuid string, all []maint.Connection) (int, error)
 	Job(ctx context.Context, uuid string) (maint.Job, error)
 	CompletedJob(ctx context.Context, uuid string) (maint.Job, error)
 	CPUTimes(ctx context.Context, uuid string, ready func(), f func(running bool, at time.Time)) error

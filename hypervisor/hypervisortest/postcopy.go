@@ -3,6 +3,8 @@ package hypervisortest
 import (
 	"context"
 	"fmt"
+	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -17,7 +19,11 @@ type postCopy struct {
 	told       bool // to go on as post-copy
 	begun      bool // the destination runs the guest
 	unattended bool // no call of libvirt's is at work on it
-	broken     bool // both QEMUs have lost each other, and wait to be told
+	broken     bool // the source's QEMU has lost the other one, and waits to be told
+	deaf       bool // the destination's has not noticed
+	resumed    int  // how often it was: each time it gets a new connection
+	heldOut    bool // a cut network does not end that
+	heldIn     bool
 	lost       bool // one of them is gone
 }
 
@@ -101,10 +107,11 @@ func (h *Host) takeUp(uuid string) (*migration, error) {
 		return nil, invalid("migration of domain %s is being actively monitored by another thread")
 	case !m.dst.up || !reachable(h, m.dst):
 		return nil, h.failed(opPerform, codeSystem, fmt.Sprintf("unable to connect to server at '%s': No route to host", m.params.DestURI))
-	case !m.post.broken || m.post.lost:
+	case !m.post.broken || m.post.deaf || m.post.lost:
 		return nil, h.failed(opPerform, codeOperationInvalid, "Requested operation is not valid: QEMU reports migration is still running")
 	}
-	m.post.broken, m.post.unattended = false, false
+	m.post.broken, m.post.unattended, m.post.heldOut, m.post.heldIn = false, false, false, false
+	m.post.resumed++
 	m.answered, m.err = make(chan struct{}), nil
 	g.become(maint.GuestPaused, reasonPost)
 	if there := m.dst.guests[uuid]; there.State == maint.GuestRunning {
@@ -156,7 +163,7 @@ func (m *migration) postCopy() {
 			if cut += step; cut >= keepalive {
 				m.lose(m.src.failed(opPerform, codeInternal, "internal error: client socket is closed"))
 			}
-			if cut >= tcp {
+			if cut >= tcp && !(m.post.heldOut && m.post.heldIn) { // the destination has nothing to send
 				m.part("operation failed: job 'migration out' failed in post-copy phase")
 			}
 		default:
@@ -229,16 +236,88 @@ func (m *migration) lose(err error) {
 	}
 }
 
-// part is QEMU's losing sight of the other one.
+// part is the source's QEMU losing sight of the other one, which hears of it where the
+// network carries that.
 func (m *migration) part(message string) {
 	m.lose(m.src.failed(opPerform, codeOperationFailed, message))
 	m.post.broken = true
 	if g := m.src.guests[m.uuid]; g != nil && g.State.Active() {
 		g.become(maint.GuestPaused, reasonPostFailed)
 	}
+	if m.post.deaf = !reachable(m.src, m.dst); !m.post.deaf {
+		m.notice()
+	}
+}
+
+// notice is the destination's QEMU giving up its connection.
+func (m *migration) notice() {
+	m.post.deaf = false
 	if g := m.dst.guests[m.uuid]; g != nil && g.State == maint.GuestRunning {
 		g.become(maint.GuestRunning, reasonPostFailed)
 	}
+}
+
+// HoldOut has a cut network not end the connection by which a guest leaves.
+func (h *Host) HoldOut(ctx context.Context, uuid string, _, _ uint16) ([]maint.Connection, error) {
+	return onGuest(ctx, h, "HoldOut", uuid, func(g *guest) ([]maint.Connection, error) {
+		m := g.out
+		if m == nil || m.over || m.post.broken {
+			return nil, nil
+		}
+		m.post.heldOut = true
+		return []maint.Connection{m.post.connection()}, nil
+	})
+}
+
+// connection is the one that a migration has: any does that is no other one's.
+func (p *postCopy) connection() maint.Connection {
+	from, to := netip.AddrFrom4([4]byte{192, 0, 2, 1}), netip.AddrFrom4([4]byte{192, 0, 2, 2})
+	return maint.Connection{From: netip.AddrPortFrom(from, 40000+uint16(p.resumed)), To: netip.AddrPortFrom(to, 49152)}
+}
+
+// HoldIn is HoldOut on the host to which a guest comes.
+func (h *Host) HoldIn(ctx context.Context, uuid string, all []maint.Connection) (int, error) {
+	return onGuest(ctx, h, "HoldIn", uuid, func(g *guest) (int, error) {
+		m := g.in
+		if m == nil || m.over || m.post.broken && !m.post.deaf || !slices.Contains(all, m.post.connection()) {
+			return 0, nil
+		}
+		m.post.heldIn = true
+		return 1, nil
+	})
+}
+
+// Sever has the guest's QEMU notice that the connection by which it comes is dead; one that
+// is not breaks by it.
+func (h *Host) Sever(ctx context.Context, uuid string, all []maint.Connection) (int, error) {
+	return onGuest(ctx, h, "Sever", uuid, func(g *guest) (int, error) {
+		m := g.in
+		switch {
+		case m == nil || !m.post.begun || m.post.broken && !m.post.deaf || !slices.Contains(all, m.post.connection()):
+			return 0, nil
+		case !m.post.broken:
+			m.part("operation failed: job 'migration out' failed in post-copy phase")
+		}
+		m.notice()
+		return 1, nil
+	})
+}
+
+// migrationStatus is QEMU's word for how a guest's migration is.
+func (g *guest) migrationStatus() string {
+	m := g.out
+	if m == nil {
+		m = g.in
+	}
+	switch {
+	case m == nil:
+		return "none"
+	case !m.post.begun:
+		return "active"
+	case m.post.broken && (g.out != nil || !m.post.deaf):
+		return "postcopy-paused"
+	}
+	return "postcopy-active"
 }
 
 // halve is what is left of a migration in post-copy when one of its QEMUs has gone.

@@ -25,7 +25,7 @@ func (h *Host) SetQEMU(version string) {
 }
 
 // OnQMP has f answer commands to QEMUs. By itself a QEMU knows query-status,
-// query-version, what a migration can have, and announce-self.
+// query-version, what a migration can have, how it is, and announce-self.
 func (h *Host) OnQMP(f Answer) {
 	h.w.mu.Lock()
 	defer h.w.mu.Unlock()
@@ -80,6 +80,8 @@ func (h *Host) QMP(ctx context.Context, uuid, command string, args any) (json.Ra
 			return map[string]any{"status": g.runState(), "running": g.State == maint.GuestRunning, "singlestep": false}, nil
 		case "query-version":
 			return qemuVersion(g.qemu), nil
+		case "query-migrate":
+			return map[string]any{"status": g.migrationStatus()}, nil
 		case "announce-self":
 			return struct{}{}, nil
 		case "query-migrate-capabilities":
