@@ -431,3 +431,10 @@ func (m *Machine) Loaded() string {
 	}
 	return text
 }
+
+// SetMicrocode has one CPU show another revision.
+func (m *Machine) SetMicrocode(cpu int, revision string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.put(fmt.Sprintf("sys/devices/system/cpu/cpu%d/microcode/version", cpu), revision)
+}
