@@ -226,6 +226,10 @@ func TestPatchBootLoop(t *testing.T) {
 	if v, loaded := b.settled(); loaded != "fix_0" || v.NoReload != "" {
 		t.Errorf("loaded %q, %+v", loaded, v)
 	}
+	b.must(b.patch(maint.PatchRequest{Action: maint.PatchRevert, Name: "fix_0"}), maint.OutcomeDone)
+	if v, loaded := b.settled(); loaded != "" || v.Active != nil {
+		t.Errorf("loaded %q, %+v", loaded, v)
+	}
 }
 
 // TestPatchKilledAnywhere kills the agent at every single thing that it does for a livepatch,

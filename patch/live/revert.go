@@ -56,9 +56,7 @@ func (j *Job) Withdraw(ctx context.Context, s Scratch) error {
 	if err := j.takeOut(ctx, s, plan.Patch); err != nil {
 		return err
 	}
-	known := j.Known()
-	known.Active = nil
-	return j.Record(known, &maint.PatchResult{Name: plan.Patch.Name, Transition: time.Since(begun)})
+	return j.Record(maint.Patches{}, &maint.PatchResult{Name: plan.Patch.Name, Transition: time.Since(begun)})
 }
 
 // UndoWithdraw puts the livepatch back.
