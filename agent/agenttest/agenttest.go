@@ -196,7 +196,7 @@ func NewOn(t testing.TB, log *slog.Logger, hosts map[string]hypervisortest.HostO
 			edit(&n.Config)
 		}
 		n.Clocks = preservetest.Clocks{}
-		n.Timing = live.Timing{Poll: time.Millisecond, Name: 20 * time.Millisecond, Limit: 5 * time.Second, Soak: 10 * time.Millisecond}
+		n.Timing = live.Timing{Poll: time.Millisecond, Name: 20 * time.Millisecond, Limit: 20 * time.Second, Back: 20 * time.Second, Soak: 10 * time.Millisecond}
 		n.Kernel = livetest.New(t, filepath.Join(home, "kernel"), livetest.Debian12())
 		n.Client = api.NewUnix(n.Config.API.Socket)
 		w.Nodes = append(w.Nodes, n)

@@ -77,12 +77,13 @@ func TestRefusals(t *testing.T) {
 			if c.do != nil {
 				c.do(b)
 			}
-			before := b.Loaded()
+			loaded := func() string { return strings.ReplaceAll(b.Loaded(), "*", "") } // a transition may end meanwhile
+			before := loaded()
 			p := refusal(t, b.begin(b.a).Preflight(t.Context(), b.notes), c.want)
 			if !strings.Contains(p.Error(), c.says) || p.Remedy == "" || p.Subject == "" {
 				t.Errorf("the refusal is %q, of %q, remedy %q; want it to say %q", p.Reason, p.Subject, p.Remedy, c.says)
 			}
-			if now := b.Loaded(); now != before {
+			if now := loaded(); now != before {
 				t.Errorf("loaded was %q, is %q", before, now)
 			}
 		})

@@ -39,7 +39,7 @@ func newBench(t *testing.T, o livetest.Options) *bench {
 		guests: []maint.Guest{{Name: "web-1", UUID: "u1", ID: 7, State: maint.GuestRunning}}}
 	b.vendor.Trust(m.Keys)
 	b.Host = live.Host{Tree: m.Tree, Kernel: m, Witness: m, Store: live.Store{Dir: filepath.Join(root, "var/lib/belay/live")}, Keys: m.Keys,
-		Timing: live.Timing{Poll: time.Millisecond, Name: 30 * time.Millisecond, Limit: 300 * time.Millisecond, Soak: 20 * time.Millisecond}}
+		Timing: live.Timing{Poll: time.Millisecond, Name: 30 * time.Millisecond, Limit: 20 * time.Second, Back: 20 * time.Second, Soak: 20 * time.Millisecond}}
 	return b
 }
 

@@ -27,11 +27,12 @@ type Timing struct {
 	Poll  time.Duration // sysfs tells of no change, so it is read this often
 	Name  time.Duration // after this long in transition its stragglers are named
 	Limit time.Duration // and after this long it is turned round
+	Back  time.Duration // what is taken back may take this long, before a person has to look
 	Soak  time.Duration // the host is watched after it for this long
 }
 
 // DefaultTiming goes by the kernel, which signals stragglers after 15 s.
-var DefaultTiming = Timing{Poll: 100 * time.Millisecond, Name: 15 * time.Second, Limit: 60 * time.Second, Soak: 30 * time.Second}
+var DefaultTiming = Timing{Poll: 100 * time.Millisecond, Name: 15 * time.Second, Limit: 60 * time.Second, Back: 3 * time.Minute, Soak: 30 * time.Second}
 
 // View is what is to be seen of the host, with what Belay knows of it.
 func (h Host) View(ctx context.Context, known maint.Patches) (v maint.PatchView, err error) {

@@ -169,7 +169,7 @@ func (j *Job) Load(ctx context.Context, s Scratch) error {
 			return err
 		}
 	}
-	if err := j.bringIn(ctx, s, plan.Patch, since.At); err != nil {
+	if err := j.bringIn(ctx, s, plan.Patch, since.At, j.Timing.Limit); err != nil {
 		return err
 	}
 	since.Took = time.Since(since.At)
@@ -177,7 +177,7 @@ func (j *Job) Load(ctx context.Context, s Scratch) error {
 }
 
 // bringIn has a kept livepatch loaded, and waits until every task runs it.
-func (h Host) bringIn(ctx context.Context, s Scratch, k maint.KeptPatch, since time.Time) error {
+func (h Host) bringIn(ctx context.Context, s Scratch, k maint.KeptPatch, since time.Time, limit time.Duration) error {
 	p, err := h.Tree.Patch(k.Name)
 	if err != nil {
 		return err
@@ -204,7 +204,7 @@ func (h Host) bringIn(ctx context.Context, s Scratch, k maint.KeptPatch, since t
 	if !is(*p, &k) {
 		return maint.Problemf(maint.CodePatchStack, "livepatch "+k.Name, "see 'belay patch list'", "another livepatch of that name is loaded")
 	}
-	return h.await(ctx, s, k.Name, since, func(p *maint.LivePatch) (bool, error) {
+	return h.await(ctx, s, k.Name, since, limit, func(p *maint.LivePatch) (bool, error) {
 		switch {
 		case p == nil:
 			return false, maint.Problemf(maint.CodePatchStack, "livepatch "+k.Name, "see 'belay patch list', and who else loads livepatches here", "has gone: somebody has disabled it, or put another in its place")
@@ -217,7 +217,7 @@ func (h Host) bringIn(ctx context.Context, s Scratch, k maint.KeptPatch, since t
 
 // await looks at a livepatch until it is as wanted. It names those who are waited for, and
 // gives up in time.
-func (h Host) await(ctx context.Context, s Scratch, name string, since time.Time, over func(*maint.LivePatch) (bool, error)) error {
+func (h Host) await(ctx context.Context, s Scratch, name string, since time.Time, limit time.Duration, over func(*maint.LivePatch) (bool, error)) error {
 	tick := time.NewTicker(h.Timing.Poll)
 	defer tick.Stop()
 	named := false
@@ -230,15 +230,15 @@ func (h Host) await(ctx context.Context, s Scratch, name string, since time.Time
 			return err
 		}
 		waited := time.Since(since)
-		if waited >= h.Timing.Name && !named || waited >= h.Timing.Limit {
+		if waited >= h.Timing.Name && !named || waited >= limit {
 			tasks, err := h.Witness.Tasks(ctx, nil)
 			who := names(tasks)
 			if err != nil {
 				who = "tasks that cannot be told: " + err.Error()
 			}
-			if waited >= h.Timing.Limit {
+			if waited >= limit {
 				return maint.Problemf(maint.CodeStalled, "livepatch "+name, "try again when they do something else, or use rung B3 or D; it is never forced",
-					"its transition has not come to its end in %s; it waits for %s", h.Timing.Limit, who)
+					"its transition has not come to its end in %s; it waits for %s", limit, who)
 			}
 			named = true
 			if err := s.Note("after %s the transition still waits for %s", waited.Round(time.Second), who); err != nil {
@@ -258,7 +258,7 @@ func (h Host) await(ctx context.Context, s Scratch, name string, since time.Time
 func (h Host) unload(ctx context.Context, name string) error {
 	tick := time.NewTicker(h.Timing.Poll)
 	defer tick.Stop()
-	deadline := time.Now().Add(h.Timing.Limit)
+	deadline := time.Now().Add(h.Timing.Back)
 	for {
 		loaded, _, livepatch := h.Tree.Module(name)
 		if !loaded {
@@ -286,9 +286,9 @@ func (h Host) unload(ctx context.Context, name string) error {
 }
 
 // takeOut disables a livepatch, or turns its transition round, and waits until it has gone.
-func (h Host) takeOut(ctx context.Context, s Scratch, k maint.KeptPatch) error {
+func (h Host) takeOut(ctx context.Context, s Scratch, k maint.KeptPatch, limit time.Duration) error {
 	var said error
-	err := h.await(ctx, s, k.Name, time.Now(), func(p *maint.LivePatch) (bool, error) {
+	err := h.await(ctx, s, k.Name, time.Now(), limit, func(p *maint.LivePatch) (bool, error) {
 		switch {
 		case p == nil:
 			return true, nil
@@ -316,14 +316,14 @@ func (j *Job) Undo(ctx context.Context, s Scratch) error {
 	if gone := j.rebooted(); gone != nil {
 		known.NoReload = "the host went down while livepatch " + plan.Patch.Name + " was being loaded"
 	} else {
-		if err := j.takeOut(ctx, s, plan.Patch); err != nil {
+		if err := j.takeOut(ctx, s, plan.Patch, j.Timing.Back); err != nil {
 			return err
 		}
 		if err := j.unload(ctx, plan.Patch.Name); err != nil {
 			return err
 		}
 		if plan.Before != nil {
-			if err := j.bringIn(ctx, s, *plan.Before, time.Now()); err != nil {
+			if err := j.bringIn(ctx, s, *plan.Before, time.Now(), j.Timing.Back); err != nil {
 				return maint.Problemf(maint.CodePatchStack, "livepatch "+plan.Before.Name, "load it again (belay patch reload)", "was active before, and cannot be brought back: %v", err)
 			}
 		}

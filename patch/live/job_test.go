@@ -70,6 +70,7 @@ func TestStalledTransition(t *testing.T) {
 			b.apply(before)
 		}
 		b.Hold(120, "meminfo_proc_show")
+		b.Host.Timing.Limit = 300 * time.Millisecond
 		err := b.run(b.begin(b.vendor.Make("fix_1", b.Release, b.Version, nil)))
 		p := problem(t, err)
 		if p.Code != maint.CodeStalled || !strings.Contains(p.Reason, "kernel thread kworker/0:120 (task 120), in meminfo_proc_show") {

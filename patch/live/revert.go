@@ -53,7 +53,7 @@ func (j *Job) Withdraw(ctx context.Context, s Scratch) error {
 		return err
 	}
 	begun := time.Now()
-	if err := j.takeOut(ctx, s, plan.Patch); err != nil {
+	if err := j.takeOut(ctx, s, plan.Patch, j.Timing.Limit); err != nil {
 		return err
 	}
 	return j.Record(maint.Patches{}, &maint.PatchResult{Name: plan.Patch.Name, Transition: time.Since(begun)})
@@ -76,7 +76,7 @@ func (j *Job) UndoWithdraw(ctx context.Context, s Scratch) error {
 				return err
 			}
 		}
-		if err := j.bringIn(ctx, s, plan.Patch, time.Now()); err != nil {
+		if err := j.bringIn(ctx, s, plan.Patch, time.Now(), j.Timing.Back); err != nil {
 			return err
 		}
 	}
@@ -85,5 +85,5 @@ func (j *Job) UndoWithdraw(ctx context.Context, s Scratch) error {
 
 // turned waits until a livepatch is on its way in again, or out for good.
 func (h Host) turned(ctx context.Context, s Scratch, k maint.KeptPatch) error {
-	return h.await(ctx, s, k.Name, time.Now(), func(p *maint.LivePatch) (bool, error) { return p == nil || p.Enabled, nil })
+	return h.await(ctx, s, k.Name, time.Now(), h.Timing.Back, func(p *maint.LivePatch) (bool, error) { return p == nil || p.Enabled, nil })
 }
