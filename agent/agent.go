@@ -182,6 +182,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		helpers.Go(func() { p.greet(a.life, a.log) })
 	}
 	helpers.Go(func() { a.pruneHourly(a.life) })
+	helpers.Go(func() { a.delayShutdown(a.life) })
 
 	a.sweepLeashes()
 	marks := a.local.Leftovers()

@@ -31,7 +31,7 @@ func (a *Agent) Doctor(ctx context.Context) ([]maint.Check, error) {
 	} else {
 		add("host", "libvirt", maint.CheckOK, "", "libvirt %s, QEMU %s, host UUID %s", host.LibvirtVersion, host.QEMUVersion, host.UUID)
 	}
-	checks = append(checks, a.checkState(), a.checkCert())
+	checks = append(checks, a.checkState(), a.checkShutdown(ctx), a.checkCert())
 	checks = append(checks, a.doctorA(ctx)...)
 	checks = append(checks, a.doctorB(ctx)...)
 	add("B", "kexec", maint.CheckNA, "", "this belayd cannot replace the host's kernel under its guests (B3)")

@@ -18,8 +18,8 @@ import (
 )
 
 // Preserve is what rung B needs beside libvirt: a leash, a way to run what is
-// done to the host, and the guests' clocks; the host's boot, which rung C needs; and
-// its kernel, of rung A.
+// done to the host, and the guests' clocks; the host's boot, which rung C needs; its
+// kernel, of rung A; and its shutdown.
 type Preserve struct {
 	Boot   board.Boot // zero: the notice of events goes by the wall clock when belayd restarts
 	Live   Live
@@ -30,6 +30,8 @@ type Preserve struct {
 	Places vmm.Places
 	// Twin is the second libvirt daemon; nil: there is none.
 	Twin *Twin
+	// Shutdown is asked to wait for operations; nil: nobody is.
+	Shutdown Shutdown
 }
 
 // Clocks measures and corrects guests' clocks; see package guestclock.

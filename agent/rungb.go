@@ -11,6 +11,7 @@ import (
 
 	"belay/agent/boottime"
 	"belay/agent/config"
+	"belay/agent/logind"
 	"belay/agent/maint"
 	"belay/hypervisor"
 	"belay/hypervisor/guestclock"
@@ -50,6 +51,8 @@ func NewPreserve(cfg config.Config, hyp *hypervisor.Host, log *slog.Logger) Pres
 		Clocks: clocks{guestclock.New(hyp, clocksAtOnce)},
 		Places: vmm.Places{Lib: cfg.Libvirt.StateDir}, // the hook knows the other folders by their names
 		Live:   newLive(cfg),
+
+		Shutdown: logind.Host{},
 	}
 	if id, err := boottime.ID(); err == nil {
 		p.Boot = board.Boot{ID: id, Since: boottime.Now}

@@ -54,6 +54,8 @@ type Node struct {
 	// then on.
 	Machine *vmmtest.Machine
 	Twin    *Second
+	// Shutdown, if set, is asked to wait; for agents that are started from then on.
+	Shutdown agent.Shutdown
 	// Boot names the host's boot, for agents that are started from then on.
 	Boot string
 	// Kernel is the host's; it outlives the agent.
@@ -218,7 +220,7 @@ func (n *Node) Start(hook func(what string)) {
 	check(n.t, err)
 	n.living.Store(n.life)
 	b := agent.Preserve{Leash: mortalLeash{n.Leashes, n.LeashDir, n.life}, Steps: n.Steps, Clocks: n.Clocks, Places: vmm.Places{Root: n.Root},
-		Boot: board.Boot{ID: n.Boot, Since: boottime.Now}, Live: n.live()}
+		Boot: board.Boot{ID: n.Boot, Since: boottime.Now}, Live: n.live(), Shutdown: n.Shutdown}
 	var hyp agent.Hypervisor = n.Host
 	if n.Machine != nil {
 		hyp, b.Places = n.Machine, n.Machine.Places()

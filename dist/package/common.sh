@@ -21,6 +21,12 @@ held() {
 # running: systemd runs this very system, not one that is being put together.
 running() { [ -z "$root" ] && [ -d /run/systemd/system ]; }
 
+# reread has systemd read what was installed, and logind how long a shutdown waits.
+reread() {
+	systemctl --system daemon-reload
+	systemctl --quiet kill -s HUP systemd-logind.service || true # it may be masked
+}
+
 # again has belayd, which runs, give way to the one that was just installed. Its unit's
 # reload waits until no guest is held; operations go on. Nobody touches the leashes,
 # belay-leash-*.service: they hold guests' lives in their hands.

@@ -125,6 +125,7 @@ var content = []string{
 	"-rwxr-xr-x /usr/sbin/belayd",
 	"-rwxr-xr-x /usr/sbin/belay-leash",
 	"-rw-r--r-- /usr/lib/systemd/system/belayd.service",
+	"-rw-r--r-- /usr/lib/systemd/logind.conf.d/belay.conf",
 	"-rw-r--r-- /usr/lib/sysusers.d/belay.conf",
 	"-rw-r--r-- /usr/lib/tmpfiles.d/belay.conf",
 	"-rw-r--r-- /usr/share/bash-completion/completions/belay",
