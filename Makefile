@@ -8,6 +8,9 @@ LDFLAGS  := -s -w -X main.version=$(VERSION)
 # Further flags, such as TESTFLAGS='-run TestBadInput -v', BENCHFLAGS='-only daemon'.
 TESTFLAGS  ?=
 BENCHFLAGS ?=
+# The packages with tests in labs. Two at a time, and as many tests of each as there are
+# processors: emulated guests want a good part of one each.
+LABS = $(sort $(dir $(shell grep -rlE --include='*_test.go' 'BELAY_LAB|"belay/vmtests/(lab|guest|cluster)"' [a-z]* | sed 's,^,./,')))
 
 .DEFAULT_GOAL := help
 .PHONY: help deps build demo test test-unit test-long lint bench man completion package clean clean-cache
@@ -26,14 +29,14 @@ build: ## build belay, belayd and the lab's programs into bin/ (installs go-libv
 demo: deps build ## two hosts, a guest, and its migration beside virsh's (needs root, under 5 minutes)
 	@BELAY_BIN=$(CURDIR)/$(BIN) exec $(BIN)/demo
 
-test: deps build ## all tests, with real libvirt and QEMU in a lab (needs root)
-	BELAY_BIN=$(CURDIR)/$(BIN) $(GO) test -timeout 20m $(TESTFLAGS) ./...
+test: test-unit deps ## all tests, with real libvirt and QEMU in labs (needs root); those that need no lab first
+	BELAY_BIN=$(CURDIR)/$(BIN) $(GO) test -p 2 -timeout 20m $(TESTFLAGS) ./vmtests $(LABS)
 
 test-unit: build ## only the tests that need no lab
-	BELAY_LAB=skip $(GO) test $(TESTFLAGS) ./...
+	BELAY_LAB=skip $(GO) test -parallel 8 $(TESTFLAGS) ./...
 
 test-long: deps build ## the long campaigns (two hours)
-	BELAY_BIN=$(CURDIR)/$(BIN) BELAY_LONG=1 $(GO) test -timeout 180m -count=1 -v -run '^Test' ./vmtests/ ./agent/ ./notify/...
+	BELAY_BIN=$(CURDIR)/$(BIN) BELAY_LONG=1 $(GO) test -timeout 180m -count=1 -v -run '^Test' ./vmtests/ ./vmtests/guest ./vmtests/lab ./agent/ ./notify/...
 
 lint: build ## gofmt, vet, staticcheck
 	@unformatted=$$(gofmt -l .); if [ -n "$$unformatted" ]; then echo "gofmt would change:"; echo "$$unformatted"; exit 1; fi

@@ -84,6 +84,7 @@ func (k *killer) hook(what string) {
 // ended, its record is true, and exactly one copy of the guest runs, defined
 // where it runs.
 func TestKilledAnywhere(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name   string
 		victim int

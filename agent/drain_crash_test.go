@@ -72,6 +72,7 @@ func flock() int {
 // operation has gone on, no guest was moved twice or forgotten, and each is where it
 // must be.
 func TestDrainKilledAnywhere(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name    string
 		restore bool

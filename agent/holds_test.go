@@ -22,6 +22,7 @@ var holdAll = maint.HoldRequest{All: true, MaxPause: 2 * time.Second,
 // one that somebody else had paused is still paused, no leash is left, and the
 // record is true.
 func TestHoldKilledAnywhere(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name string
 		step string

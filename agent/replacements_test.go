@@ -92,6 +92,7 @@ func armed(all *preservetest.Leashes) bool { return slices.Contains(all.Armed(),
 // What fails with the guest paused leaves the leash with it, which resumes it
 // when belayd has ended; the next belayd takes its leash away once it runs.
 func TestLeashStaysWithAPausedGuest(t *testing.T) {
+	t.Parallel()
 	for name, strike := range map[string]func(h *oneGuest){
 		"paused":               func(*oneGuest) {},
 		"libvirt is not there": func(h *oneGuest) { h.is(maint.GuestPaused, maint.ErrHypervisorDown) },
@@ -133,6 +134,7 @@ func TestLeashStaysWithAPausedGuest(t *testing.T) {
 
 // A leash that there is no more need for is disarmed, however it ended.
 func TestLeashIsDisarmed(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		state   maint.GuestState
 		err     error

@@ -78,7 +78,7 @@ func (s *site) connected(t testing.TB) {
 	defer cancel()
 	select {
 	case <-events:
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("no events connection")
 	}
 }
@@ -244,7 +244,7 @@ func (s *site) FreeLease(t testing.TB, uuid string) {
 // SendAway has QEMU migrate to a socket that swallows it.
 func (s *site) SendAway(t testing.TB, uuid string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	dir, err := os.MkdirTemp("", "b") // t.TempDir is too long for a socket's address
 	if err != nil {

@@ -266,7 +266,7 @@ func TestSaveGoesOn(t *testing.T) {
 // await waits for a lifecycle event.
 func await(t testing.TB, events <-chan maint.Event, change string) {
 	t.Helper()
-	timeout := time.After(20 * time.Second)
+	timeout := time.After(time.Minute)
 	for {
 		select {
 		case ev := <-events:

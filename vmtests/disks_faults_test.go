@@ -47,7 +47,7 @@ func (b *bed) hasImages(n *cluster.Node, want string) {
 func (b *bed) beginDisks() maint.Op {
 	b.t.Helper()
 	ctx := b.ctx(time.Minute)
-	op, err := b.a.Client().Migrate(ctx, maint.MigrateRequest{Guest: "web-1", To: b.b.Name, BandwidthMiBs: 8, CopyDisks: []string{maint.CopyAll}})
+	op, err := b.a.Client().Migrate(ctx, maint.MigrateRequest{Guest: "web-1", To: b.b.Name, BandwidthMiBs: 12, CopyDisks: []string{maint.CopyAll}})
 	if err != nil {
 		b.t.Fatal(err)
 	}

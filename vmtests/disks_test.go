@@ -172,8 +172,11 @@ func TestMoveWithDisk(t *testing.T) {
 		secret            bool // by TLS, through a network of its own
 	}{
 		{"raw", "web-1.raw", "", false},
-		{"overlay", "web-1.qcow2", "base.raw", true},
+		{"overlay", "web-1.qcow2", "base.raw", true}, // in the short form by TestDiskByTransport
 	} {
+		if c.secret && !long() {
+			continue
+		}
 		t.Run(c.name, func(t *testing.T) {
 			b := newBed(t, lab.Config{TLS: c.secret}, ownDisk(c.image, c.over))
 			path := filepath.Join(imagesDir, c.image)
@@ -198,7 +201,7 @@ func TestMoveWithDisk(t *testing.T) {
 			stop := b.scribble(b.a, 2*time.Second)
 			link := map[bool]string{true: lab.MigrationLink, false: lab.Uplink}[c.secret]
 			came := b.received(b.b, link)
-			op := b.migrate(b.a, b.b, "--copy-disks", "--bandwidth", "24", "--timeout", "60s")
+			op := b.migrate(b.a, b.b, "--copy-disks", "--bandwidth", "40", "--timeout", "90s")
 			last := stop()
 			if came = b.received(b.b, link) - came; came < writtenMiB<<20 {
 				t.Errorf("the disk did not come by %s, only %d MiB did", link, came>>20)

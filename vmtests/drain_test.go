@@ -28,7 +28,7 @@ func newFlock(t *testing.T, hosts, guests int) *measure.Flock {
 	}
 	t.Cleanup(func() { _ = discard() })
 	f, err := measure.FlockUp(ctx, measure.FlockConfig{Lab: lab.Config{Name: "t" + strings.ToLower(rand.Text()[:8]), Hosts: hosts}, Bin: bin, Guests: guests,
-		Interval: 10 * time.Millisecond, Dirty: probe.DirtySettings{RateMiBs: 2, WorkingSetMiB: 16}})
+		Interval: 50 * time.Millisecond, Dirty: probe.DirtySettings{RateMiBs: 2, WorkingSetMiB: 16}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -242,7 +242,7 @@ func hotPlug(ctx context.Context, t *testing.T, n *cluster.Node, name string) {
 	if _, err := n.Virsh(ctx, "attach-interface", name, "bridge", "br0", "--model", "virtio", "--mac", "52:54:00:99:00:01", "--live"); err != nil {
 		t.Fatal(err)
 	}
-	for end := time.Now().Add(20 * time.Second); ; {
+	for end := time.Now().Add(time.Minute); ; {
 		var checks []maint.Check
 		err := n.BelayJSON(ctx, &checks, "doctor")
 		known := 0

@@ -307,7 +307,7 @@ func (e *trial) end(ctx context.Context) {
 	if len(ops) == 0 || ops[len(ops)-1].ID == e.known {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	if e.op, err = e.Client().Watch(ctx, ops[len(ops)-1].ID, func(maint.Op) {}); err != nil {
 		e.t.Fatalf("the operation does not end: %v\n%s", err, e.logOf(""))
@@ -335,7 +335,7 @@ func (e *trial) ways() map[string]int {
 func (e *trial) wrong(ctx context.Context, limit func(observer.Gap) time.Duration) (wrong []string) {
 	say := func(format string, args ...any) { wrong = append(wrong, fmt.Sprintf(format, args...)) }
 	// A leash whose belayd died before it had an order ends after 30 s.
-	wrong = append(wrong, e.settled(ctx, e.first, 40*time.Second)...)
+	wrong = append(wrong, e.settled(ctx, e.first, 2*time.Minute)...)
 	if e.op.ID == "" {
 		if e.result.Code == 0 || len(e.trail.words()) > 0 {
 			say("there is no operation, and it did %v", e.trail.words())
@@ -449,7 +449,7 @@ func exitCode(op maint.Op) int {
 
 // since reports on a guest's heartbeats when it is known to send them again.
 func (w *ward) since(ctx context.Context, m observer.Mark, name string) (observer.Report, error) {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	err := w.obs.Await(ctx, name, 3)
 	return w.obs.Since(m, name), err

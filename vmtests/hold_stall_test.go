@@ -18,14 +18,12 @@ var stalls = regexp.MustCompile(`(?i)soft lockup|hard lockup|rcu.*stall|stall.*r
 // TestHoldStall holds a Linux guest for so long that its watchdogs could take
 // the pause for a stall, and reads what its kernel has to say.
 func TestHoldStall(t *testing.T) {
+	longOnly(t)
 	t.Parallel()
 	w := newWard(t, 1)
 	ctx, cancel := context.WithTimeout(t.Context(), 6*time.Minute)
 	defer cancel()
-	pause := 6 * time.Second
-	if long() {
-		pause = time.Minute // beyond the 20 s of the soft lockup detector, and the 21 s of RCU's
-	}
+	const pause = time.Minute // beyond the 20 s of the soft lockup detector, and the 21 s of RCU's
 	g := w.guests[0]
 	before, err := g.Console(w)
 	if err != nil {

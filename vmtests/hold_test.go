@@ -165,7 +165,7 @@ func TestHold(t *testing.T) {
 			}
 			continue
 		}
-		if h.Pause < time.Second || h.Pause > 3*time.Second || h.ReleasedBy != "belayd" {
+		if h.Pause < time.Second || h.Pause > 10*time.Second || h.ReleasedBy != "belayd" {
 			t.Errorf("%+v", h)
 		}
 		// How near it gets on a busy machine is the benchmarks' affair; left

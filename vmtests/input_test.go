@@ -68,7 +68,7 @@ func TestBadInput(t *testing.T) {
 	must(b.b.Stop())
 	b.b.Settings = "[limits]\nguest_memory = \"64MiB\"\n"
 	must(b.b.Start(ctx))
-	b.refused(b.a, blocked, []string{"host-b", "64 MiB", "needs 320 MiB"}, move...)
+	b.refused(b.a, blocked, []string{"host-b", "64 MiB", "needs 256 MiB"}, move...)
 
 	// A peer that is not there.
 	must(b.b.Stop())
@@ -93,7 +93,7 @@ func TestBadInput(t *testing.T) {
 // awaitStatus waits until belay status has the word.
 func (b *bed) awaitStatus(n *cluster.Node, word string) {
 	b.t.Helper()
-	ctx := b.ctx(30 * time.Second)
+	ctx := b.ctx(2 * time.Minute)
 	for {
 		r, err := n.Belay(ctx, "status")
 		if err != nil {

@@ -41,8 +41,8 @@ func TestReplaceVMM(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer obs.Close()
-	g, err := guest.Start(ctx, n, guest.Spec{Name: "web-1", MemoryMiB: 192, Accel: accel, FileMemory: true,
-		IP: netip.MustParsePrefix("10.77.1.1/16"), Heartbeat: heartbeats}, img)
+	g, err := guest.Start(ctx, n, guest.Spec{Name: "web-1", Accel: accel, FileMemory: true,
+		IP: netip.MustParsePrefix("10.77.1.1/16"), Heartbeat: heartbeats, IntervalUs: beatUs}, img)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -116,10 +116,10 @@ func TestTransport(t *testing.T) {
 	b.isWhole(b.b)
 }
 
-// A disk that goes along takes the same way as memory.
+// A disk that goes along takes the same way as memory; here it is an overlay.
 func TestDiskByTransport(t *testing.T) {
 	t.Parallel()
-	b := newBed(t, lab.Config{TLS: true}, ownDisk("web-1.raw", ""))
+	b := newBed(t, lab.Config{TLS: true}, ownDisk("web-1.qcow2", "base.raw"))
 	if err := b.Lab.AddMigrationNetwork(b.ctx(time.Minute)); err != nil {
 		t.Fatal(err)
 	}
@@ -132,7 +132,7 @@ func TestDiskByTransport(t *testing.T) {
 	op := b.migrate(b.a, b.b, "--copy-disks", "--timeout", "90s")
 	last := stop()
 	b.isWhole(b.b)
-	b.diskIsWhole(b.b, b.a, filepath.Join(imagesDir, "web-1.raw"), last)
+	b.diskIsWhole(b.b, b.a, filepath.Join(imagesDir, "web-1.qcow2"), last)
 	lan, own = b.received(b.b, lab.Uplink)-lan, b.received(b.b, lab.MigrationLink)-own
 	t.Logf("%d MiB of memory sent; %d MiB came by the migration network, %d MiB by the LAN\n%s", op.Move.MemorySent>>20, own>>20, lan>>20, notes(op))
 	if own < op.Move.MemorySent+writtenMiB<<20 || lan > writtenMiB<<20/4 {
@@ -165,7 +165,7 @@ func notes(op maint.Op) string {
 // received is how many bytes have come in by a link of a host.
 func (b *bed) received(n *cluster.Node, link string) uint64 {
 	b.t.Helper()
-	out, err := n.Command(b.ctx(10*time.Second), "cat", "/proc/net/dev").Output()
+	out, err := n.Command(b.ctx(time.Minute), "cat", "/proc/net/dev").Output()
 	if err != nil {
 		b.t.Fatal(err)
 	}

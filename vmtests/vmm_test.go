@@ -176,7 +176,7 @@ func newSwapBed(t *testing.T, c lab.Config, s guest.Spec) *swapBed {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { b.obs.Close() })
-	s.Name, s.Accel, s.IP, s.Heartbeat = "web-1", accel, netip.MustParsePrefix("10.77.1.1/16"), heartbeats
+	s.Name, s.Accel, s.IP, s.Heartbeat, s.IntervalUs = "web-1", accel, netip.MustParsePrefix("10.77.1.1/16"), heartbeats, beatUs
 	if s.MemoryMiB == 0 {
 		s.MemoryMiB = 192
 	}
@@ -197,7 +197,7 @@ func newSwapBed(t *testing.T, c lab.Config, s guest.Spec) *swapBed {
 	}
 	b.uuid = b.virsh("domuuid", "web-1")
 	c0, ctx := b.dial(b.host), b.ctx(time.Minute)
-	_, err = c0.Dirty(ctx, probe.DirtySettings{RateMiBs: 8, WorkingSetMiB: 32})
+	_, err = c0.Dirty(ctx, probe.DirtySettings{RateMiBs: 8, WorkingSetMiB: 16})
 	if err == nil {
 		_, err = c0.DiskWrite(ctx, probe.DiskSettings{SizeMiB: 16, Seed: 7})
 	}
@@ -323,7 +323,7 @@ func (b *swapBed) swap(method maint.VMMMethod) maint.VMMResult {
 	}
 	b.isWhole(b.host)
 	b.isTidy()
-	if err := b.obs.Await(b.ctx(10*time.Second), "web-1", 100); err != nil {
+	if err := b.obs.Await(b.ctx(time.Minute), "web-1", 20); err != nil {
 		b.t.Fatal(err)
 	}
 	seen := b.obs.Since(mark, "web-1")
@@ -349,7 +349,11 @@ func TestNewQEMUInPlace(t *testing.T) {
 			t.Fatalf("it lost its autostart: %q", got)
 		}
 	}
-	for range 2 {
+	rounds := 1
+	if long() {
+		rounds = 5
+	}
+	for range rounds {
 		b.swap(maint.VMMInPlace)
 		same()
 		if err := b.rival(b.lab.Hosts[1]); err == nil || !strings.Contains(err.Error(), "lock") {

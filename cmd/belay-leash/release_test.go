@@ -13,7 +13,7 @@ import (
 )
 
 // quick is how long after a deadline, or a silence, guests may stand still.
-const quick = 2 * time.Second
+const quick = 5 * time.Second
 
 // TestLeash has the leash release real guests, whatever dies. In all of it the
 // guest that somebody else has paused stays paused.

@@ -154,7 +154,7 @@ type step struct {
 // rule asks the probe some times. Each answer bounds the offset from both sides.
 func (b *bed) rule(w *ward) (r ruling) {
 	b.t.Helper()
-	ctx := b.ctx(30 * time.Second)
+	ctx := b.ctx(2 * time.Minute)
 	var least, most, best time.Duration
 	for n := range 15 {
 		asked := time.Now()

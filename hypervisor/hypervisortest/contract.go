@@ -124,7 +124,7 @@ func Contract(t *testing.T, env Env) {
 }
 
 // patience bounds every wait of the contract.
-const patience = 30 * time.Second
+const patience = time.Minute
 
 // newGuest starts a guest on A that is gone from both hosts after the test.
 func newGuest(t *testing.T, env Env, name string) (uuid string) {

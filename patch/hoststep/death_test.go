@@ -144,9 +144,7 @@ func TestItKillsSupervisorAndBelayd(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "pid")
 	b := h.belayd("mig-1-step", 0, `setsid sh -c 'trap "" TERM; while :; do sleep 0.1; done' & echo $PPID >$1; exec sleep 100`, file)
 	supervisor := readPID(t, file)
-	if err := unix.Kill(supervisor, unix.SIGSTOP); err != nil { // so that belayd cannot see it die
-		t.Fatal(err)
-	}
+	stop(t, supervisor) // so that belayd cannot see it die
 	kill(t, b)
 	if err := unix.Kill(supervisor, unix.SIGKILL); err != nil {
 		t.Fatal(err)

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -283,9 +284,7 @@ func TestBelaydIsKilledAsItTellsItToBegin(t *testing.T) {
 	begin := func(name, file string, until time.Duration) (supervisor int) {
 		h.prepare(name, `echo x >>$1; exit 3`, file)
 		supervisor = h.supervisor(name)
-		if err := unix.Kill(supervisor, unix.SIGSTOP); err != nil {
-			t.Fatal(err)
-		}
+		stop(t, supervisor)
 		c, err := net.Dial("unix", h.sock(name))
 		if err != nil {
 			t.Fatal(err)
@@ -382,9 +381,7 @@ func TestItsSupervisorIsKilledWhileItWaits(t *testing.T) {
 			// And while it is told to begin.
 			h.prepare("mig-2-step", script, file)
 			supervisor = h.supervisor("mig-2-step")
-			if err := unix.Kill(supervisor, unix.SIGSTOP); err != nil {
-				t.Fatal(err)
-			}
+			stop(t, supervisor)
 			done := make(chan maint.StepRun)
 			go func() { done <- h.sh(t.Context(), "mig-2-step", "exit 4") }()
 			eventually(t, "it is being told", func() bool {
@@ -419,6 +416,22 @@ func kill9(t *testing.T, pid int) {
 	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// stop stops a process, and returns when each of its threads stands still.
+func stop(t *testing.T, pid int) {
+	t.Helper()
+	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it stands still", func() bool {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		return err == nil && len(threads) > 0 && !slices.ContainsFunc(threads, func(stat string) bool {
+			b, err := os.ReadFile(stat)
+			_, state, _ := strings.Cut(string(b), ") ")
+			return err == nil && !strings.HasPrefix(state, "T")
+		})
+	})
 }
 
 // TestItsFolderIsFull before it is prepared, or before it begins.

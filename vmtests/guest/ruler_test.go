@@ -28,7 +28,7 @@ const (
 // size is known from elsewhere.
 func TestRulers(t *testing.T) {
 	w := newWorld(t, 1)
-	ctx := timeout(t, time.Minute)
+	ctx := timeout(t, 5*time.Minute)
 	h := w.Hosts[0]
 	s := w.spec("ruler", 1)
 	_, c := w.start(t, ctx, h, s)
@@ -162,7 +162,7 @@ func checkRate(t *testing.T, ctx context.Context, c *guest.Control) {
 	rate := float64(m.Dirtied) / (1 << 20) / m.Dirtying.Seconds()
 	t.Logf("dirtied %.1f MiB/s", rate)
 	// An emulated CPU on a busy machine may not keep up, but never is it ahead.
-	if rate > want*1.05 || rate < want*0.5 {
+	if rate > want*1.05 || rate < want*0.2 {
 		t.Errorf("dirtied %.1f MiB/s, want %.0f", rate, want)
 	}
 	if r, err := c.Verify(ctx); err != nil || !r.OK() {
@@ -226,9 +226,10 @@ func (w *world) checkControl(t *testing.T, ctx context.Context, h *lab.Host, c *
 // rulers go on: same boot, sound memory and disk, one gap.
 func TestGuestMigrates(t *testing.T) {
 	w := newWorld(t, 2)
-	ctx := timeout(t, time.Minute)
+	ctx := timeout(t, 5*time.Minute)
 	a, b := w.Hosts[0], w.Hosts[1]
 	s := w.spec("mover", 1)
+	s.IntervalUs = 20_000
 	var err error
 	if s.Disk, err = w.AddDisk(ctx, "mover", 16<<20); err != nil {
 		t.Fatal(err)
@@ -250,13 +251,13 @@ func TestGuestMigrates(t *testing.T) {
 	if _, err := c.Dirty(ctx, probe.DirtySettings{RateMiBs: 4}); err != nil {
 		t.Fatal(err)
 	}
-	w.await(t, ctx, s.Name, 200)
+	w.await(t, ctx, s.Name, 20)
 
 	m := w.obs.Mark()
 	begin := time.Now()
 	virsh(t, ctx, a, "migrate", "--live", "--p2p", "--persistent", "--undefinesource", s.Name, b.PeerURI(false))
 	took := time.Since(begin)
-	w.await(t, ctx, s.Name, 300)
+	w.await(t, ctx, s.Name, 20)
 	r := w.obs.Since(m, s.Name)
 	t.Logf("moved in %v; pause %v, standstill %v, lost %d; libvirt: %s", took.Round(time.Millisecond), r.Pause(), r.Standstill,
 		r.Lost, downtime(virsh(t, ctx, b, "domjobinfo", "--completed", s.Name)))

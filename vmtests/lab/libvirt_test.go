@@ -84,12 +84,12 @@ func hello(l *lab.Lab, h *lab.Host, certFile, keyFile string) error {
 		return errors.New("no certificate in the CA's file")
 	}
 	return l.InSwitch(func() error {
-		plain, err := net.DialTimeout("tcp", h.Addr.String()+":16514", 5*time.Second)
+		plain, err := net.DialTimeout("tcp", h.Addr.String()+":16514", time.Minute)
 		if err != nil {
 			return err
 		}
 		defer plain.Close()
-		plain.SetDeadline(time.Now().Add(5 * time.Second))
+		plain.SetDeadline(time.Now().Add(time.Minute))
 		conn := tls.Client(plain, &tls.Config{
 			RootCAs:      roots,
 			ServerName:   h.Name,

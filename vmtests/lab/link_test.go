@@ -89,18 +89,18 @@ func TestLink(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	within(t, 5*time.Second, answered)
-	if n, least := ask(500, 300*time.Millisecond); n != 500 || least > 20*time.Millisecond {
+	within(t, time.Minute, answered)
+	if n, least := ask(500, time.Minute); n != 500 || least > 50*time.Millisecond {
 		t.Errorf("a perfect link: %d of 500 answers, the first after %v", n, least)
 	}
 	link.Delay(50 * time.Millisecond)
-	n, least := ask(100, 300*time.Millisecond)
-	if n != 100 || least < 100*time.Millisecond || least > 130*time.Millisecond {
+	n, least := ask(100, time.Minute)
+	if n != 100 || least < 100*time.Millisecond || least > 180*time.Millisecond {
 		t.Errorf("50 ms each way: %d of 100 answers, the first after %v", n, least)
 	}
 	link.Perfect()
 	link.Loss(10)
-	if n, _ := ask(1000, 300*time.Millisecond); n < 700 || n > 900 { // 81 %, and more than 7 sigma
+	if n, _ := ask(1000, 2*time.Second); n < 700 || n > 900 { // 81 %, and more than 7 sigma
 		t.Errorf("10 %% lost each way: %d of 1000 answers", n)
 	}
 	link.Loss(100)
@@ -120,7 +120,7 @@ func TestLink(t *testing.T) {
 	const size = 64 << 20
 	took := transfer(t, a, listener, size)
 	t.Logf("%d MiB in %v: %.0f MB/s", size>>20, took, size/1e6/took.Seconds())
-	if took > 6*time.Second {
+	if took > 30*time.Second {
 		t.Error("too slow to carry a guest's memory")
 	}
 
@@ -133,13 +133,13 @@ func TestLink(t *testing.T) {
 	if err := a.SetLink(t.Context(), true); err != nil {
 		t.Fatal(err)
 	}
-	within(t, 5*time.Second, answered)
+	within(t, time.Minute, answered)
 	for range 2 {
 		if err := link.Close(); err != nil {
 			t.Fatal(err)
 		}
 	}
-	within(t, 5*time.Second, answered)
+	within(t, time.Minute, answered)
 
 	// One that is left open goes with its lab.
 	if _, err := b.Emulate(t.Context()); err != nil {

@@ -135,7 +135,7 @@ func (b *booted) command(ctx context.Context, args ...string) *exec.Cmd {
 }
 
 func (b *booted) run(args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	out, err := b.command(ctx, args...).CombinedOutput()
 	return strings.TrimSpace(string(out)), err
@@ -196,7 +196,7 @@ func TestRealSystemd(t *testing.T) {
 		begun := time.Now()
 		b.must("systemctl", "kill", "--signal=KILL", unit)
 		said(t, file, n)
-		if took := time.Since(begun); took > 5*time.Second {
+		if took := time.Since(begun); took > 30*time.Second {
 			t.Errorf("it was back after %s", took)
 		}
 	}
