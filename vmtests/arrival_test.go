@@ -19,7 +19,7 @@ func TestArrivesAsItWas(t *testing.T) {
 	b.virsh(b.a, "desc", "web-1", "--live", "--config", "Sells things.")
 	b.virsh(b.a, "metadata", "web-1", "urn:example:shop", "--live", "--config", "--key", "shop", "--set", "<owner>ada</owner>")
 	b.virsh(b.a, "metadata", "web-1", "urn:example:next", "--config", "--key", "next", "--set", "<from>next boot</from>")
-	b.virsh(b.a, "setmem", "web-1", "160M", "--config")
+	b.virsh(b.a, "setmem", "web-1", "100M", "--config")
 	kept := b.virsh(b.a, "dumpxml", "--inactive", "web-1")
 	op := b.migrate(b.a, b.b)
 	b.isWhole(b.b)

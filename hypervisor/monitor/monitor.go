@@ -70,9 +70,12 @@ func Dial(ctx context.Context, path string) (*Monitor, error) {
 
 // connect waits for a place in the socket's queue, which is short.
 func connect(ctx context.Context, path string) (net.Conn, error) {
-	for {
+	for full := false; ; full = true {
 		conn, err := new(net.Dialer).DialContext(ctx, "unix", path)
-		if !errors.Is(err, syscall.EAGAIN) {
+		switch {
+		case full && errors.Is(err, context.DeadlineExceeded): // between two tries
+			return nil, fmt.Errorf("%w (%w)", ErrTaken, err)
+		case !errors.Is(err, syscall.EAGAIN):
 			return conn, err
 		}
 		select {
