@@ -23,7 +23,7 @@ func (h *Host) giveUpOwn(s *session, d libvirt.Domain) (bool, error) {
 	if err != nil || g.State != maint.GuestPaused {
 		return false, err
 	}
-	pid, err := qemuPID(s, d)
+	pid, err := qemuPID(s, g.Name)
 	if err != nil {
 		return false, err
 	}

@@ -98,7 +98,7 @@ func among(all []maint.Connection) func(local, remote netip.AddrPort) bool {
 // returns how many there are.
 func (h *Host) connections(ctx context.Context, uuid string, meant func(local, remote netip.AddrPort) bool, do func(fd int) error) (n int, err error) {
 	err = h.onDomain(ctx, uuid, func(s *session, d libvirt.Domain) error {
-		pid, err := qemuPID(s, d)
+		pid, err := qemuPID(s, d.Name)
 		if err == nil {
 			n, err = connectionsOf(pid, meant, do)
 		}
@@ -110,9 +110,9 @@ func (h *Host) connections(ctx context.Context, uuid string, meant func(local, r
 	return n, err
 }
 
-// qemuPID is the process ID of a guest's QEMU.
-func qemuPID(s *session, d libvirt.Domain) (int, error) {
-	text, err := os.ReadFile(filepath.Join(filepath.Dir(s.conn.socket), "qemu", d.Name+".pid"))
+// qemuPID is the process ID of the QEMU of the guest of that name, which a handle has not.
+func qemuPID(s *session, name string) (int, error) {
+	text, err := os.ReadFile(filepath.Join(filepath.Dir(s.conn.socket), "qemu", name+".pid"))
 	if err != nil {
 		return 0, err
 	}
