@@ -148,7 +148,7 @@ func killedAt(t *testing.T, victim, n int, fail, late, disk, paused bool) (at st
 		})
 	}
 
-	ctx := ctxFor(t, 60*time.Second)
+	ctx := ctxFor(t, patience)
 	op, err := source.Client.Migrate(ctx, r)
 	restarted := make(chan struct{})
 	go func() {

@@ -102,7 +102,7 @@ func killedInDrain(t *testing.T, restore bool, victim, n int) (at string) {
 	k := &killer{node: f.Nodes[victim], left: n, dead: make(chan struct{})}
 	f.Nodes[victim].Stop()
 	f.Nodes[victim].Start(k.hook)
-	ctx := ctxFor(t, time.Minute)
+	ctx := ctxFor(t, patience)
 	restarted := make(chan struct{})
 	go func() {
 		defer close(restarted)

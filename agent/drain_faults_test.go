@@ -70,7 +70,7 @@ func TestDrainAborted(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			f := newFleet(t, 5, func(c *config.Config) { c.Limits.MigrationsOut = 2 }, "a", "b", "c")
-			ctx := ctxFor(t, time.Minute)
+			ctx := ctxFor(t, patience)
 			if c.before {
 				if _, err := f.a.Client.Cordon(ctx, "mine"); err != nil {
 					t.Fatal(err)
@@ -123,7 +123,7 @@ func TestDrainAborted(t *testing.T) {
 func TestDrainAbortedInNotice(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t, 2, func(c *config.Config) { c.Events = config.Events{Enabled: true, Policy: "all"} }, "a", "b")
-	ctx := ctxFor(t, time.Minute)
+	ctx := ctxFor(t, patience)
 	op, err := f.a.Client.Drain(ctx, maint.DrainRequest{})
 	if err != nil {
 		t.Fatal(err)
@@ -149,9 +149,9 @@ func TestDrainAbortedInNotice(t *testing.T) {
 func TestDrainOutOfTime(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t, 3, func(c *config.Config) { c.Limits.MigrationsOut = 1 }, "a", "b")
-	ctx := ctxFor(t, time.Minute)
+	ctx := ctxFor(t, patience)
 	begun := f.holding(1)
-	op, err := f.a.Client.Drain(ctx, maint.DrainRequest{Timeout: 500 * time.Millisecond})
+	op, err := f.a.Client.Drain(ctx, maint.DrainRequest{Timeout: 3 * time.Second}) // a copy must have begun by then
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -170,7 +170,7 @@ func TestDrainOutOfTime(t *testing.T) {
 func TestDrainOfOneAborted(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t, 2, nil, "a", "b", "c")
-	ctx := ctxFor(t, time.Minute)
+	ctx := ctxFor(t, patience)
 	begun := f.holding(2)
 	op, err := f.a.Client.Drain(ctx, maint.DrainRequest{})
 	if err != nil {
@@ -196,7 +196,7 @@ func TestDrainOfOneAborted(t *testing.T) {
 func TestDrainWithAFullJournal(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t, 4, func(c *config.Config) { c.Limits.MigrationsOut = 2 }, "a", "b", "c")
-	ctx := ctxFor(t, time.Minute)
+	ctx := ctxFor(t, patience)
 	begun := f.holding(2)
 	op, err := f.a.Client.Drain(ctx, maint.DrainRequest{})
 	if err != nil {
@@ -224,7 +224,7 @@ func TestRestoreAborted(t *testing.T) {
 			if op := f.drain(maint.DrainRequest{}); op.Outcome != maint.OutcomeDone {
 				t.Fatalf("%s: %v", op.Outcome, op.Problems)
 			}
-			b, ctx := f.Nodes[1].Host, ctxFor(t, time.Minute)
+			b, ctx := f.Nodes[1].Host, ctxFor(t, patience)
 			begun := f.holding(1)
 			b.HoldCopies()
 			op, err := f.a.Client.Restore(ctx, maint.RestoreRequest{})
@@ -263,7 +263,7 @@ func TestRestoreTellsGuests(t *testing.T) {
 	if op := f.drain(maint.DrainRequest{}); op.Outcome != maint.OutcomeDone {
 		t.Fatalf("%s: %v", op.Outcome, op.Problems)
 	}
-	b, ctx := f.Nodes[1], ctxFor(t, time.Minute)
+	b, ctx := f.Nodes[1], ctxFor(t, patience)
 	op, err := f.a.Client.Restore(ctx, maint.RestoreRequest{})
 	if err != nil {
 		t.Fatal(err)

@@ -267,7 +267,7 @@ func TestDrainNotices(t *testing.T) {
 	f := newFleet(t, 3, func(c *config.Config) { c.Limits.MigrationsOut = 1 }, "a", "b")
 	off := f.a.Host.PutGuest("late", func(g *maint.Guest) { g.State, g.Autostart = maint.GuestShutoff, true })
 	begun := f.holding(1)
-	ctx := ctxFor(t, time.Minute)
+	ctx := ctxFor(t, patience)
 	op, err := f.a.Client.Drain(ctx, maint.DrainRequest{})
 	if err != nil {
 		t.Fatal(err)
@@ -323,7 +323,7 @@ func TestDrainTellsGuests(t *testing.T) {
 		c.Events = config.Events{Enabled: true, Policy: "all"}
 	}, "a", "b", "c")
 	most := f.watchCaps()
-	ctx := ctxFor(t, time.Minute)
+	ctx := ctxFor(t, patience)
 	op, err := f.a.Client.Drain(ctx, maint.DrainRequest{})
 	if err != nil {
 		t.Fatal(err)
@@ -364,7 +364,7 @@ func TestRestoreLeaves(t *testing.T) {
 	if op := f.drain(maint.DrainRequest{To: []string{"b"}}); op.Outcome != maint.OutcomeDone || f.count()["b"] != 4 {
 		t.Fatalf("%s: %v", op.Outcome, op.Problems)
 	}
-	b, ctx := f.Nodes[1], ctxFor(t, time.Minute)
+	b, ctx := f.Nodes[1], ctxFor(t, patience)
 	on, err := b.Client.Migrate(ctx, maint.MigrateRequest{Guest: "web-1", To: "c"})
 	if err != nil {
 		t.Fatal(err)
@@ -396,7 +396,7 @@ func TestRestoreRefused(t *testing.T) {
 	if op := f.drain(maint.DrainRequest{To: []string{"b"}}); op.Outcome != maint.OutcomeDone {
 		t.Fatalf("%s: %v", op.Outcome, op.Problems)
 	}
-	ctx := ctxFor(t, time.Minute)
+	ctx := ctxFor(t, patience)
 	for _, way := range [][2]int{{1, 2}, {2, 1}} { // on, and back: it has not come to b from a
 		from, to := f.Nodes[way[0]], f.Nodes[way[1]]
 		op, err := from.Client.Migrate(ctx, maint.MigrateRequest{Guest: "web-1", To: to.Host.Name()})
@@ -417,7 +417,7 @@ func TestRestoreRefused(t *testing.T) {
 func TestReturnIsForGuestsThatCame(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t, 2, nil, "a", "b", "c")
-	ctx := ctxFor(t, time.Minute)
+	ctx := ctxFor(t, patience)
 	op := f.drain(maint.DrainRequest{To: []string{"b"}})
 	if err := f.a.Client.Uncordon(ctx); err != nil {
 		t.Fatal(err)

@@ -16,7 +16,7 @@ import (
 )
 
 // patience is far more than anything here takes.
-const patience = 30 * time.Second
+const patience = 2 * time.Minute
 
 // toB asks for web-1 to go to b.
 var toB = maint.MigrateRequest{Guest: "web-1", To: "b"}

@@ -51,7 +51,7 @@ func holdKilledAt(t *testing.T, step string, n int) (at string) {
 	node := w.Nodes[0]
 	held := []string{node.Host.PutGuest("web-1"), node.Host.PutGuest("web-2")}
 	theirs := node.Host.PutGuest("theirs")
-	ctx := ctxFor(t, 60*time.Second)
+	ctx := ctxFor(t, patience)
 	if err := node.Host.Suspend(ctx, theirs); err != nil {
 		t.Fatal(err)
 	}

@@ -27,7 +27,7 @@ type patchBed struct {
 func newPatchBed(t *testing.T, edit func(*config.Config)) *patchBed {
 	t.Helper()
 	w := agenttest.New(t, quiet(t), edit, "a")
-	b := &patchBed{Node: w.Nodes[0], w: w, t: t, ctx: ctxFor(t, 60*time.Second), vendor: livetest.NewVendor(t), dir: t.TempDir()}
+	b := &patchBed{Node: w.Nodes[0], w: w, t: t, ctx: ctxFor(t, patience), vendor: livetest.NewVendor(t), dir: t.TempDir()}
 	b.vendor.Trust(b.Kernel.Keys)
 	b.Host.PutGuest("web-1", func(*maint.Guest) {})
 	return b

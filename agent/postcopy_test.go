@@ -75,7 +75,7 @@ func killedInPostCopy(t *testing.T, n int) string {
 			k.hook(what)
 		}
 	})
-	ctx := ctxFor(t, 60*time.Second)
+	ctx := ctxFor(t, patience)
 	op, err := source.Client.Migrate(ctx, toBByPostCopy)
 	if err != nil {
 		t.Fatal(err)
@@ -118,7 +118,7 @@ func TestBrokenPostCopyIsTold(t *testing.T) {
 			time.AfterFunc(50*time.Millisecond, func() { source.Host.BreakPostCopy(t, uuid) })
 		}
 	})
-	ctx := ctxFor(t, 60*time.Second)
+	ctx := ctxFor(t, patience)
 	op, err := source.Client.Migrate(ctx, toBByPostCopy)
 	if err != nil {
 		t.Fatal(err)
