@@ -5,7 +5,6 @@ import (
 	"os"
 	"sync"
 	"testing"
-	"time"
 
 	"belay/agent/config"
 	"belay/agent/maint"
