@@ -3,6 +3,7 @@
 set -e
 root=${DPKG_ROOT:-}
 unit=belayd.service
+units="belay-kernel.socket belayd.service"
 
 # held says what on this host is held by Belay, from the files that tell of it: belayd
 # may be down, or gone.

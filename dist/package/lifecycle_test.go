@@ -88,6 +88,9 @@ func TestLifecycle(t *testing.T) {
 	if !s.has(wanted) {
 		t.Error("belayd is not enabled")
 	}
+	if !s.has("/etc/systemd/system/sockets.target.wants/belay-kernel.socket") {
+		t.Error("belay-kernel's socket is not enabled")
+	}
 	if !strings.Contains(s.read("/etc/group"), "belay:x:") {
 		t.Error("there is no group belay")
 	}
@@ -139,7 +142,7 @@ func TestLifecycle(t *testing.T) {
 	}
 	s.mustDpkg("-r", "belay")
 	s.mustDpkg("-P", "belay")
-	for _, name := range []string{"/var/lib/belay", "/run/belay", "/etc/belay", "/etc/libvirt", "/etc/needrestart", "/etc/systemd/system/belayd.service"} {
+	for _, name := range []string{"/var/lib/belay", "/run/belay", "/etc/belay", "/etc/libvirt", "/etc/needrestart", "/etc/systemd/system/belayd.service", "/etc/systemd/system/belay-kernel.socket"} {
 		if s.has(name) {
 			t.Errorf("it is purged, and %s is there", name)
 		}
