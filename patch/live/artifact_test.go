@@ -2,7 +2,6 @@ package live_test
 
 import (
 	"bytes"
-	"context"
 	"os"
 	"path/filepath"
 	"strings"
@@ -14,13 +13,6 @@ import (
 	"belay/patch/live"
 	"belay/patch/live/livetest"
 )
-
-// unchecked leaves to the kernel what Direct would refuse before.
-type unchecked struct{ live.Direct }
-
-func (unchecked) Load(_ context.Context, a live.Artifact) error {
-	return os.NewSyscallError("init_module", unix.InitModule(a.Module, ""))
-}
 
 // TestRefusals: each has its name, its reason and its remedy, and nothing is loaded.
 func TestRefusals(t *testing.T) {

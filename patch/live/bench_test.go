@@ -29,6 +29,7 @@ type bench struct {
 	libvirt error
 	health  func(context.Context) error
 	edit    func(file string) string
+	boot    string // "": the machine's
 }
 
 func newBench(t *testing.T, o livetest.Options) *bench {
@@ -44,7 +45,9 @@ func newBench(t *testing.T, o livetest.Options) *bench {
 }
 
 func (b *bench) job(r maint.PatchRequest) *live.Job {
-	r.Boot = b.BootID()
+	if r.Boot = b.boot; r.Boot == "" {
+		r.Boot = b.BootID()
+	}
 	return &live.Job{Host: b.Host, Request: r, Boot: r.Boot, Known: func() maint.Patches { return b.known },
 		Record: func(p maint.Patches, r *maint.PatchResult) error { b.known, b.result = p, r; return nil },
 		Guests: func(context.Context) ([]maint.Guest, error) { return b.guests, b.libvirt }, Health: b.health}

@@ -1,11 +1,19 @@
 package live_test
 
 import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"belay/agent/maint"
 	"belay/patch/live"
 	"belay/patch/live/livetest"
 )
@@ -23,29 +31,113 @@ func TestContract(t *testing.T) {
 			livetest.Contract(t, livetest.Subject{Tree: m.Tree, Kernel: m, Wait: 10 * time.Second,
 				A: v.Make("fix_a", m.Release, m.Version, nil), B: v.Make("fix_b", m.Release, m.Version, nil),
 				Other: v.Make("fix_c", "5.10.0-30-amd64", m.Version, nil),
-				Hold: func() func() {
+				Hold: func() (live.Artifact, func()) {
 					m.Hold(120, "worker_thread")
-					return func() { m.LetGo(120) }
+					return v.Make("fix_d", m.Release, m.Version, nil), func() { m.LetGo(120) }
 				}})
 		})
 	}
 }
 
-// TestContractOfThisKernel is for a machine that may be patched: the folder
-// BELAY_LIVEPATCHES has a.ko, b.ko and other.ko with their manifests and signatures, and
-// the keys in keys/.
-func TestContractOfThisKernel(t *testing.T) {
+// thisKernel is the kernel that the test runs on, if it may be patched: the folder
+// BELAY_LIVEPATCHES has a.ko and b.ko, cumulative, and held.ko, which changes a function in
+// which a kernel thread sleeps for good. See docs/rung-a-hot-patch.md.
+func thisKernel(t *testing.T) (host live.Host, a, b, held live.Artifact) {
+	t.Helper()
 	dir := os.Getenv("BELAY_LIVEPATCHES")
 	if dir == "" {
 		t.Skip("BELAY_LIVEPATCHES names no folder with livepatches for this kernel")
 	}
-	read := func(name string) live.Artifact {
-		a, err := live.ReadArtifact(filepath.Join(dir, name))
+	v, keys := livetest.NewVendor(t), filepath.Join(t.TempDir(), "keys")
+	v.Trust(keys)
+	d := live.Direct{Keys: keys}
+	release, version, err := d.Tree.Kernel()
+	if err != nil {
+		t.Fatal(err)
+	}
+	vouch := func(name string) live.Artifact {
+		module, err := os.ReadFile(filepath.Join(dir, name))
 		if err != nil {
 			t.Fatal(err)
 		}
-		return a
+		return v.Vouch(module, live.Manifest{Release: release, Version: version, Cumulative: true, Covers: []string{name}})
 	}
-	livetest.Contract(t, livetest.Subject{Kernel: unchecked{live.Direct{Keys: filepath.Join(dir, "keys")}}, Wait: 2 * time.Minute,
-		A: read("a.ko"), B: read("b.ko"), Other: read("other.ko")})
+	host = live.Host{Kernel: d, Witness: d, Keys: keys, Store: live.Store{Dir: filepath.Join(t.TempDir(), "live")},
+		Timing: live.Timing{Poll: 100 * time.Millisecond, Name: 3 * time.Second, Limit: 10 * time.Second, Back: 2 * time.Minute, Soak: 2 * time.Second}}
+	return host, vouch("a.ko"), vouch("b.ko"), vouch("held.ko")
+}
+
+// unchecked leaves to the kernel what Direct would refuse before.
+type unchecked struct{ live.Direct }
+
+func (unchecked) Load(_ context.Context, a live.Artifact) error {
+	return os.NewSyscallError("init_module", unix.InitModule(a.Module, ""))
+}
+
+func TestContractOfThisKernel(t *testing.T) {
+	host, a, b, held := thisKernel(t)
+	info, err := live.ReadModInfo(a.Module)
+	if err != nil {
+		t.Fatal(err)
+	}
+	built, _, _ := strings.Cut(info.VerMagic, " ")
+	other := live.Artifact{Module: bytes.ReplaceAll(a.Module, []byte("vermagic="+built), []byte("vermagic="+strings.Repeat("9", len(built))))}
+	livetest.Contract(t, livetest.Subject{Tree: host.Tree, Kernel: unchecked{host.Kernel.(live.Direct)}, Wait: 2 * time.Minute, A: a, B: b, Other: other,
+		Hold: func() (live.Artifact, func()) { return held, func() {} }})
+}
+
+// TestJobsOfThisKernel does all that Belay does.
+func TestJobsOfThisKernel(t *testing.T) {
+	host, a, b, held := thisKernel(t)
+	bed := &bench{Host: host, t: t, notes: &notes{data: make(map[string][]byte)}, boot: "this"}
+	show := func() string {
+		patches, err := host.Tree.Patches()
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := ""
+		for _, p := range patches {
+			text += fmt.Sprintf("%s whole=%t ", p.Name, p.Whole())
+		}
+		return text
+	}
+	for _, artifact := range []live.Artifact{a, b} {
+		if err := bed.run(bed.begin(artifact)); err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("%s: transition %s, the kernel shows %s", bed.known.Active.Name, bed.result.Transition, show())
+		v, err := bed.View(t.Context(), bed.known)
+		if err != nil || len(v.Loaded) != 1 || v.Loaded[0].Kept == nil || !v.Loaded[0].Whole() {
+			t.Fatalf("%+v, %v", v, err)
+		}
+	}
+	if loaded, _, _ := host.Tree.Module(nameIn(t, a)); loaded {
+		t.Error("what was replaced is loaded still")
+	}
+	err := bed.run(bed.begin(held))
+	p := problem(t, err)
+	if p.Code != maint.CodeStalled || !strings.Contains(p.Reason, "kernel thread") {
+		t.Errorf("the problem is %v", p)
+	}
+	t.Logf("a transition that stalls: %v; notes: %s", p, bed.notes.text())
+	if text := show(); text != nameIn(t, b)+" whole=true " {
+		t.Errorf("after it was turned round the kernel shows %s", text)
+	}
+	j := bed.job(maint.PatchRequest{Action: maint.PatchRevert, Name: nameIn(t, b)})
+	ctx := t.Context()
+	if err := errors.Join(j.PreflightRevert(ctx, bed.notes.of(live.PhasePreflight)), j.Withdraw(ctx, bed.notes.of(live.PhaseWithdraw)), j.Finish(ctx, bed.notes.of(live.PhaseFinish))); err != nil {
+		t.Fatal(err)
+	}
+	if text := show(); text != "" || bed.known.Active != nil {
+		t.Errorf("after the revert the kernel shows %s", text)
+	}
+}
+
+func nameIn(t *testing.T, a live.Artifact) string {
+	t.Helper()
+	info, err := live.ReadModInfo(a.Module)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info.Name
 }

@@ -91,10 +91,17 @@ func (v *Vendor) Make(name, release, version string, edit func(*Spec)) live.Arti
 	for _, f := range s.Functions {
 		info = append(info, "x_function="+f)
 	}
-	a := live.Artifact{Module: Module(info...)}
-	s.Size, s.SHA256 = int64(len(a.Module)), fmt.Sprintf("%x", sha256.Sum256(a.Module))
-	var err error
-	a.Manifest, err = toml.Marshal(s.Manifest)
+	return v.Vouch(Module(info...), s.Manifest)
+}
+
+// Vouch makes a manifest for a module that was built, and signs it.
+func (v *Vendor) Vouch(module []byte, m live.Manifest) live.Artifact {
+	v.t.Helper()
+	info, err := live.ReadModInfo(module)
+	check(v.t, err)
+	a := live.Artifact{Module: module}
+	m.Name, m.Size, m.SHA256 = info.Name, int64(len(module)), a.SHA256()
+	a.Manifest, err = toml.Marshal(m)
 	check(v.t, err)
 	a.Signature = v.Sign(a.Manifest)
 	return a

@@ -19,8 +19,9 @@ type Subject struct {
 	A, B, Other live.Artifact
 	// Wait bounds a transition.
 	Wait time.Duration
-	// Hold has a transition held up until its result is called; nil: it cannot be had.
-	Hold func() (letGo func())
+	// Hold gives a livepatch whose transition is held up until letGo is called; nil: none
+	// can be had.
+	Hold func() (a live.Artifact, letGo func())
 }
 
 // Contract is what package live relies on of a kernel. It leaves the kernel without a
@@ -109,9 +110,10 @@ func Contract(t *testing.T, s Subject) {
 	if s.Hold == nil {
 		return
 	}
-	letGo := s.Hold()
-	check(t, s.Kernel.Load(ctx, s.A))
-	p, err = s.Tree.Patch(a)
+	held, letGo := s.Hold()
+	h := nameOf(t, held)
+	check(t, s.Kernel.Load(ctx, held))
+	p, err = s.Tree.Patch(h)
 	check(t, err)
 	if p == nil || !p.Transition {
 		t.Fatalf("a transition that is held up shows %+v", p)
@@ -122,10 +124,10 @@ func Contract(t *testing.T, s Subject) {
 		t.Error("nobody is seen to hold up the transition")
 	}
 	refuses("a second load while one is in transition", s.Kernel.Load(ctx, s.B), unix.EBUSY)
-	check(t, s.Kernel.Enable(ctx, a, false)) // it is turned round, whoever holds it up
-	until("a transition that was turned round comes to its end", gone(a))
+	check(t, s.Kernel.Enable(ctx, h, false)) // it is turned round, whoever holds it up
+	until("a transition that was turned round comes to its end", gone(h))
 	letGo()
-	until("its module can be unloaded", unloaded(a))
+	until("its module can be unloaded", unloaded(h))
 }
 
 func nameOf(t *testing.T, a live.Artifact) string {

@@ -67,7 +67,10 @@ func TestContract(t *testing.T) {
 	v.Trust(m.Keys)
 	livetest.Contract(t, livetest.Subject{Tree: m.Tree, Kernel: listen(t, judging{m}), Wait: 10 * time.Second,
 		A: v.Make("fix_a", m.Release, m.Version, nil), B: v.Make("fix_b", m.Release, m.Version, nil),
-		Other: v.Make("fix_c", "5.10.0", m.Version, nil), Hold: func() func() { m.Hold(120, "worker_thread"); return func() { m.LetGo(120) } }})
+		Other: v.Make("fix_c", "5.10.0", m.Version, nil), Hold: func() (live.Artifact, func()) {
+			m.Hold(120, "worker_thread")
+			return v.Make("fix_d", m.Release, m.Version, nil), func() { m.LetGo(120) }
+		}})
 }
 
 func TestWitness(t *testing.T) {
