@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -212,7 +213,7 @@ const byBoot = "boot"
 // since. It waits for operations that stand in the way; one that the host went down in ends
 // first, and has the last word on whether anything is loaded by itself.
 func (a *Agent) reloadPatch(ctx context.Context) {
-	for {
+	for ctx.Err() == nil {
 		changed := a.journal.Changed()
 		open := false
 		for _, op := range a.journal.Ops() {
@@ -221,6 +222,11 @@ func (a *Agent) reloadPatch(ctx context.Context) {
 		if !open {
 			if !a.wantsReload(ctx) {
 				return
+			}
+			if err := a.canReload(ctx); err != nil {
+				a.log.Warn("a livepatch is to be loaded again, and waits", "err", err)
+				pause(ctx, reloadRetry)
+				continue
 			}
 			op, err := a.Patch(ctx, byBoot, maint.PatchRequest{Action: maint.PatchReload, Reason: "this host has booted"})
 			if err == nil {
@@ -235,6 +241,18 @@ func (a *Agent) reloadPatch(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// reloadRetry is how long what comes up at boot beside belayd is given before it is asked again.
+const reloadRetry = 2 * time.Second
+
+// canReload asks those whom a livepatch needs: at boot they may come later than belayd.
+func (a *Agent) canReload(ctx context.Context) error {
+	if _, err := a.hyp.Guests(ctx); err != nil {
+		return err
+	}
+	_, err := a.preserve.Live.Host.Witness.KernelLog(ctx, math.MaxUint64)
+	return err
 }
 
 // wantsReload reports whether a livepatch is kept for the kernel that runs, and is not there.

@@ -164,6 +164,10 @@ func TestPatchAfterBoot(t *testing.T) {
 		do         func(*patchBed)
 	}{
 		{"same kernel", "fix_0", func(b *patchBed) {}},
+		{"same kernel, and libvirt comes later", "fix_0", func(b *patchBed) {
+			b.Host.KillLibvirt()
+			time.AfterFunc(500*time.Millisecond, b.Host.RestartLibvirt)
+		}},
 		{"another kernel", "", func(b *patchBed) { b.Kernel.Release = "6.1.0-26-amd64"; b.Kernel.Boot() }},
 		{"switched off", "", func(b *patchBed) { b.Kernel.SetCommandLine("ro belay.nolivepatch quiet") }},
 		{"not configured", "", func(b *patchBed) { b.Config.Patch.AutoLoad = false }},
