@@ -3,6 +3,7 @@
 package package_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"debug/elf"
@@ -16,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -303,6 +305,50 @@ func TestPrograms(t *testing.T) {
 	}
 	if out := must(t, root+"/usr/sbin/belayd", "-config", root+"/etc/belay/belayd.toml", "-check"); !strings.Contains(out, ": ok, ") {
 		t.Errorf("the configuration of the package: %s", out)
+	}
+}
+
+// TestCrash: systemd starts a belayd again that panics or that its watchdog ends with
+// SIGABRT. By itself Go's runtime exits with 2 then, which is to prevent a restart.
+func TestCrash(t *testing.T) {
+	t.Parallel()
+	root := unpacked(t, "belay_*.deb")
+	unit, err := os.ReadFile(root + "/usr/lib/systemd/system/belayd.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("", "belayd") // short: a unix socket is in it
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	config := fmt.Sprintf("state_dir = %q\nrun_dir = %q\napi.socket = %q\nlibvirt.socket = %q\n", dir+"/state", dir+"/run", dir+"/sock", dir+"/none")
+	if err := os.WriteFile(dir+"/belayd.toml", []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	c := exec.CommandContext(ctx, root+"/usr/sbin/belayd", "-config", dir+"/belayd.toml")
+	for _, m := range regexp.MustCompile(`(?m)^Environment=(.*)$`).FindAllSubmatch(unit, -1) {
+		c.Env = append(c.Env, string(m[1]))
+	}
+	log, err := c.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for lines := bufio.NewScanner(log); lines.Scan(); {
+		if strings.Contains(lines.Text(), "belayd serves") {
+			if err := c.Process.Signal(syscall.SIGABRT); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	_ = c.Wait()
+	if s := c.ProcessState.Sys().(syscall.WaitStatus); !s.Signaled() || s.Signal() != syscall.SIGABRT {
+		t.Errorf("it ends with %s, and is not started again", c.ProcessState)
 	}
 }
 
