@@ -30,7 +30,7 @@ func TestKilledInPostCopy(t *testing.T) {
 	t.Parallel()
 	points := make(chan string, 100)
 	t.Run("at", func(t *testing.T) {
-		for n := range 16 {
+		for n := range 20 {
 			t.Run(fmt.Sprint(n), func(t *testing.T) {
 				t.Parallel()
 				if at := killedInPostCopy(t, n); at != "" {
@@ -44,7 +44,7 @@ func TestKilledInPostCopy(t *testing.T) {
 	for at := range points {
 		met[at] = true
 	}
-	for _, what := range []string{"before StartPostCopy", "after StartPostCopy", "before ResumePostCopy", "after ResumePostCopy"} {
+	for _, what := range []string{"before HoldOut", "after HoldOut", "before StartPostCopy", "after StartPostCopy", "before ResumePostCopy", "after ResumePostCopy"} {
 		if !met[what] {
 			t.Errorf("never killed %s, only at %v", what, met)
 		}
@@ -68,8 +68,8 @@ func killedInPostCopy(t *testing.T, n int) string {
 	source.Stop()
 	source.Start(func(what string) {
 		mu.Lock()
-		begun = begun || what == "before StartPostCopy"
-		counts := begun && (strings.Contains(what, "PostCopy") || strings.Contains(what, "append"))
+		begun = begun || what == "before HoldOut"
+		counts := begun && (strings.Contains(what, "PostCopy") || strings.Contains(what, "HoldOut") || strings.Contains(what, "append"))
 		mu.Unlock()
 		if counts {
 			k.hook(what)

@@ -191,6 +191,7 @@ func (m *Migration) Perform(ctx, detach context.Context, s Scratch) error {
 		a.Number, a.Over, a.PostCopy, a.Persistent, a.Paused = a.Number+1, false, false, g.Persistent, g.State == maint.GuestPaused
 		a.KeptOff, a.Boot, a.Vigil = a.KeptOff || g.Autostart, m.Boot, m.landing.Vigil
 		a.Able, m.seen = m.mayPostCopy(a), maint.Job{}
+		a.Held, a.Connections = false, nil
 		if a.Params, err = m.with(ctx, s, a); err != nil {
 			return err
 		}

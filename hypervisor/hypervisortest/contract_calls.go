@@ -153,6 +153,9 @@ func testUnknownGuest(t *testing.T, env Env) {
 			"SetGuestTime":     func() error { return h.SetGuestTime(ctx, uuid, time.Now()) },
 			"AgentCommand":     func() error { _, err := h.AgentCommand(ctx, uuid, "guest-ping", nil); return err },
 			"QMP":              func() error { _, err := h.QMP(ctx, uuid, "query-status", nil); return err },
+			"HoldOut":          func() error { _, err := h.HoldOut(ctx, uuid, 1, 2); return err },
+			"HoldIn":           func() error { _, err := h.HoldIn(ctx, uuid, nil); return err },
+			"Sever":            func() error { _, err := h.Sever(ctx, uuid, nil); return err },
 			"QuitMigrated":     func() error { return h.QuitMigrated(ctx, uuid) },
 			"Save":             func() error { return h.Save(ctx, uuid, "/nowhere") },
 		} {

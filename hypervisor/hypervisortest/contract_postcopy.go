@@ -64,27 +64,64 @@ func testMidCopyPostCopy(t *testing.T, env Env) {
 	wantIs(t, "CompletedJob on the destination", err, maint.ErrNoJob)
 }
 
-// testMidCopyPostCopyBroken: a broken one is resumed, and both halves stay until then.
-func testMidCopyPostCopyBroken(t *testing.T, env Env) {
-	uuid := newGuest(t, env, "broken")
-	m := startPostCopy(t, env, uuid)
-	env.A.BreakPostCopy(t, uuid)
-	if e, ok := errors.AsType[*hypervisor.Error](m.wait(t)); !ok || e.Code == 0 {
-		t.Errorf("Migrate returns %v, want libvirt's account of the failure", e)
+// holdPostCopy has the connection of a post-copy outlive a cut network, on both hosts.
+func holdPostCopy(t *testing.T, env Env, uuid string) []maint.Connection {
+	t.Helper()
+	all, err := env.A.Hypervisor().HoldOut(t.Context(), uuid, 49152, 49215)
+	if err != nil || len(all) != 1 {
+		t.Fatalf("HoldOut: %v, %v", all, err)
 	}
-	wantPostCopy(t, env, uuid, maint.PostCopyBroken)
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	env.A.Release(t, uuid)
-	eventually(t, "resumed", func() bool { // libvirt knows that it is broken a moment before QEMU is ready to be resumed
-		err := env.A.Hypervisor().ResumePostCopy(ctx, uuid, maint.MoveParams{DestURI: env.B.URI(), Persist: true, BandwidthMiBs: 10})
-		if e, refused := errors.AsType[*hypervisor.Error](err); err != nil && (!refused || e.Code == 0) {
-			t.Fatal(err)
-		}
-		return err == nil
-	})
-	wantState(t, env.B, uuid, maint.GuestRunning, "migrated")
-	wantGone(t, env.A, uuid)
+	if n, err := env.B.Hypervisor().HoldIn(t.Context(), uuid, all); n != 1 || err != nil {
+		t.Fatalf("HoldIn: %d, %v", n, err)
+	}
+	if severed, err := hypervisor.Severed(t.Context(), env.A.Hypervisor(), uuid); severed || err != nil {
+		t.Errorf("Severed: %v, %v", severed, err)
+	}
+	return all
+}
+
+// testMidCopyPostCopyBroken: a broken one is resumed, and both halves stay until then,
+// whichever QEMU gives the connection up.
+func testMidCopyPostCopyBroken(t *testing.T, env Env) {
+	for name, sever := range map[string]func(t *testing.T, uuid string, all []maint.Connection){
+		"source": func(t *testing.T, uuid string, _ []maint.Connection) { env.A.BreakPostCopy(t, uuid) },
+		"destination": func(t *testing.T, uuid string, all []maint.Connection) {
+			other := []maint.Connection{{From: all[0].To, To: all[0].From}}
+			if n, err := env.B.Hypervisor().Sever(t.Context(), uuid, other); n != 0 || err != nil {
+				t.Errorf("Sever of another connection: %d, %v", n, err)
+			}
+			if n, err := env.B.Hypervisor().Sever(t.Context(), uuid, all); n != 1 || err != nil {
+				t.Fatalf("Sever: %d, %v", n, err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			uuid := newGuest(t, env, "broken")
+			m := startPostCopy(t, env, uuid)
+			sever(t, uuid, holdPostCopy(t, env, uuid))
+			if e, ok := errors.AsType[*hypervisor.Error](m.wait(t)); !ok || e.Code == 0 {
+				t.Errorf("Migrate returns %v, want libvirt's account of the failure", e)
+			}
+			wantPostCopy(t, env, uuid, maint.PostCopyBroken)
+			eventually(t, "severed", func() bool {
+				severed, err := hypervisor.Severed(t.Context(), env.A.Hypervisor(), uuid)
+				must(t, err)
+				return severed
+			})
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			env.A.Release(t, uuid)
+			eventually(t, "resumed", func() bool { // libvirt knows that it is broken a moment before QEMU is ready to be resumed
+				err := env.A.Hypervisor().ResumePostCopy(ctx, uuid, maint.MoveParams{DestURI: env.B.URI(), Persist: true, BandwidthMiBs: 10})
+				if e, refused := errors.AsType[*hypervisor.Error](err); err != nil && (!refused || e.Code == 0) {
+					t.Fatal(err)
+				}
+				return err == nil
+			})
+			wantState(t, env.B, uuid, maint.GuestRunning, "migrated")
+			wantGone(t, env.A, uuid)
+		})
+	}
 }
 
 // testMidCopyNoPostCopy: a migration that was not begun for it does not go on as one.
