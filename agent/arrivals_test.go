@@ -71,6 +71,11 @@ func TestSlyPeer(t *testing.T) {
 		uuid := host.PutGuest("web-1", func(g *maint.Guest) { g.UUID, g.Persistent = arrival("").GuestUUID, false })
 		settlement := maint.Settlement{Op: "mig-sly", GuestUUID: uuid, Autostart: true, Persistent: true}
 		refused("settling with a lapsed reservation, after the guest has come from elsewhere", maint.CodeForbidden, a.Settle(ctx, "sly", settlement))
+		for _, end := range []bool{false, true} {
+			q := maint.Connections{End: end}
+			refused("the connections of another's guest", maint.CodeForbidden, a.Connections(ctx, "sly", "mig-a", q))
+			refused("the connections of a guest that has come", maint.CodeFailed, a.Connections(ctx, "a", "mig-a", q))
+		}
 
 		// libvirt takes the first uuid, and none that is in a namespace.
 		const victim = "10000000-0000-4000-8000-00000000beef"

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"belay/agent/maint"
+	"belay/hypervisor"
 	"belay/migrate"
 )
 
@@ -24,7 +25,7 @@ func (a *Agent) doctorD(ctx context.Context, here maint.Host) []maint.Check {
 	for i, name := range names {
 		wg.Go(func() { found[i] = a.doctorPeer(ctx, a.peers[name], here) })
 	}
-	checks := a.checkWiring()
+	checks := append(a.checkWiring(), checkHold())
 	wg.Wait()
 	for _, f := range found {
 		checks = append(checks, f...)
@@ -53,6 +54,16 @@ func (a *Agent) checkWiring() (checks []maint.Check) {
 			Remedy: "set migration.tls on all hosts, unless that network is only theirs"})
 	}
 	return append(checks, checkCertificate("incoming", wiring.Server), checkCertificate("outgoing", a.local.Client()), a.checkForced())
+}
+
+// checkHold sees whether the connection of a post-copy is kept through a cut network.
+func checkHold() maint.Check {
+	c := maint.Check{Rung: "D", Name: "post-copy", Result: maint.CheckOK, Text: "its connection is kept through a cut network"}
+	if err := hypervisor.MayHold(); err != nil {
+		c.Result, c.Text = maint.CheckWarn, fmt.Sprintf("its connection is lost when the network is cut for some minutes, and QEMU may not be able to take it up again: %v", err)
+		c.Remedy = "take belayd.service of this version (CAP_SYS_PTRACE, and pidfd_getfd in SystemCallFilter), or do not allow postcopy; Linux before 5.6 cannot do it"
+	}
+	return c
 }
 
 // without is a host's wiring without certificates.

@@ -83,6 +83,26 @@ func (h *Host) Sever(ctx context.Context, uuid string, all []maint.Connection) (
 	return h.connections(ctx, uuid, among(all), func(fd int) error { return unix.Shutdown(fd, unix.SHUT_RDWR) })
 }
 
+// MayHold returns why this process may not hold connections of guests' QEMUs, nil if it may.
+// It tries with process 1.
+//
+// Source: pidfd_getfd(2), where EBADF is for those only who may.
+func MayHold() error {
+	process, err := unix.PidfdOpen(1, 0)
+	if err != nil {
+		return fmt.Errorf("pidfd_open: %w", err)
+	}
+	defer unix.Close(process)
+	fd, err := unix.PidfdGetfd(process, 0, 0)
+	switch {
+	case err == nil:
+		return unix.Close(fd)
+	case errors.Is(err, unix.EBADF):
+		return nil
+	}
+	return fmt.Errorf("pidfd_getfd: %w", err)
+}
+
 func hold(fd int) error {
 	return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(held.Milliseconds()))
 }
