@@ -185,10 +185,13 @@ func (m *Migration) hold(ctx context.Context, a *attempt, s Scratch) {
 		a.Connections = all
 		err = m.Destination.Connections(ctx, m.Op, maint.Connections{All: all})
 	}
-	if a.Held, m.holding = err == nil, time.Now(); err != nil {
-		m.Log.Warn("cannot have the connection of post-copy outlive a cut network", "guest", m.Guest, "err", err)
+	first := m.holding.IsZero()
+	a.Held, m.holding = err == nil, time.Now()
+	var told error
+	if err != nil && first {
+		told = s.Note("the connection of post-copy may not outlive a cut network: %v", err)
 	}
-	if err := s.Save(*a); err != nil {
+	if err := errors.Join(told, s.Save(*a)); err != nil {
 		m.Log.Error("cannot write down the connection of post-copy", "guest", m.Guest, "err", err)
 	}
 }

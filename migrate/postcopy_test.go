@@ -128,7 +128,7 @@ func TestPostCopyBroken(t *testing.T) {
 		"cut for longer than TCP waits": {strike: func(x *bench) { x.a.CutLAN(); time.Sleep(2 * time.Hour); x.a.RestoreLAN() }, trouble: true,
 			notes: []string{"the way to b broke in post-copy", "libvirt has lost sight of post-copy, and QEMU has not", "post-copy has come to its end, "}, verify: []string{"removed the definition"}},
 		"cut for longer than TCP waits, and only the source notices": {strike: func(x *bench) { x.a.CutLAN(); time.Sleep(20 * time.Minute); x.a.RestoreLAN() }, trouble: true, unheld: true,
-			notes: []string{"the way to b broke in post-copy", "libvirt has lost sight of post-copy, and QEMU has not", "at attempt 1,", "at attempt 2,", "at attempt 4,", "at attempt 8,", "post-copy has come to its end, "}},
+			notes: []string{"may not outlive a cut network: not permitted", "the way to b broke in post-copy", "libvirt has lost sight of post-copy, and QEMU has not", "at attempt 1,", "at attempt 2,", "at attempt 4,", "at attempt 8,", "post-copy has come to its end, "}},
 		"connection reset": {strike: func(x *bench) { x.a.BreakPostCopy(x.t, x.UUID) },
 			notes: []string{"the way to b broke in post-copy", "post-copy has come to its end, "}},
 		"source's libvirt killed":      {strike: func(x *bench) { x.a.KillLibvirt(); time.Sleep(time.Second); x.a.RestartLibvirt() }, trouble: true, verify: []string{"removed the definition"}},
