@@ -156,6 +156,7 @@ func TestPostCopyCut(t *testing.T) {
 // The connection of a post-copy is reset, for both QEMUs, while the network is cut, and
 // belayd is killed meanwhile. When the network is back the migration is resumed.
 func TestPostCopyBroken(t *testing.T) {
+	longOnly(t)
 	t.Parallel()
 	b := newBed(t, lab.Config{}, small)
 	ctx := b.ctx(6 * time.Minute)
