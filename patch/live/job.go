@@ -176,6 +176,9 @@ func (j *Job) Load(ctx context.Context, s Scratch) error {
 	return s.Save(since)
 }
 
+// loadWithin is far more than a kernel takes to load a module.
+const loadWithin = time.Minute
+
 // bringIn has a kept livepatch loaded, and waits until every task runs it.
 func (h Host) bringIn(ctx context.Context, s Scratch, k maint.KeptPatch, since time.Time, limit time.Duration) error {
 	p, err := h.Tree.Patch(k.Name)
@@ -193,7 +196,10 @@ func (h Host) bringIn(ctx context.Context, s Scratch, k maint.KeptPatch, since t
 		if err := h.unload(ctx, k.Name); err != nil { // replaced before, or withdrawn
 			return err
 		}
-		loadErr := h.Kernel.Load(ctx, a)
+		// Not given up half way: what comes of it must be to be seen below.
+		loading, cancel := context.WithTimeout(context.WithoutCancel(ctx), loadWithin)
+		loadErr := h.Kernel.Load(loading, a)
+		cancel()
 		if p, err = h.Tree.Patch(k.Name); err != nil {
 			return err
 		}
