@@ -34,7 +34,7 @@ func (a *Agent) Doctor(ctx context.Context) ([]maint.Check, error) {
 	checks = append(checks, a.checkState(), a.checkShutdown(ctx), a.checkCert())
 	checks = append(checks, a.doctorA(ctx)...)
 	checks = append(checks, a.doctorB(ctx)...)
-	add("B", "kexec", maint.CheckNA, "", "this belayd cannot replace the host's kernel under its guests (B3)")
+	checks = append(checks, a.doctorKexec()...)
 	checks = append(checks, a.doctorC(ctx)...)
 	if len(a.peers) == 0 {
 		add("D", "peers", maint.CheckWarn, "add one to the configuration as [peers.NAME]", "no peer is configured, guests have nowhere to go")

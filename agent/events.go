@@ -144,6 +144,7 @@ func (a *Agent) announceTo(op maint.Op, guests []maint.EventGuest, usual time.Du
 var descriptions = map[maint.OpKind]string{
 	maint.OpMigrate: "Virtual machine is being moved to another host with its memory. It stands still for a moment.",
 	maint.OpHold:    "Host server is undergoing maintenance. Virtual machine is paused meanwhile, with its memory preserved.",
+	maint.OpKexec:   "Host server is getting a new kernel. Virtual machine stands still meanwhile, with its memory preserved.",
 	maint.OpReplace: "Virtual machine monitor is being updated. Virtual machine is paused meanwhile, with its memory preserved.",
 }
 
@@ -252,6 +253,8 @@ func emergencyOf(op maint.Op) string {
 		return op.Replace.Emergency
 	case op.Migrate != nil:
 		return op.Migrate.Emergency
+	case op.Kexec != nil:
+		return op.Kexec.Emergency
 	}
 	return ""
 }
@@ -296,6 +299,12 @@ func pausesOf(op maint.Op) map[string]time.Duration {
 	switch {
 	case op.Held != nil:
 		for _, g := range op.Held.Guests {
+			if g.Pause > 0 {
+				pauses[g.UUID] = g.Pause
+			}
+		}
+	case op.Kexeced != nil:
+		for _, g := range op.Kexeced.Guests {
 			if g.Pause > 0 {
 				pauses[g.UUID] = g.Pause
 			}

@@ -23,6 +23,7 @@ import (
 type Preserve struct {
 	Boot   board.Boot // zero: the notice of events goes by the wall clock when belayd restarts
 	Live   Live
+	Kexec  Kexec
 	Leash  preserve.Leash
 	Steps  preserve.Steps
 	Clocks Clocks

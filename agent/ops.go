@@ -148,7 +148,7 @@ func (a *Agent) most(k maint.OpKind) int {
 }
 
 // ofAll says that an operation is about every guest of the host.
-func ofAll(op maint.Op) bool { return op.Hold != nil && op.Hold.All }
+func ofAll(op maint.Op) bool { return op.Hold != nil && op.Hold.All || op.Kind == maint.OpKexec }
 
 // moveMany says that an operation has others move guests, each for itself.
 func moveMany(op maint.Op) bool { return op.Kind == maint.OpDrain || op.Kind == maint.OpRestore }
@@ -186,6 +186,8 @@ func (a *Agent) steps(op maint.Op) []run.Step {
 		return a.restoreSteps(op)
 	case maint.OpPatch:
 		return a.patchSteps(op)
+	case maint.OpKexec:
+		return a.kexecSteps(op)
 	}
 	return a.migrateSteps(op)
 }

@@ -51,6 +51,7 @@ func NewPreserve(cfg config.Config, hyp *hypervisor.Host, log *slog.Logger) Pres
 		Clocks: clocks{guestclock.New(hyp, clocksAtOnce)},
 		Places: vmm.Places{Lib: cfg.Libvirt.StateDir}, // the hook knows the other folders by their names
 		Live:   newLive(cfg),
+		Kexec:  newKexec(cfg),
 
 		Shutdown: logind.Host{},
 	}

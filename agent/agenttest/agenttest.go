@@ -26,6 +26,8 @@ import (
 	"belay/agent/maint"
 	"belay/hypervisor/hypervisortest"
 	"belay/notify/board"
+	"belay/patch/kexec"
+	"belay/patch/kexec/kexectest"
 	"belay/patch/live"
 	"belay/patch/live/livetest"
 	"belay/patch/preserve/preservetest"
@@ -56,6 +58,8 @@ type Node struct {
 	Twin    *Second
 	// Shutdown, if set, is asked to wait; for agents that are started from then on.
 	Shutdown agent.Shutdown
+	// Kexec, if set, is Host with kernels, for agents that are started from then on.
+	Kexec *kexectest.Machine
 	// Boot names the host's boot, for agents that are started from then on.
 	Boot string
 	// Kernel is the host's; it outlives the agent.
@@ -225,6 +229,12 @@ func (n *Node) Start(hook func(what string)) {
 	if n.Machine != nil {
 		hyp, b.Places = n.Machine, n.Machine.Places()
 	}
+	if n.Kexec != nil {
+		hyp = n.Kexec
+		k := mortalKexec{n.Kexec, n.life}
+		b.Kexec = agent.Kexec{Tree: n.Kexec.Tree(), Dir: kexec.DefaultDir, Loader: k, Rebooter: k,
+			Pace: kexec.Pace{Poll: time.Millisecond, Going: 100 * time.Millisecond, Healed: 200 * time.Millisecond}}
+	}
 	if n.Twin != nil {
 		b.Twin = n.Twin.twin(n.life)
 	}
@@ -317,3 +327,6 @@ func check(t testing.TB, err error) {
 		t.Fatal(err)
 	}
 }
+
+// Alive reports whether the node's agent lives.
+func (n *Node) Alive() bool { return !n.life.over.Load() }

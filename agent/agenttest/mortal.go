@@ -8,6 +8,7 @@ import (
 	"belay/agent"
 	"belay/agent/maint"
 	"belay/hypervisor"
+	"belay/patch/kexec/kexectest"
 	"belay/patch/leash"
 	"belay/patch/live"
 	"belay/patch/preserve"
@@ -188,6 +189,41 @@ func (m mortalHost) QuitIncoming(ctx context.Context, uuid string) error {
 func (m mortalHost) CreatePaused(ctx context.Context, xml string) error {
 	defer m.around("CreatePaused")()
 	return m.Hypervisor.CreatePaused(ctx, xml)
+}
+
+func (m mortalHost) Save(ctx context.Context, uuid, path string) error {
+	defer m.around("Save")()
+	return m.Hypervisor.Save(ctx, uuid, path)
+}
+
+func (m mortalHost) Restore(ctx context.Context, path string, paused bool) error {
+	defer m.around("Restore")()
+	return m.Hypervisor.Restore(ctx, path, paused)
+}
+
+// mortalKexec is a host's kernels, whose agent can be killed before and after each thing
+// that it does with them.
+type mortalKexec struct {
+	*kexectest.Machine
+	life *life
+}
+
+func (m mortalKexec) KexecLoad(ctx context.Context, k maint.KernelImage) error {
+	m.life.step("before KexecLoad")
+	defer m.life.step("after KexecLoad")
+	return m.Machine.KexecLoad(ctx, k)
+}
+
+func (m mortalKexec) KexecUnload(ctx context.Context) error {
+	m.life.step("before KexecUnload")
+	defer m.life.step("after KexecUnload")
+	return m.Machine.KexecUnload(ctx)
+}
+
+func (m mortalKexec) Kexec(ctx context.Context) error {
+	m.life.step("before Kexec")
+	defer m.life.step("after Kexec")
+	return m.Machine.Kexec(ctx)
 }
 
 // mortalLeash is a leash whose agent can be killed before and after each word

@@ -187,6 +187,16 @@ func (c *Client) Coverage(ctx context.Context, change string) (v maint.Coverage,
 	return v, c.call(ctx, "GET", "/v1/patches/coverage?change="+url.QueryEscape(change), nil, &v)
 }
 
+// Kexec asks for another kernel under the guests and returns the admitted operation.
+func (c *Client) Kexec(ctx context.Context, r maint.KexecRequest) (op maint.Op, err error) {
+	return op, c.call(ctx, "POST", "/v1/kexecs", r, &op)
+}
+
+// PlanKexec asks what that would do.
+func (c *Client) PlanKexec(ctx context.Context, r maint.KexecRequest) (v maint.KexecPlan, err error) {
+	return v, c.call(ctx, "POST", "/v1/kexecs/plan", r, &v)
+}
+
 // Cordon has the host take no guests in.
 func (c *Client) Cordon(ctx context.Context, reason string) (k maint.Cordon, err error) {
 	return k, c.call(ctx, "PUT", "/v1/cordon", Reason{reason}, &k)

@@ -124,6 +124,14 @@ func (f *fakeAgent) AbortReturn(_ context.Context, from string, id maint.OpID) (
 	return maint.Op{ID: id}, f.called("AbortReturn "+string(id), from)
 }
 
+func (f *fakeAgent) Kexec(_ context.Context, by string, r maint.KexecRequest) (maint.Op, error) {
+	return maint.Op{}, f.called("Kexec "+r.Kernel, by)
+}
+
+func (f *fakeAgent) PlanKexec(_ context.Context, by string, r maint.KexecRequest) (maint.KexecPlan, error) {
+	return maint.KexecPlan{}, f.called("PlanKexec "+r.Kernel, by)
+}
+
 func (f *fakeAgent) Patches(context.Context) (maint.PatchView, error) {
 	return maint.PatchView{}, f.called("Patches", "")
 }

@@ -38,6 +38,9 @@ type Operations interface {
 	Migrate(ctx context.Context, by string, r maint.MigrateRequest) (maint.Op, error)
 	Hold(ctx context.Context, by string, r maint.HoldRequest) (maint.Op, error)
 	Replace(ctx context.Context, by string, r maint.ReplaceRequest) (maint.Op, error)
+	// Kexec starts another kernel under the guests; PlanKexec says what that would do.
+	Kexec(ctx context.Context, by string, r maint.KexecRequest) (maint.Op, error)
+	PlanKexec(ctx context.Context, by string, r maint.KexecRequest) (maint.KexecPlan, error)
 	// ReplaceChoices says what each method of replacing a guest's QEMU would
 	// cost it, and what stands in the way.
 	ReplaceChoices(ctx context.Context, guest string) ([]maint.VMMChoice, error)
@@ -228,6 +231,12 @@ func routes(a Agent) []route {
 		}},
 		{"GET", "/v1/guests/{guest}/replacements", operators, func(r *http.Request, _ Caller) (any, error) {
 			return a.ReplaceChoices(r.Context(), r.PathValue("guest"))
+		}},
+		{"POST", "/v1/kexecs", operators, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q maint.KexecRequest) (any, error) { return a.Kexec(r.Context(), c.Name, q) })
+		}},
+		{"POST", "/v1/kexecs/plan", operators, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q maint.KexecRequest) (any, error) { return a.PlanKexec(r.Context(), c.Name, q) })
 		}},
 		{"POST", "/v1/drains", operators, func(r *http.Request, c Caller) (any, error) {
 			return with(r, func(q maint.DrainRequest) (any, error) { return a.Drain(r.Context(), c.Name, q) })

@@ -43,6 +43,7 @@ type Config struct {
 	Hold      Hold            `toml:"hold"`
 	Events    Events          `toml:"events"`
 	Patch     Patch           `toml:"patch"`
+	Kexec     Kexec           `toml:"kexec"`
 	Journal   Journal         `toml:"journal"`
 	Peers     map[string]Peer `toml:"peers"`
 	// AntiAffinity are groups of guests, by name, of which there is to be one on
@@ -173,6 +174,7 @@ func defaults() Config {
 			LeashSilence: Duration{3 * time.Second}, CommandsBy: "root"},
 		Events:  Events{Policy: string(maint.PolicyAll)},
 		Patch:   defaultPatch(),
+		Kexec:   defaultKexec(),
 		Journal: Journal{Keep: Duration{90 * 24 * time.Hour}},
 	}
 }
@@ -329,6 +331,7 @@ func (c *Config) check() error {
 	}
 	c.Migration.check(bad)
 	c.Patch.check(bad)
+	c.Kexec.check(bad)
 	if limit := c.Hold.MaxPauseLimit.Duration; limit < MinPause || limit > maxPause {
 		bad("hold.max_pause_limit", "%s is not between %s and %s", limit, MinPause, maxPause)
 	} else if p := c.Hold.MaxPause.Duration; p < MinPause || p > limit {

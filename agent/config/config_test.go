@@ -59,6 +59,7 @@ func TestDefaults(t *testing.T) {
 		Hold: Hold{MaxPause: Duration{10 * time.Second}, MaxPauseLimit: Duration{5 * time.Minute},
 			LeashSilence: Duration{3 * time.Second}, CommandsBy: "root"},
 		Events: Events{Policy: "all"},
+		Kexec:  Kexec{Dir: "/var/lib/belay/memory"},
 		Patch: Patch{Keys: "/etc/belay/keys", Helper: "/run/belay/kernel.sock", AutoLoad: true, Soak: Duration{30 * time.Second}, HealthTimeout: Duration{30 * time.Second},
 			Components: []string{"libvirtd.service", "virtqemud.service", "virtlogd.service", "prometheus-node-exporter.service", "belayd.service"}},
 		Journal: Journal{Keep: Duration{90 * 24 * time.Hour}},
@@ -129,6 +130,9 @@ soak = "1m"
 health = ["/bin/healthy", "-q"]
 health_timeout = "5s"
 components = ["libvirtd.service"]
+[kexec]
+dir = "/memory"
+cold_start = true
 [anti_affinity]
 db = ["db-*"]
 [events.owners.shop]
@@ -166,6 +170,7 @@ libvirt_uri = "qemu+ssh://root@host-c/system"
 			MaxPause: Duration{time.Second}, Allow: []maint.Means{maint.MeansParallel, maint.MeansSlow}, CopyDisks: "all"},
 		Hold: Hold{MaxPause: Duration{5 * time.Second}, MaxPauseLimit: Duration{30 * time.Second},
 			LeashSilence: Duration{2 * time.Second}, KillLibvirt: Duration{4 * time.Second}, CommandsBy: "operators", Leash: "/usr/libexec/leash"},
+		Kexec: Kexec{Dir: "/memory", ColdStart: true},
 		Patch: Patch{Keys: "/keys", Soak: Duration{time.Minute}, Health: []string{"/bin/healthy", "-q"}, HealthTimeout: Duration{5 * time.Second}, Components: []string{"libvirtd.service"}},
 		Events: Events{Enabled: true, Policy: "any", Wake: "/etc/belay/wake", Upstream: "http://127.0.0.1:8775", IMDSv1: true, EC2ShowsFreeze: true,
 			Notice: map[string]Duration{"Freeze": {20 * time.Minute}}, Owners: map[string]Owner{"shop": {Guests: []string{"shop-*"}}},
@@ -423,6 +428,7 @@ func TestRefusals(t *testing.T) {
 		{"health by PATH", "[patch]\nhealth=['healthy']", "configuration: patch.health: "},
 		{"endless health", "[patch]\nhealth_timeout='48h'", "configuration: patch.health_timeout: "},
 		{"component that is no service", "[patch]\ncomponents=['libvirtd']", "configuration: patch.components: "},
+		{"memory nowhere", "[kexec]\ndir='memory'", "configuration: kexec.dir: "},
 		{"nervous leash", "[hold]\nleash_silence='10ms'", "configuration: hold.leash_silence: "},
 		{"libvirt killed in advance", "[hold]\nkill_libvirt='-1s'", "configuration: hold.kill_libvirt: "},
 		{"commands by anybody", "[hold]\ncommands_by='all'", "configuration: hold.commands_by: "},

@@ -22,7 +22,7 @@ import (
 //	undo-done     undoing           undoing      step: undone
 //	undo-failed   undoing           undoing      step: undo failed
 //	abort         running, undoing  the same
-//	moved, health, held, replaced, leash, patched, guest-move, clock: results, likewise
+//	moved, health, held, replaced, leash, patched, kexec, guest-move, clock: results, likewise
 //	ended         running, undoing  ended
 //	seen-to       ended             ended
 //
@@ -97,6 +97,9 @@ func Fold(op *maint.Op, r maint.Record) error {
 	case maint.RecPatched:
 		op.Patched = new(maint.PatchResult)
 		return json.Unmarshal(r.Data, op.Patched)
+	case maint.RecKexec:
+		op.Kexeced = new(maint.KexecResult)
+		return json.Unmarshal(r.Data, op.Kexeced)
 	case maint.RecLeash:
 		return add(&op.Leash, r.Data)
 	case maint.RecClock:

@@ -19,6 +19,7 @@ const (
 	OpDrain   OpKind = "drain"       // every guest to peers, each by a migration of its own
 	OpRestore OpKind = "restore"     // and back, each by a migration of the peer's
 	OpPatch   OpKind = "patch"       // rung A: the running host is changed, and guests feel nothing
+	OpKexec   OpKind = "kexec"       // rung B3: another host kernel, under the same guests
 )
 
 // OpState is where an operation is in its life.
@@ -121,6 +122,8 @@ type Op struct {
 	Leash    []LeashEvent    `json:"leash,omitempty"`
 	Patch    *PatchRequest   `json:"patch,omitempty"`
 	Patched  *PatchResult    `json:"patched,omitempty"`
+	Kexec    *KexecRequest   `json:"kexec,omitempty"`
+	Kexeced  *KexecResult    `json:"kexeced,omitempty"`
 	// Arrival is what its new host did for a moved guest, after the operation's end;
 	// nil until that has said so.
 	Arrival *ArrivalReport `json:"arrival,omitempty"`
@@ -199,6 +202,7 @@ const (
 	RecReplaced   RecordKind = "replaced"    // Data is the VMMResult
 	RecLeash      RecordKind = "leash"       // Data is a LeashEvent
 	RecPatched    RecordKind = "patched"     // Data is the PatchResult
+	RecKexec      RecordKind = "kexec"       // Data is the KexecResult
 	RecPatches    RecordKind = "patches"     // of this host: Data is the Patches, in place of those before
 	RecClock      RecordKind = "clock"       // in journals of before RecSeenTo; Data is a ClockReport
 	RecEnded      RecordKind = "ended"       // Data is an Ending

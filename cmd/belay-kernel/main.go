@@ -16,6 +16,7 @@ import (
 
 	"github.com/coreos/go-systemd/v22/activation"
 
+	"belay/patch/kexec"
 	"belay/patch/live"
 	"belay/patch/live/remote"
 )
@@ -54,11 +55,17 @@ func run(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "belay-kernel: %v (it is started by belay-kernel.socket)\n", err)
 		return 1
 	}
-	asked, err := remote.Serve(context.Background(), conn, live.Direct{Keys: *keys}, users...)
+	asked, err := remote.Serve(context.Background(), conn, host{live.Direct{Keys: *keys}, kexec.Direct{}}, users...)
 	if err != nil { // the asker has been told
 		fmt.Fprintf(stderr, "belay-kernel: %s: %v\n", asked, err)
 	}
 	return 0
+}
+
+// host is all of this host that is touched.
+type host struct {
+	live.Direct
+	kexec.Loader
 }
 
 // accepted is the connection that systemd has accepted (sd_listen_fds(3)).

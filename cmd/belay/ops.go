@@ -307,6 +307,8 @@ func about(op maint.Op) string {
 		return "all that can"
 	case op.Patch != nil:
 		return "this host"
+	case op.Kexec != nil:
+		return "all guests"
 	}
 	return "-"
 }
@@ -324,6 +326,8 @@ func describe(op maint.Op) string {
 		return fmt.Sprintf("done, longest pause %s", span(longest))
 	case op.State == maint.OpEnded && op.Outcome == maint.OutcomeDone && op.Replaced != nil:
 		return fmt.Sprintf("done, %s, paused for %s", op.Replaced.Method, span(op.Replaced.Pause))
+	case op.State == maint.OpEnded && op.Kexeced != nil:
+		return fmt.Sprintf("%s, kernel %s", op.Outcome, op.Kexeced.After)
 	case op.State == maint.OpEnded && op.Patch != nil:
 		return fmt.Sprintf("%s, %s %s", op.Outcome, op.Patch.Action, op.Patch.Name)
 	case op.State == maint.OpEnded && len(op.Moves) > 0:
@@ -392,6 +396,7 @@ func printOp(w io.Writer, op maint.Op) {
 	printHealth(w, op)
 	printHeld(w, op)
 	printPatched(w, op)
+	printKexec(w, op)
 	printMoves(w, op)
 	row(w, "asked by", op.By+", "+clock(op.Started)+suffix(": ", op.Reason))
 	for _, s := range op.Steps {

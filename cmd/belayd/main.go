@@ -70,6 +70,7 @@ func serve(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags.SetOutput(stderr)
 	file := flags.String("config", config.DefaultFile, "configuration `file`; drop-ins are read from the folder beside it that ends in .d")
 	check := flags.Bool("check", false, "check the configuration and exit")
+	restore := flags.Bool("restore", false, "restore the guests that the reserved memory holds after a change of kernel, and exit: for when belayd cannot start")
 	debugLog := flags.Bool("debug", false, "log what is of interest to developers")
 	showVersion := flags.Bool("version", false, "print the version and exit")
 	if err := flags.Parse(args); err != nil {
@@ -110,10 +111,25 @@ func serve(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return 0
 	}
 	log := newLog(stderr, *debugLog)
+	if *restore {
+		return rescue(ctx, cfg, log, stderr)
+	}
 	switch err := run(ctx, cfg, id, log); {
 	case errors.Is(err, errAgain):
 		return exitAgain
 	case err != nil:
+		fmt.Fprintf(stderr, "belayd: %v\n", err)
+		return exitFailed
+	}
+	return 0
+}
+
+// rescue is belayd -restore. It needs neither the journal nor another belayd's leave: who
+// restores a guest has the lock of the memory that it is in.
+func rescue(ctx context.Context, cfg config.Config, log *slog.Logger, stderr io.Writer) int {
+	hyp := hypervisor.New(hypervisor.Config{Socket: cfg.Libvirt.Socket, URI: cfg.Libvirt.URI, Log: log})
+	defer hyp.Close()
+	if err := agent.Rescue(ctx, cfg, hyp, log); err != nil {
 		fmt.Fprintf(stderr, "belayd: %v\n", err)
 		return exitFailed
 	}

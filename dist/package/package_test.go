@@ -132,6 +132,7 @@ var content = []string{
 	"-rw-r--r-- /usr/lib/systemd/system/belay-kernel@.service",
 	"-rw-r--r-- /usr/lib/systemd/system/belayd.service",
 	"-rw-r--r-- /usr/lib/systemd/logind.conf.d/belay.conf",
+	"-rw-r--r-- /usr/lib/systemd/system/belay-restore.service",
 	"-rw-r--r-- /usr/lib/sysusers.d/belay.conf",
 	"-rw-r--r-- /usr/lib/tmpfiles.d/belay.conf",
 	"-rw-r--r-- /usr/share/bash-completion/completions/belay",

@@ -98,7 +98,7 @@ var alone = []struct {
 	{"patch", []string{"agent/maint", "agent/boottime"}, "a rung is given its host as interfaces and knows no other rung"},
 	{"notify", []string{"agent/maint"}, "guests are told of any rung alike"},
 	{"cmd/belay-guest", []string{"notify/channel/wire"}, "it runs in guests, and shares with the host nothing but what goes between them"},
-	{"cmd/belay-kernel", []string{"patch/live", "patch/live/remote"}, "it has the capabilities that nobody else has, and so is small"},
+	{"cmd/belay-kernel", []string{"patch/kexec", "patch/live", "patch/live/remote", "agent/maint"}, "it has the capabilities that nobody else has, and so is small"},
 	{"cmd/belay", []string{"agent/api", "agent/maint"}, "belay runs as whoever calls it: what it may do is what the API lets it"},
 }
 

@@ -11,13 +11,17 @@ import (
 	"golang.org/x/sys/unix"
 
 	"belay/agent/maint"
+	"belay/patch/kexec"
 	"belay/patch/live"
 )
 
 // Client has belay-kernel act. It has no deadline but those of its callers' contexts.
 type Client struct{ Socket string }
 
-var _ Host = Client{}
+var (
+	_ Host         = Client{}
+	_ kexec.Loader = Client{}
+)
 
 // Load implements live.Kernel.
 func (c Client) Load(ctx context.Context, a live.Artifact) error {
@@ -47,6 +51,18 @@ func (c Client) Enable(ctx context.Context, name string, on bool) error {
 // Unload implements live.Kernel.
 func (c Client) Unload(ctx context.Context, name string) error {
 	_, err := c.ask(ctx, request{Do: doUnload, Name: name}, nil)
+	return err
+}
+
+// KexecLoad implements kexec.Loader.
+func (c Client) KexecLoad(ctx context.Context, k maint.KernelImage) error {
+	_, err := c.ask(ctx, request{Do: doKexecLoad, Image: &k}, nil)
+	return err
+}
+
+// KexecUnload implements kexec.Loader.
+func (c Client) KexecUnload(ctx context.Context) error {
+	_, err := c.ask(ctx, request{Do: doKexecUnload}, nil)
 	return err
 }
 

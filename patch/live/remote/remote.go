@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"belay/agent/maint"
+	"belay/patch/kexec"
 	"belay/patch/live"
 )
 
@@ -29,6 +30,9 @@ const (
 	doMicrocode = "microcode"
 	doTasks     = "tasks"
 	doLog       = "log"
+
+	doKexecLoad   = "kexec-load"
+	doKexecUnload = "kexec-unload"
 )
 
 // request is what is asked. A load has one file descriptor with it, the module's.
@@ -39,6 +43,8 @@ type request struct {
 	Signature []byte   `json:"signature,omitempty"`
 	Functions []string `json:"functions,omitempty"`
 	After     uint64   `json:"after,omitempty"`
+	// Image is the kernel to keep, to be started in this one's place.
+	Image *maint.KernelImage `json:"image,omitempty"`
 }
 
 // maxRequest bounds a request, bytes; a manifest fits in well.
@@ -102,9 +108,25 @@ func perform(ctx context.Context, h Host, r request, module []byte) (a answer) {
 		a.Tasks, err = h.Tasks(ctx, r.Functions)
 	case doLog:
 		a.Log, err = h.KernelLog(ctx, r.After)
+	case doKexecLoad, doKexecUnload:
+		err = keep(ctx, h, r)
 	default:
 		err = fmt.Errorf("there is no action %q", r.Do)
 	}
 	a.fail(err)
 	return a
+}
+
+// keep has the kernel keep another, where the host can do that as well.
+func keep(ctx context.Context, h Host, r request) error {
+	k, ok := h.(kexec.Loader)
+	switch {
+	case !ok:
+		return fmt.Errorf("no kernel can be loaded here: %w", unix.ENOSYS)
+	case r.Do == doKexecUnload:
+		return k.KexecUnload(ctx)
+	case r.Image == nil:
+		return fmt.Errorf("no kernel is named: %w", unix.EINVAL)
+	}
+	return k.KexecLoad(ctx, *r.Image)
 }

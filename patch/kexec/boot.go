@@ -1,0 +1,195 @@
+package kexec
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"belay/agent/maint"
+)
+
+// Boot has the host go down and come up with the new kernel. It does not return before the
+// process ends, but when that has happened, or does not happen.
+func (j *Job) Boot(ctx context.Context, s Scratch) error {
+	pl, err := j.load(s)
+	if err != nil {
+		return err
+	}
+	boot, err := j.Tree.Boot()
+	if err != nil {
+		return err
+	}
+	if boot == pl.Boot {
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		return j.goDown()
+	}
+	switch now, err := j.Tree.Release(); {
+	case err != nil:
+		return err
+	case now != pl.New.Release:
+		return maint.Problemf(maint.CodeKernelOld, host, "see why (journalctl -b -1 -e, the console's log)",
+			"has come up with kernel %s, not %s: the new one did not come up, or power was cut", now, pl.New.Release)
+	}
+	return nil
+}
+
+// goDown has the host go down, and waits for that: an abort or a deadline is too late then,
+// since a guest that is brought back would end with the host.
+func (j *Job) goDown() error {
+	going, err := j.Rebooter.Going(j.Life)
+	var asked error
+	if err == nil && !going {
+		asked = j.Rebooter.Kexec(j.Life)
+	}
+	for seen := time.Now(); time.Since(seen) < j.Pace.Going; {
+		if going, err := j.Rebooter.Going(j.Life); going || err != nil {
+			seen = time.Now() // also systemd that does not answer is no sign that it stays up
+		}
+		if !wait(j.Life, j.Pace.Poll) {
+			return context.Cause(j.Life)
+		}
+	}
+	why := cmp.Or(asked, err, errors.New("systemd has not begun to"))
+	return maint.Problemf(maint.CodeKexec, host, "see 'systemctl status kexec.target' and systemctl list-jobs", "does not go down for another kernel: %v", why)
+}
+
+// checked is what Check saves before it has the old kernel started.
+type checked struct {
+	Boot string `json:"boot"` // of the kernel that was not well
+	Sick string `json:"sick"`
+}
+
+// Check sees that the new kernel is well, before any guest is restored. If it is not, the old
+// one is started as the new one was, and Check fails there: Back restores the guests then.
+func (j *Job) Check(_ context.Context, s Scratch) error {
+	pl, err := j.load(s)
+	if err != nil {
+		return err
+	}
+	boot, err := j.Tree.Boot()
+	if err != nil {
+		return err
+	}
+	var c checked
+	if _, err := s.Load(PhaseCheck, &c); err != nil {
+		return err
+	}
+	sick := func(more string) error {
+		return maint.Problemf(maint.CodeKernelSick, "kernel "+pl.New.Release, "see its log (journalctl -k -b -1)", "is not well: %s%s", c.Sick, more)
+	}
+	switch {
+	case c.Sick != "" && c.Boot != boot:
+		now, _ := j.Tree.Release()
+		return sick("; the host was started with " + now + " again")
+	case c.Sick == "":
+		err := j.healthy(pl)
+		if err == nil {
+			return nil
+		}
+		if j.Life.Err() != nil {
+			return context.Cause(j.Life)
+		}
+		c = checked{Boot: boot, Sick: err.Error()}
+		if pl.New.Release == pl.Old.Release {
+			return sick("; it is the one as before")
+		}
+		if err := s.Save(c); err != nil {
+			return err
+		}
+	}
+	if err := s.Note("the new kernel is not well, so that the old one is started again: %s", c.Sick); err != nil {
+		return err
+	}
+	if err := j.loadImage(j.Life, pl.Old); err != nil {
+		return sick(fmt.Sprintf("; and the old one cannot be started: %v", err))
+	}
+	err = j.goDown()
+	if j.Life.Err() != nil {
+		return err
+	}
+	return sick(fmt.Sprintf("; and %v", err))
+}
+
+// healthy is nil if guests can be restored here.
+func (j *Job) healthy(pl plan) error {
+	var why error
+	for giveUp := time.Now().Add(j.Pace.Healed); ; {
+		if why = j.ready(pl); why == nil {
+			break
+		}
+		if time.Now().After(giveUp) || !wait(j.Life, j.Pace.Poll) {
+			return why
+		}
+	}
+	if j.Health != nil {
+		return j.Health(j.Life)
+	}
+	return nil
+}
+
+// ready: the memory is there, libvirt answers, and its QEMU is the guests'. What comes late in
+// a boot is waited for.
+func (j *Job) ready(pl plan) error {
+	if why := j.Tree.OnPmem(j.Dir); why != "" {
+		return errors.New(why)
+	}
+	info, err := j.Host.Info(j.Life)
+	if err != nil {
+		return fmt.Errorf("libvirt does not answer: %w", err)
+	}
+	for _, g := range pl.Guests {
+		if !slices.Contains(info.MachineTypes, g.Machine) {
+			return fmt.Errorf("QEMU %s has not the machine type %s of guest %s", info.QEMUVersion, g.Machine, g.Name)
+		}
+	}
+	return nil
+}
+
+// Restore restores every guest under the new kernel, and records how that went. What is wrong
+// with single guests is Verify's to tell.
+func (j *Job) Restore(_ context.Context, s Scratch) error {
+	pl, err := j.load(s)
+	if err != nil {
+		return err
+	}
+	guests, err := j.bring(j.Life, &pl)
+	if err != nil {
+		return err
+	}
+	return j.Record(j.result(pl, guests))
+}
+
+// Verify tells what is not as it should be.
+func (j *Job) Verify(r maint.KexecResult) error {
+	problems := Problems(r.Guests)
+	if r.BootAfter == r.BootBefore {
+		problems = append(problems, *maint.Problemf(maint.CodeKexec, host, "see its log", "has the boot ID of before: it has not booted"))
+	}
+	return maint.Refuse("the host has another kernel, and not all is well", problems)
+}
+
+// Back is the way back: every guest that was saved is restored under the kernel that runs,
+// and all is recorded. Guests that can be neither are an error.
+func (j *Job) Back(_ context.Context, s Scratch) ([]maint.Problem, error) {
+	pl, err := j.load(s)
+	if err != nil {
+		return nil, err
+	}
+	guests, err := j.bring(j.Life, &pl)
+	if err != nil {
+		return nil, err
+	}
+	if err := j.Record(j.result(pl, guests)); err != nil {
+		return nil, err
+	}
+	problems := Problems(guests)
+	if Kept(guests) {
+		return nil, maint.Refuse("not every guest runs again", problems)
+	}
+	return problems, nil
+}

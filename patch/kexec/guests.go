@@ -1,0 +1,78 @@
+package kexec
+
+import (
+	"context"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"belay/agent/maint"
+)
+
+// guests are those of the plan, and what keeps them from it.
+func (j *Job) guests(ctx context.Context, g *judgement, pl *plan) error {
+	all, err := j.Host.Guests(ctx)
+	if err != nil {
+		return err
+	}
+	info, err := j.Host.Info(ctx)
+	if err != nil {
+		return err
+	}
+	named := make(map[string]bool)
+	for _, name := range j.Request.Guests {
+		i := slices.IndexFunc(all, func(q maint.Guest) bool { return q.Name == name || q.UUID == name })
+		if i < 0 {
+			g.add(maint.CodeUnknownGuest, "guest "+name, "see 'belay guests' for the names", "is not on this host")
+			continue
+		}
+		named[all[i].UUID] = true
+		if !all[i].State.Active() {
+			g.add(maint.CodeGuestOff, "guest "+name, "leave it out", "does not run")
+		}
+	}
+	for _, q := range all {
+		if !q.State.Active() {
+			continue
+		}
+		if !j.Request.All && !named[q.UUID] {
+			g.add(maint.CodeUncovered, "guest "+q.Name, "name it too (--all), or move it away first (belay migrate "+maint.ShellWord(q.Name)+")",
+				"runs on this host, and would end with its kernel")
+			continue
+		}
+		j.fits(g, q, info)
+		pl.Guests = append(pl.Guests, member{Name: q.Name, UUID: q.UUID, Bytes: q.MemoryBytes, Machine: q.MachineType,
+			Paused: q.State == maint.GuestPaused, Autostart: q.Autostart})
+	}
+	return nil
+}
+
+// fits: a guest can be saved, and its world is there after the boot.
+func (j *Job) fits(g *judgement, q maint.Guest, info maint.Host) {
+	subject := "guest " + q.Name
+	switch q.State {
+	case maint.GuestRunning, maint.GuestBlocked, maint.GuestPaused:
+	default:
+		g.add(maint.CodeGuestState, subject, "wait until it has done that, or start it anew", "is %s", q.State)
+	}
+	if q.Job != "" {
+		g.add(maint.CodeBusy, subject, "wait for it", "has a job of libvirt's, %q", q.Job)
+	}
+	if !slices.Contains(info.MachineTypes, q.MachineType) {
+		g.add(maint.CodeMachineType, subject, "install the QEMU again that has it", "has machine type %s, which this host's QEMU %s has not", q.MachineType, info.QEMUVersion)
+	}
+	for _, d := range q.Devices {
+		if d.Kind == "hostdev" {
+			g.add(maint.CodeDevice, subject, "detach it first", "has the host's device %s, whose state ends with the kernel", d.Source)
+		}
+	}
+	for _, d := range q.Disks {
+		if !filepath.IsAbs(d.Source) || strings.HasPrefix(d.Source, "/dev/") && !strings.HasPrefix(d.Source, "/dev/shm/") {
+			continue
+		}
+		m, err := j.Tree.Mount(d.Source)
+		if err == nil && (m.Type == "tmpfs" || m.Type == "ramfs") || strings.HasPrefix(d.Source, j.Dir+"/") {
+			g.add(maint.CodeVolatile, subject, "move it to a disk first (virsh blockcopy)", "has its disk %s in memory (%s), which a boot empties", d.Target, d.Source)
+		}
+	}
+}

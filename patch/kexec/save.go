@@ -1,0 +1,224 @@
+package kexec
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"belay/agent/maint"
+)
+
+// atOnce is how many guests are saved or restored at once: it is memory that is copied.
+const atOnce = 4
+
+// Load has the running kernel keep the new one: what is wrong with that shows before any guest
+// feels something.
+func (j *Job) Load(ctx context.Context, s Scratch) error {
+	pl, err := j.load(s)
+	if err != nil {
+		return err
+	}
+	if err := j.unlessBooted(pl); err != nil {
+		return err
+	}
+	return j.loadImage(ctx, pl.New)
+}
+
+func (j *Job) loadImage(ctx context.Context, k maint.KernelImage) error {
+	if err := j.Loader.KexecLoad(ctx, k); err != nil {
+		var p *maint.Problem
+		if errors.As(err, &p) {
+			return err
+		}
+		return maint.Problemf(maint.CodeKexec, "kernel "+k.Kernel, "see the kernel's log (dmesg)", "the running kernel does not take it: %v", err)
+	}
+	return nil
+}
+
+// Unload is the undo of Load.
+func (j *Job) Unload(ctx context.Context, s Scratch) error {
+	pl, err := j.load(s)
+	if err != nil || j.unlessBooted(pl) != nil {
+		return err // a boot has forgotten it
+	}
+	return j.Loader.KexecUnload(ctx)
+}
+
+// unlessBooted is an error if the host has booted since the plan was made.
+func (j *Job) unlessBooted(pl plan) error {
+	boot, err := j.Tree.Boot()
+	if err == nil && boot != pl.Boot {
+		err = maint.Problemf(maint.CodeKernelOld, host, "see why (journalctl -b -1 -e), and begin again", "went down before the new kernel was to be started")
+	}
+	return err
+}
+
+// Save saves every guest. From the first on, guests are off: whoever finds the host so goes
+// on, or has Back restore them.
+func (j *Job) Save(ctx context.Context, s Scratch) error {
+	pl, err := j.load(s)
+	if err != nil {
+		return err
+	}
+	if err := j.unlessBooted(pl); err != nil {
+		return err
+	}
+	unlock, err := j.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	m, err := j.open(pl)
+	if err != nil {
+		return err
+	}
+	k := &keeping{j: j, m: m}
+	var all errgroup.Group
+	all.SetLimit(atOnce)
+	for _, g := range pl.Guests {
+		all.Go(func() error {
+			if err := k.save(ctx, g); err != nil {
+				return fmt.Errorf("cannot save guest %s: %w", g.Name, err)
+			}
+			return nil
+		})
+	}
+	return all.Wait()
+}
+
+// open begins the manifest of this operation, or takes it up. What an earlier one has left
+// there, and is settled, is removed.
+func (j *Job) open(pl plan) (manifest, error) {
+	m, err := readManifest(j.dir())
+	switch {
+	case err == nil && m.Op == j.Op:
+		return m, nil
+	case err == nil && !m.settled(j.dir()):
+		return m, j.unsettled(m)
+	}
+	// Also a damaged one: nothing could be restored by it.
+	files, err := filepath.Glob(filepath.Join(j.dir(), "*"))
+	for _, f := range files {
+		if ext := filepath.Ext(f); ext == ".save" || ext == ".mark" {
+			err = errors.Join(err, os.Remove(f))
+		}
+	}
+	m = manifest{Op: j.Op, Boot: pl.Boot, Old: pl.Old, New: pl.New, Planned: pl.Guests, Guests: []entry{}}
+	return m, errors.Join(err, writeManifest(j.dir(), m))
+}
+
+// unsettled is why nothing is begun while guests of an earlier operation are kept.
+func (j *Job) unsettled(m manifest) *maint.Problem {
+	var names []string
+	for _, e := range m.Guests {
+		if mark, err := readMark(j.dir(), e.UUID); err != nil || mark.Stage != stageDone {
+			names = append(names, e.Name)
+		}
+	}
+	return maint.Problemf(maint.CodeKeptGuest, "folder "+j.Dir, "belayd -restore; to give them up, remove the folder's manifest.json",
+		"has guests that operation %s has saved and that were not restored: %s", m.Op, strings.Join(names, ", "))
+}
+
+// keeping is a manifest that several guests are put into at once.
+type keeping struct {
+	j  *Job
+	mu sync.Mutex
+	m  manifest
+}
+
+func (k *keeping) has(uuid string) *entry {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if i := slices.IndexFunc(k.m.Guests, func(e entry) bool { return e.UUID == uuid }); i >= 0 {
+		return &k.m.Guests[i]
+	}
+	return nil
+}
+
+// put names a guest whose file is complete.
+func (k *keeping) put(ctx context.Context, g member, begun time.Time) (*entry, error) {
+	e := entry{member: g, File: g.UUID + ".save", Begun: begun.Round(0), Memory: bySave}
+	name := e.file(k.j.dir())
+	if err := syncPath(name); err != nil {
+		return nil, err
+	}
+	var err error
+	if e.Sum, e.Size, err = sum(ctx, name); err != nil {
+		return nil, err
+	}
+	e.Took = time.Since(begun)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	m := k.m
+	m.Guests = append(slices.Clip(m.Guests), e)
+	if err := writeManifest(k.j.dir(), m); err != nil {
+		return nil, err
+	}
+	k.m = m
+	return &e, nil
+}
+
+// save saves one guest. One that its owner has ended is left so.
+func (k *keeping) save(ctx context.Context, g member) error {
+	if k.has(g.UUID) != nil {
+		return nil
+	}
+	j, begun := k.j, time.Now()
+	file := filepath.Join(j.dir(), g.UUID+".save")
+	active, err := j.unsaving(ctx, g) // of a belayd that died in it
+	if err != nil {
+		return err
+	}
+	if active {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		if g.Autostart {
+			if err := j.Host.SetAutostart(ctx, g.UUID, false); err != nil {
+				return fmt.Errorf("cannot turn off its autostart: %w", err)
+			}
+		}
+		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		begun = time.Now()
+		failed := j.Host.Save(context.WithoutCancel(ctx), g.UUID, filepath.Join(j.Dir, g.UUID+".save"))
+		if active, err = j.unsaving(ctx, g); active || err != nil {
+			return cmp.Or(failed, err, errors.New("it has not left its QEMU"))
+		}
+	}
+	if !complete(file) {
+		return nil // ended meanwhile, by its owner: see bring
+	}
+	_, err = k.put(ctx, g, begun)
+	return err
+}
+
+// unsaving waits for the end of a job of the guest's, such as a save, and reports whether it
+// has a QEMU then.
+func (j *Job) unsaving(ctx context.Context, g member) (active bool, err error) {
+	for {
+		now, err := j.Host.Guest(ctx, g.UUID)
+		switch {
+		case errors.Is(err, maint.ErrNoGuest):
+			return false, nil
+		case err != nil:
+			return false, err
+		case !now.State.Active() || now.Reason != "saving" && now.Job != "save" && now.Job != "restore" && now.Job != "start":
+			return now.State.Active(), nil
+		}
+		if !wait(ctx, j.Pace.Poll) {
+			return true, context.Cause(ctx)
+		}
+	}
+}
