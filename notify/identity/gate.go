@@ -149,7 +149,7 @@ func (g *Gate) open() (err error) {
 	if g.ns, err = netns.Get(); err != nil {
 		return fmt.Errorf("cannot open the network namespace: %w", err)
 	}
-	if g.link, err = netlink.NewHandleAt(g.ns, unix.NETLINK_ROUTE, unix.NETLINK_INET_DIAG); err != nil {
+	if g.link, err = netlink.NewHandleAt(g.away(), unix.NETLINK_ROUTE, unix.NETLINK_INET_DIAG); err != nil {
 		return fmt.Errorf("cannot open netlink: %w", err)
 	}
 	if err := g.taken(); err != nil {

@@ -272,21 +272,29 @@ func (g *Gate) sysctl(name, value string) error {
 	})
 }
 
+// away is the gate's network namespace where the calling thread is in another one, else
+// none: to enter even its own takes CAP_SYS_ADMIN, which belayd's unit does not have.
+func (g *Gate) away() netns.NsHandle {
+	here, err := netns.Get()
+	if err != nil {
+		return g.ns
+	}
+	defer here.Close()
+	if here.Equal(g.ns) {
+		return netns.None()
+	}
+	return g.ns
+}
+
 // inside runs f on a thread in the gate's network namespace, which nearly always
 // is that of all threads.
 func (g *Gate) inside(f func() error) error {
 	result := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
-		here, err := netns.Get()
-		if err != nil {
-			result <- fmt.Errorf("cannot open the network namespace: %w", err)
-			return
-		}
-		defer here.Close()
-		if here.Equal(g.ns) {
+		if ns := g.away(); !ns.IsOpen() {
 			defer runtime.UnlockOSThread()
-		} else if err := netns.Set(g.ns); err != nil { // for good: the thread ends here
+		} else if err := netns.Set(ns); err != nil { // for good: the thread ends here
 			result <- fmt.Errorf("cannot enter the network namespace: %w", err)
 			return
 		}

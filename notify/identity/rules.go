@@ -156,7 +156,8 @@ func rules(mask uint32) []rule {
 
 // nft opens a connection to nftables in the gate's network namespace.
 func (g *Gate) nft() (*nftables.Conn, error) {
-	return nftables.New(nftables.WithNetNSFd(int(g.ns)), nftables.WithSockOptions(func(c *netlink.Conn) error {
+	ns := max(int(g.away()), 0) // 0: the thread's own
+	return nftables.New(nftables.WithNetNSFd(ns), nftables.WithSockOptions(func(c *netlink.Conn) error {
 		return errors.Join(c.SetWriteBuffer(netlinkBuffer), c.SetReadBuffer(netlinkBuffer))
 	}))
 }

@@ -13,9 +13,9 @@ import (
 
 // subscribe asks the kernel to tell of devices until done.
 func (g *Gate) subscribe(done <-chan struct{}) (<-chan netlink.LinkUpdate, error) {
-	updates := make(chan netlink.LinkUpdate)
+	updates, ns := make(chan netlink.LinkUpdate), g.away()
 	err := netlink.LinkSubscribeWithOptions(updates, done, netlink.LinkSubscribeOptions{
-		Namespace:              &g.ns,
+		Namespace:              &ns,
 		ErrorCallback:          func(error) {}, // the channel is closed
 		ReceiveBufferSize:      4 << 20,
 		ReceiveBufferForceSize: true,
