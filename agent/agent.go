@@ -124,6 +124,7 @@ type Agent struct {
 	view    *inventory
 	cpus    cpuTimes
 	vigil   vigil
+	pace    pace
 
 	local    *local.Host
 	preserve Preserve
@@ -144,7 +145,8 @@ type Agent struct {
 	// live is owned by the loop.
 	live map[maint.OpID]*liveOp
 	// progress has the statistics of running copies, for readers.
-	progress sync.Map // maint.OpID -> maint.Job
+	progress   sync.Map // maint.OpID -> maint.Job
+	progressed herald   // of progress and troubles
 	// troubles has what is wrong with operations that go on all the same.
 	troubles sync.Map // maint.OpID -> maint.Problem
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"reflect"
 	"strings"
 	"time"
 	"unicode"
@@ -19,6 +20,10 @@ import (
 // reservationLife is how long room is kept for a guest whose source is not
 // heard of any more. The source renews it every twenty seconds.
 const reservationLife = 90 * time.Second
+
+// renewedLately is how long after it was written down a reservation need not be written down
+// anew.
+const renewedLately = 5 * time.Second
 
 // maxName is the longest name or ID a peer may have kept here, bytes: a guest's
 // name is a file's name with libvirt.
@@ -194,8 +199,21 @@ func (a *Agent) reserve(ctx context.Context, from string, r maint.Arrival) error
 			return err
 		}
 	}
-	data, err := json.Marshal(maint.Reservation{Op: r.Op, From: from, GuestUUID: r.GuestUUID, Guest: r.Guest,
-		MemoryBytes: r.MemoryBytes, Pages: r.Pages, AntiAffinity: r.AntiAffinity, Disks: r.Disks, Expires: time.Now().Add(reservationLife)})
+	now := time.Now()
+	res := maint.Reservation{Op: r.Op, From: from, GuestUUID: r.GuestUUID, Guest: r.Guest,
+		MemoryBytes: r.MemoryBytes, Pages: r.Pages, AntiAffinity: r.AntiAffinity, Disks: r.Disks, Expires: now.Add(reservationLife)}
+	if held && len(replaced) == 0 {
+		old, _ := a.journal.Reservation(r.Op)
+		lately := old.Expires.Sub(now) > reservationLife-renewedLately
+		old.Expires = res.Expires
+		if lately && reflect.DeepEqual(old, res) {
+			return nil
+		}
+	}
+	if p := a.pace.refuse(a.cfg.Host, from); p != nil {
+		return refuse(fmt.Sprintf("cannot take guest %s from %s", r.Guest, from), p)
+	}
+	data, err := json.Marshal(res)
 	if err != nil {
 		return err
 	}

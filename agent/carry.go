@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"slices"
 	"time"
 
@@ -36,19 +37,37 @@ func unknownThere(err error) bool {
 // for that belayd's own guests.
 func (c carrying) Check(ctx context.Context, r maint.Arrival) ([]maint.Problem, error) {
 	r.AntiAffinity = c.agent.groupsAt(ctx, r.GuestUUID, r.Guest)
+	var own []maint.Problem
+	if p := inGroups(r); p != nil { // the peer would refuse to be asked
+		own, r.AntiAffinity = []maint.Problem{*p}, nil
+	}
 	ps, err := c.Destination.Check(ctx, r)
 	if (r.Needs != nil || r.AntiAffinity != nil || r.Way != nil) && unknownThere(err) {
 		c.agent.log.Warn("a peer does not look at all that a guest needs", "guest", r.Guest, "err", err)
 		r.Needs, r.AntiAffinity, r.Way = nil, nil, nil
 		ps, err = c.Destination.Check(ctx, r)
 	}
-	return ps, err
+	return append(own, ps...), err
+}
+
+// inGroups is why no peer could keep a guest apart from others, nil if one could.
+func inGroups(r maint.Arrival) *maint.Problem {
+	why := maint.CheckGroups(r.AntiAffinity)
+	if why == "" {
+		return nil
+	}
+	return maint.Problemf(maint.CodeAntiAffinity, "guest "+r.Guest,
+		"take it out of some: they are in [anti_affinity] of belayd's configuration, and in its <metadata> (virsh metadata "+maint.ShellWord(r.Guest)+" urn:belay:placement:1)",
+		"is in anti-affinity groups that no peer can keep: %s", why)
 }
 
 // Reserve tells of the groups that the guest is in, too. An older belayd is asked for room
 // only.
 func (c carrying) Reserve(ctx context.Context, r maint.Arrival) (maint.Landing, error) {
 	r.AntiAffinity = c.agent.groupsAt(ctx, r.GuestUUID, r.Guest)
+	if p := inGroups(r); p != nil {
+		return maint.Landing{}, refuse(fmt.Sprintf("cannot migrate guest %s", r.Guest), p)
+	}
 	l, err := c.Destination.Reserve(ctx, r)
 	if (r.AntiAffinity != nil || r.Way != nil) && unknownThere(err) {
 		r.AntiAffinity, r.Way = nil, nil

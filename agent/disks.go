@@ -160,6 +160,9 @@ func (a *Agent) MakeDisks(ctx context.Context, from string, id maint.OpID) error
 			return err
 		}
 	}
+	if p := a.pace.refuse(a.cfg.Host, from); p != nil {
+		return refuse(fmt.Sprintf("cannot take the disks of guest %s from %s", res.Guest, from), p)
+	}
 	arrival := maint.Arrival{Op: id, Guest: res.Guest, GuestUUID: res.GuestUUID, Disks: res.Disks}
 	if err := maint.Refuse(fmt.Sprintf("cannot take the disks of guest %s from %s", res.Guest, from), a.checkDisks(ctx, arrival)); err != nil {
 		return err

@@ -103,11 +103,11 @@ func (e elsewhere) problem() *maint.Problem {
 			"is %s: operation %s is at work on it", e.Where, e.Op)
 	case e.Where == inTwin:
 		return maint.Problemf(maint.CodeUnverified, guest,
-			fmt.Sprintf("bring it home (belay replace-vmm %s); do not stop the twin, nor start the guest at home: it would be a second one on the same disks", e.Guest),
+			fmt.Sprintf("bring it home (belay replace-vmm %s); do not stop the twin, nor start the guest at home: it would be a second one on the same disks", maint.ShellWord(e.Guest)),
 			"runs in the twin, the second libvirt daemon of this host, and no operation is bringing it home")
 	}
 	return maint.Problemf(maint.CodeBetween, guest,
-		fmt.Sprintf("do not start it: 'belay replace-vmm %s' goes on with what is kept; 'belay ops show %s' tells why it has not", e.Guest, e.Op),
+		fmt.Sprintf("do not start it: belay replace-vmm %s goes on with what is kept; belay ops show %s tells why it has not", maint.ShellWord(e.Guest), e.Op),
 		"is between two QEMUs: operation %s has ended its old one and kept its memory and state", e.Op)
 }
 

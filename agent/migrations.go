@@ -150,9 +150,11 @@ func (a *Agent) migration(op maint.Op, p *peer, to migrate.Destination) *migrate
 		Deadline: op.Deadline, Boot: a.preserve.Boot.ID,
 		Progress: func(j maint.Job) {
 			a.progress.Store(op.ID, j)
+			a.progressed.tell()
 			a.answerPolls(a.life, op.GuestUUID)
 		},
 		Trouble: func(p *maint.Problem) {
+			defer a.progressed.tell()
 			if p == nil {
 				a.troubles.Delete(op.ID)
 				return

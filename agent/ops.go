@@ -6,8 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"belay/agent/config"
@@ -280,15 +282,20 @@ func (a *Agent) Records(ctx context.Context, id maint.OpID) ([]maint.Record, err
 	return a.journal.Records(id)
 }
 
-// progressEvery is how often a watcher is told of a running copy's progress.
-const progressEvery = 500 * time.Millisecond
+const (
+	// progressEvery is how often a watcher is told of a running copy's progress, at most.
+	progressEvery = 500 * time.Millisecond
+	// watchAlive is how often a watcher is told at least, so that it knows that there is
+	// somebody who would tell it.
+	watchAlive = 10 * time.Second
+)
 
 // Watch calls f with the operation now and after every change until it ends.
 func (a *Agent) Watch(ctx context.Context, id maint.OpID, f func(maint.Op) error) error {
-	tick := time.NewTicker(progressEvery)
-	defer tick.Stop()
+	alive := time.NewTicker(watchAlive)
+	defer alive.Stop()
 	for {
-		changed := a.journal.Changed()
+		changed, progressed := a.journal.Changed(), a.progressed.next()
 		op, err := a.Op(ctx, id)
 		if err != nil {
 			return err
@@ -296,14 +303,52 @@ func (a *Agent) Watch(ctx context.Context, id maint.OpID, f func(maint.Op) error
 		if err := f(op); err != nil || op.State == maint.OpEnded {
 			return err
 		}
-		select {
-		case <-changed:
-		case <-tick.C:
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-a.life.Done():
-			return errors.New("belayd is shutting down")
+		told := time.Now()
+		for again := false; !again; {
+			again = true
+			select {
+			case <-changed:
+			case <-alive.C:
+			case <-progressed:
+				progressed = a.progressed.next()
+				now := op
+				if a.addProgress(&now); reflect.DeepEqual(now.Progress, op.Progress) && reflect.DeepEqual(now.Trouble, op.Trouble) {
+					again = false // another operation's
+				} else if !pause(ctx, progressEvery-time.Since(told)) {
+					return ctx.Err()
+				}
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-a.life.Done():
+				return errors.New("belayd is shutting down")
+			}
 		}
+	}
+}
+
+// herald tells whoever waits that something has happened. The zero value is ready.
+type herald struct {
+	mu sync.Mutex
+	ch chan struct{}
+}
+
+// next gives a channel that is closed when something happens. Take it before you look.
+func (h *herald) next() <-chan struct{} {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.ch == nil {
+		h.ch = make(chan struct{})
+	}
+	return h.ch
+}
+
+// tell says that it has.
+func (h *herald) tell() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.ch != nil {
+		close(h.ch)
+		h.ch = nil
 	}
 }
 

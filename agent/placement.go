@@ -183,7 +183,7 @@ func (a *Agent) instead(ctx context.Context, m maint.GuestMove) (ways []string) 
 	if len(m.Copies) > 0 {
 		ways = append(ways, "have its disks copied along: belay drain --copy-disks")
 	}
-	ways = append(ways, fmt.Sprintf("hold it while a command services the host, if that needs no reboot: belay hold --guest %s -- COMMAND", g.Name))
+	ways = append(ways, fmt.Sprintf("hold it while a command services the host, if that needs no reboot: belay hold --guest %s -- COMMAND", maint.ShellWord(g.Name)))
 	choices, _ := a.ReplaceChoices(ctx, g.UUID)
 	var methods []string
 	for _, c := range choices {
@@ -192,7 +192,7 @@ func (a *Agent) instead(ctx context.Context, m maint.GuestMove) (ways []string) 
 		}
 	}
 	if len(methods) > 0 {
-		ways = append(ways, fmt.Sprintf("give it a new QEMU here (%s): belay replace-vmm %s", strings.Join(methods, ", "), g.Name))
+		ways = append(ways, fmt.Sprintf("give it a new QEMU here (%s): belay replace-vmm %s", strings.Join(methods, ", "), maint.ShellWord(g.Name)))
 	}
 	return ways
 }

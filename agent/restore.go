@@ -212,6 +212,8 @@ func newReturn(ctx context.Context, a *Agent, op maint.Op, s *run.Scratch) *conv
 		if err != nil {
 			return err
 		}
+		ctx, cancel := context.WithTimeout(ctx, returnGrace)
+		defer cancel()
 		there, err := p.client.Return(ctx, maint.ReturnRequest{Token: m.Token, GuestUUID: m.GuestUUID, Arrived: arrived,
 			MaxPause: op.Restore.MaxPause, Reason: op.Restore.Reason})
 		m.Op = there.ID
@@ -252,8 +254,9 @@ func (a *Agent) sentBy(op maint.Op, uuid string) (maint.OpID, error) {
 }
 
 const (
-	// returnGrace is how long a peer that migrates a guest back may not answer.
-	returnGrace = 5 * time.Minute
+	// returnGrace is how long a peer that migrates a guest back may be silent. One that
+	// answers says something at least every watchAlive.
+	returnGrace = 30 * time.Second
 	returnAgain = time.Second
 )
 
@@ -266,7 +269,8 @@ func (a *Agent) awaitReturn(ctx context.Context, m maint.GuestMove, tell func(ma
 		if p == nil {
 			return maint.Op{}, a.unknownPeer(m.Peer)
 		}
-		op, err := p.client.WatchReturn(ctx, m.Op, func(there maint.Op) {
+		watch := func(ctx context.Context, f func(maint.Op)) (maint.Op, error) { return p.client.WatchReturn(ctx, m.Op, f) }
+		op, err := unlessSilent(ctx, max(returnGrace-time.Since(heard), returnAgain), returnGrace, watch, func(there maint.Op) {
 			heard = time.Now()
 			tell(there)
 		})
@@ -282,12 +286,31 @@ func (a *Agent) awaitReturn(ctx context.Context, m maint.GuestMove, tell func(ma
 				return maint.Op{ID: m.Op, Outcome: maint.OutcomePartly, Problems: []maint.Problem{*maint.Problemf(maint.CodeUnverified, "guest "+m.Guest,
 					"see 'belay ops show "+string(m.Op)+"' on "+m.Peer, "runs here, but %s cannot be asked whether all of its migration is done: %v", m.Peer, err)}}, nil
 			}
+			if silent := time.Since(heard); silent > returnGrace {
+				err = maint.Problemf(maint.CodePeerDown, "peer "+m.Peer,
+					fmt.Sprintf("bring its belayd or its network back, see there what becomes of guest %s (belay ops show %s), and restore again", m.Guest, maint.ShellWord(string(m.Op))),
+					"cannot be reached: it was to migrate guest %s back, and has not been heard of for %s", m.Guest, silent.Round(time.Second))
+			}
 			return op, err
 		}
 		if !pause(ctx, returnAgain) {
 			return op, ctx.Err()
 		}
 	}
+}
+
+// unlessSilent watches an operation, and gives that up when nothing is heard of it for first,
+// or for then after a word of it: a connection may stand for hours of which nobody is left at
+// the other end.
+func unlessSilent(ctx context.Context, first, then time.Duration, watch func(context.Context, func(maint.Op)) (maint.Op, error), tell func(maint.Op)) (maint.Op, error) {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	alarm := time.AfterFunc(first, stop)
+	defer alarm.Stop()
+	return watch(ctx, func(there maint.Op) {
+		alarm.Reset(then)
+		tell(there)
+	})
 }
 
 // seeReturned does not take a peer's word alone that a guest has come back.

@@ -44,11 +44,11 @@ func (a *Agent) abandoned(all []leash.Leftover, guests []maint.Guest) (cs []main
 			case held && guests[i].State == maint.GuestPaused:
 				cs = append(cs, maint.Condition{Code: maint.CodePaused,
 					Text:   fmt.Sprintf("guest %s is still paused, and the leash of operation %s has died, which would resume it", g.Name, l.Op),
-					Remedy: fmt.Sprintf("virsh resume %s, unless somebody has paused it since", g.Name)})
+					Remedy: fmt.Sprintf("virsh resume %s, unless somebody has paused it since", maint.ShellWord(g.Name))})
 			case g.Unleased && maint.View{Guest: &guests[i]}.Running():
 				cs = append(cs, maint.Condition{Code: maint.CodeLeash,
 					Text:   fmt.Sprintf("guest %s may run without the leases of its disks: the leash of operation %s has died, which would have them taken again", g.Name, l.Op),
-					Remedy: fmt.Sprintf("virsh suspend %s && virsh resume %s", g.Name, g.Name)})
+					Remedy: fmt.Sprintf("virsh suspend %[1]s && virsh resume %[1]s", maint.ShellWord(g.Name))})
 			}
 		}
 	}

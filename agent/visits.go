@@ -50,7 +50,10 @@ func (s side) Describe(ctx context.Context, uuid string) (twin.Description, erro
 func (a *Agent) visit(op maint.Op) *twin.Visit {
 	return &twin.Visit{Op: op.ID, Guest: op.Guest, UUID: op.GuestUUID, Method: op.Replace.Method, MaxPause: op.Replace.MaxPause,
 		Home: side{a.hyp}, Away: side{a.preserve.Twin.Away}, Twin: a.preserve.Twin.Second, Log: a.log.With("op", op.ID),
-		Progress: func(j maint.Job) { a.progress.Store(op.ID, j) }}
+		Progress: func(j maint.Job) {
+			a.progress.Store(op.ID, j)
+			a.progressed.tell()
+		}}
 }
 
 // visitChoice is what a way by the twin would cost a guest.

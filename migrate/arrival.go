@@ -53,7 +53,7 @@ func CheckArrival(ctx context.Context, a maint.Arrival, room Room, cpu CPUCompar
 			add(maint.CodeNameTaken, "find out with 'virsh domstate --reason' which copy is the right one before anything else",
 				"already has guest %s with this UUID, state %s", g.Name, g.State)
 		case g.UUID == a.GuestUUID:
-			add(maint.CodeNameTaken, fmt.Sprintf("if nothing in it is wanted, remove it there: virsh undefine %s", g.Name),
+			add(maint.CodeNameTaken, fmt.Sprintf("if nothing in it is wanted, remove it there: virsh undefine %s", maint.ShellWord(g.Name)),
 				"already has an inactive definition of guest %s", g.Name)
 		case g.Name == a.Guest:
 			add(maint.CodeNameTaken, "rename one of the two guests (virsh domrename)",

@@ -40,7 +40,7 @@ func (m *Migration) TurnOn(ctx context.Context, s Scratch) error {
 	}
 	err := m.retry(ctx, settleGrace, func(ctx context.Context) error { return m.Source.SetAutostart(ctx, m.UUID, true) })
 	if err != nil {
-		return maint.Problemf(maint.CodeAutostart, "guest "+m.Guest, fmt.Sprintf("on the host that has it in the end: virsh autostart %s", m.Guest),
+		return maint.Problemf(maint.CodeAutostart, "guest "+m.Guest, fmt.Sprintf("on the host that has it in the end: virsh autostart %s", m.word()),
 			"does not start with its host any more: its autostart on %s was turned off for the copy, and cannot be turned on again: %v", m.From, err)
 	}
 	return nil
@@ -52,7 +52,7 @@ func (m *Migration) keptOff(s Scratch, a attempt, err error) error {
 	if !a.KeptOff {
 		return err
 	}
-	if noteErr := s.Note("the guest's autostart on %s was turned off for the copy, and stays off, since a second one might start with that host; on the host that has the guest in the end: virsh autostart %s", m.From, m.Guest); noteErr != nil {
+	if noteErr := s.Note("the guest's autostart on %s was turned off for the copy, and stays off, since a second one might start with that host; on the host that has the guest in the end: virsh autostart %s", m.From, m.word()); noteErr != nil {
 		return noteErr
 	}
 	return err

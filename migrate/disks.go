@@ -60,7 +60,7 @@ func (m *Migration) chooseCopies(ctx context.Context, files []maint.FileNeed) (r
 	if !m.Disks.all() {
 		for _, target := range m.Disks.Which {
 			if !slices.ContainsFunc(disks, func(d maint.GuestDisk) bool { return d.Target == target }) {
-				add("name disks that it writes to (virsh domblklist "+m.Guest+"), or none for all of them: --copy-disks", "has no disk %s that it writes to", target)
+				add("name disks that it writes to (virsh domblklist "+m.word()+"), or none for all of them: --copy-disks", "has no disk %s that it writes to", target)
 			}
 		}
 	}

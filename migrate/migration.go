@@ -274,7 +274,7 @@ func (m *Migration) Verify(ctx context.Context, s Scratch) error {
 			return maint.Problemf(maint.CodeJournal, "guest "+m.Guest, p.Remedy, "runs on %s, whose belayd cannot write down that it has come: %s", m.To, p.Reason)
 		}
 		return maint.Problemf(maint.CodeUnverified, "guest "+m.Guest,
-			fmt.Sprintf("on %s: virsh dominfo %s; then set persistence and autostart as wanted (were: persistent %t, autostart %t)", m.To, m.Guest, settle.Persistent, settle.Autostart),
+			fmt.Sprintf("on %s: virsh dominfo %s; then set persistence and autostart as wanted (were: persistent %t, autostart %t)", m.To, m.word(), settle.Persistent, settle.Autostart),
 			"runs on %s, but its definition there could not be settled: %v", m.To, err)
 	}
 	now, err := m.settle(ctx, moved)
@@ -295,7 +295,7 @@ func (m *Migration) Verify(ctx context.Context, s Scratch) error {
 		if now, lookErr := m.settle(ctx, moved); lookErr == nil && !now.Moved() {
 			return m.unsettled(now)
 		}
-		return maint.Problemf(maint.CodeLeftover, "guest "+m.Guest, fmt.Sprintf("on %s: virsh undefine %s", m.From, m.Guest),
+		return maint.Problemf(maint.CodeLeftover, "guest "+m.Guest, fmt.Sprintf("on %s: virsh undefine %s", m.From, m.word()),
 			"runs on %s, but its old definition on %s could not be removed: %v", m.To, m.From, err)
 	}
 	return s.Note("removed the definition that was left on %s", m.From)
@@ -320,12 +320,12 @@ func (m *Migration) noteArrival(ctx context.Context, s Scratch, paused bool) err
 // second copy when that host reboots, and tells what a person has to do.
 func (m *Migration) leftover(ctx context.Context, b before) error {
 	p := maint.Problemf(maint.CodeLeftover, "guest "+m.Guest,
-		fmt.Sprintf("make sure that it runs on %s, then on %s: virsh destroy %s", m.To, m.From, m.Guest),
+		fmt.Sprintf("make sure that it runs on %s, then on %s: virsh destroy %s", m.To, m.From, m.word()),
 		"runs on %s, and %s still holds its stopped process", m.To, m.From)
 	if !b.Persistent {
 		return p
 	}
-	p.Remedy += "; virsh undefine --keep-nvram " + m.Guest
+	p.Remedy += "; virsh undefine --keep-nvram " + m.word()
 	if b.Autostart {
 		off := func(ctx context.Context) error { return m.Source.SetAutostart(ctx, m.UUID, false) }
 		if err := m.retry(ctx, settleGrace, off); err != nil {

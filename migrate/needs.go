@@ -145,20 +145,20 @@ func same(n maint.FileNeed, f File) bool {
 func (c *needsCheck) network(name string) {
 	switch active, there := c.supplies.Networks[name]; {
 	case !there:
-		c.add(maint.CodeNetwork, fmt.Sprintf("define it there as it is here (virsh net-dumpxml %s), start it, and have it start with the host (virsh net-autostart)", name),
+		c.add(maint.CodeNetwork, fmt.Sprintf("define it there as it is here (virsh net-dumpxml %s), start it, and have it start with the host (virsh net-autostart)", maint.ShellWord(name)),
 			"has no libvirt network %s", name)
 	case !active:
-		c.add(maint.CodeNetwork, "start it there: virsh net-start "+name, "its libvirt network %s is not active", name)
+		c.add(maint.CodeNetwork, "start it there: virsh net-start "+maint.ShellWord(name), "its libvirt network %s is not active", name)
 	}
 }
 
 func (c *needsCheck) pool(name string) {
 	switch active, there := c.supplies.Pools[name]; {
 	case !there:
-		c.add(maint.CodeDiskMissing, fmt.Sprintf("define it there with the same storage (virsh pool-dumpxml %s), start it, and have it start with the host (virsh pool-autostart)", name),
+		c.add(maint.CodeDiskMissing, fmt.Sprintf("define it there with the same storage (virsh pool-dumpxml %s), start it, and have it start with the host (virsh pool-autostart)", maint.ShellWord(name)),
 			"has no storage pool %s, which has a disk of the guest", name)
 	case !active:
-		c.add(maint.CodeDiskMissing, "start it there: virsh pool-start "+name, "its storage pool %s is not active", name)
+		c.add(maint.CodeDiskMissing, "start it there: virsh pool-start "+maint.ShellWord(name), "its storage pool %s is not active", name)
 	}
 }
 

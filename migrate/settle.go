@@ -126,11 +126,11 @@ func (m *Migration) startAgain(ctx context.Context, s Scratch, now situation) er
 			if err := m.keepOff(ctx, s, now); err != nil {
 				return err
 			}
-			remedy := fmt.Sprintf("see that it runs on %s (virsh domstate --reason %s)", host, m.Guest)
+			remedy := fmt.Sprintf("see that it runs on %s (virsh domstate --reason %s)", host, m.word())
 			if now.Action == ResumeSource {
-				remedy += fmt.Sprintf("; if so, on %s: virsh destroy %s, and never resume it there", m.From, m.Guest)
+				remedy += fmt.Sprintf("; if so, on %s: virsh destroy %s, and never resume it there", m.From, m.word())
 			} else {
-				remedy += fmt.Sprintf("; if so, on %s: virsh undefine --keep-nvram %s, and never start it there", m.From, m.Guest)
+				remedy += fmt.Sprintf("; if so, on %s: virsh undefine --keep-nvram %s, and never start it there", m.From, m.word())
 			}
 			return fmt.Errorf("%w: %w", ErrUnsettled, maint.Problemf(maint.CodeUnverified, "guest "+m.Guest, remedy,
 				"is on %s, where this operation has not moved it, and %s on %s", host, how, m.From))
@@ -141,7 +141,7 @@ func (m *Migration) startAgain(ctx context.Context, s Scratch, now situation) er
 	}
 	if err := m.retry(ctx, settleGrace, func(ctx context.Context) error { return do(ctx, m.UUID) }); err != nil {
 		p := maint.Problemf(maint.CodeUnverified, "guest "+m.Guest,
-			fmt.Sprintf("see that %s does not run it, nor any other host that has its disks, then on %s: virsh %s %s", m.To, m.From, verb, m.Guest),
+			fmt.Sprintf("see that %s does not run it, nor any other host that has its disks, then on %s: virsh %s %s", m.To, m.From, verb, m.word()),
 			"is %s on %s, and cannot be started there: %v", how, m.From, err)
 		return fmt.Errorf("%w: %w", ErrUnsettled, p)
 	}
@@ -167,9 +167,12 @@ func (m *Migration) alarm(ctx context.Context, s Scratch, now situation, a attem
 	return m.keptOff(s, a, m.unsettled(now))
 }
 
+// word is the guest's name as a word of a command.
+func (m *Migration) word() string { return maint.ShellWord(m.Guest) }
+
 // unsettled is the end of what cannot be acted on.
 func (m *Migration) unsettled(now situation) error {
-	look := fmt.Sprintf("look on both: virsh domstate --reason %s", m.Guest)
+	look := fmt.Sprintf("look on both: virsh domstate --reason %s", m.word())
 	p := maint.Problemf(maint.CodeUnverified, "guest "+m.Guest, look, "after the copy to %s it is %s", m.To, now.State)
 	switch now.State {
 	case Unknown:
@@ -179,7 +182,7 @@ func (m *Migration) unsettled(now situation) error {
 		p.Remedy = "stop one copy at once, before both write to the same disk: compare 'virsh domstate --reason' and the guest's own clock on both hosts"
 	case Gone:
 		p.Reason = fmt.Sprintf("is shut off on %s, and not on %s, whose belayd or libvirt was away meanwhile: it cannot be told whether it has run there and moved on", m.From, m.To)
-		p.Remedy = fmt.Sprintf("find out where it runs: on every host that has its disks, virsh domstate %s; if nowhere, on %s: virsh start %s; else there: virsh undefine --keep-nvram %s", m.Guest, m.From, m.Guest, m.Guest)
+		p.Remedy = fmt.Sprintf("find out where it runs: on every host that has its disks, virsh domstate %s; if nowhere, on %s: virsh start %s; else there: virsh undefine --keep-nvram %s", m.word(), m.From, m.word(), m.word())
 		if now.came {
 			p.Reason = fmt.Sprintf("is shut off on %s; it has come to %s, which does not have it any more: it has moved on, or has ended there", m.From, m.To)
 		}
@@ -192,18 +195,18 @@ func (m *Migration) unsettled(now situation) error {
 		p.Remedy = look + "; a copy that is paused for migration is resumed with virsh resume only when the other host has none"
 	case Doubtful:
 		p.Reason = fmt.Sprintf("is stopped on %s, in the switch-over to %s, where it is not: it cannot be told whether it has run and ended there", m.From, m.To)
-		p.Remedy = fmt.Sprintf("see its QEMU log on %s (/var/log/libvirt/qemu/%s.log); if it has not run there, on %s: virsh resume %s; if it has, what %s holds is out of date: on %s virsh destroy %s, and start it where it is wanted",
-			m.To, m.Guest, m.From, m.Guest, m.From, m.From, m.Guest)
+		p.Remedy = fmt.Sprintf("see its QEMU log on %s (%s); if it has not run there, on %s: virsh resume %s; if it has, what %s holds is out of date: on %s virsh destroy %s, and start it where it is wanted",
+			m.To, maint.ShellWord("/var/log/libvirt/qemu/"+m.Guest+".log"), m.From, m.word(), m.From, m.From, m.word())
 		if now.came {
 			p.Reason = fmt.Sprintf("is stopped on %s; it has come to %s, which does not have it any more: it has moved on, or has ended there", m.From, m.To)
-			p.Remedy = fmt.Sprintf("find out where it runs now ('belay ops list' on %s); what %s holds is out of date and must not be resumed: on %s virsh destroy %s", m.To, m.From, m.From, m.Guest)
+			p.Remedy = fmt.Sprintf("find out where it runs now ('belay ops list' on %s); what %s holds is out of date and must not be resumed: on %s virsh destroy %s", m.To, m.From, m.From, m.word())
 		}
 	case PausedTwice:
 		p.Reason = fmt.Sprintf("is paused on both hosts; it has arrived on %s, and what %s holds is out of date", m.To, m.From)
-		p.Remedy = fmt.Sprintf("see why it is paused on %s (virsh domstate --reason %s) and resume it there, nowhere else; when it runs, on %s: virsh destroy %s", m.To, m.Guest, m.From, m.Guest)
+		p.Remedy = fmt.Sprintf("see why it is paused on %s (virsh domstate --reason %s) and resume it there, nowhere else; when it runs, on %s: virsh destroy %s", m.To, m.word(), m.From, m.word())
 	case PostCopyLostThere:
 		p.Reason = fmt.Sprintf("has ended on %s in post-copy, while part of its memory was on %s: neither host has it whole", m.To, m.From)
-		p.Remedy = fmt.Sprintf("never resume it on %s, whose memory is older than its disk; there: virsh destroy %s; then see that no other host has it, moved on by hand, and start it where it is wanted, as after a power cut", m.From, m.Guest)
+		p.Remedy = fmt.Sprintf("never resume it on %s, whose memory is older than its disk; there: virsh destroy %s; then see that no other host has it, moved on by hand, and start it where it is wanted, as after a power cut", m.From, m.word())
 	case PostCopyLostHere:
 		p.Reason = fmt.Sprintf("runs on %s, and the part of its memory that was on %s is gone with its process there", m.To, m.From)
 		p.Remedy = fmt.Sprintf("it will hang where it needs that part: shut it down on %s, and start it where it is wanted, as after a power cut", m.To)

@@ -93,6 +93,9 @@ func (a Arrival) Validate() error {
 // maxGroups is how many anti-affinity groups a guest can be in.
 const maxGroups = 64
 
+// CheckGroups says why a guest cannot be in these anti-affinity groups, "" if it can.
+func CheckGroups(names []string) string { return validGroups(names) }
+
 // validGroups says why names of anti-affinity groups cannot be meant.
 func validGroups(names []string) string {
 	if len(names) > maxGroups {

@@ -133,9 +133,9 @@ func (p *pause) resume(ctx context.Context, g *held) (done bool) {
 		}
 		p.released(g, belayd)
 	case errors.Is(err, maint.ErrLocked):
-		g.still("find out who uses its disk, end that, then: virsh resume "+g.Guest, "is still paused: %v", err)
+		g.still("find out who uses its disk, end that, then: virsh resume "+maint.ShellWord(g.Guest), "is still paused: %v", err)
 	default:
-		g.still("virsh resume "+g.Guest, "is still paused: %v", err)
+		g.still("virsh resume "+maint.ShellWord(g.Guest), "is still paused: %v", err)
 	}
 	return err == nil
 }

@@ -47,7 +47,7 @@ func (r *Replacement) Prove(ctx context.Context, s Scratch) error {
 	case now == atOff:
 		return s.Note("the guest is off by now, which is not Belay's doing")
 	case now != atNew:
-		return maint.Problemf(maint.CodeUnverified, "guest "+r.Guest, "virsh domstate --reason "+r.Guest, "should run in its new QEMU, and is %s", now)
+		return maint.Problemf(maint.CodeUnverified, "guest "+r.Guest, "virsh domstate --reason "+maint.ShellWord(r.Guest), "should run in its new QEMU, and is %s", now)
 	}
 	if err := r.advances(ctx, pl, s); err != nil {
 		return err
@@ -57,7 +57,7 @@ func (r *Replacement) Prove(ctx context.Context, s Scratch) error {
 		return err
 	}
 	if d.Inactive != pl.Inactive && !pl.Adopted {
-		return maint.Problemf(maint.CodeDefinition, "guest "+r.Guest, "compare it with what you want (virsh dumpxml --inactive "+r.Guest+")",
+		return maint.Problemf(maint.CodeDefinition, "guest "+r.Guest, "compare it with what you want (virsh dumpxml --inactive "+maint.ShellWord(r.Guest)+")",
 			"runs in its new QEMU, and its definition is not what it was when the operation began: somebody has changed it")
 	}
 	return nil
@@ -134,7 +134,7 @@ func (r *Replacement) Finish(ctx context.Context, s Scratch) error {
 	}
 	if now == atNew && pl.Method == maint.VMMInPlace {
 		if err := r.forget(ctx, pl); err != nil {
-			return maint.Problemf(maint.CodeUnverified, "guest "+r.Guest, "before it is saved or migrated: virsh qemu-monitor-command "+r.Guest+
+			return maint.Problemf(maint.CodeUnverified, "guest "+r.Guest, "before it is saved or migrated: virsh qemu-monitor-command "+maint.ShellWord(r.Guest)+
 				` '{"execute":"migrate-set-capabilities","arguments":{"capabilities":[{"capability":"x-ignore-shared","state":false}]}}'`,
 				"runs in its new QEMU, in which a migration would leave its memory behind: %v", err)
 		}

@@ -295,7 +295,7 @@ func (r *Replacement) Back(ctx context.Context, s Scratch) error {
 // is out of date with the first instruction, and goes before.
 func (r *Replacement) back(ctx context.Context, pl plan) error {
 	fail := func(err error) error {
-		return maint.Problemf(maint.CodePaused, "guest "+r.Guest, "virsh resume "+r.Guest+", once what it names is put right",
+		return maint.Problemf(maint.CodePaused, "guest "+r.Guest, "virsh resume "+maint.ShellWord(r.Guest)+", once what it names is put right",
 			"is paused in its old QEMU, whole, and could not be resumed: %v", err)
 	}
 	g := r.Places.guard(pl.UUID)
@@ -404,7 +404,7 @@ func writtenSince(path string, since time.Time) bool {
 
 // unknown is the error of a guest whose place cannot be told.
 func (r *Replacement) unknown(pl plan, err error) error {
-	p := maint.Problemf(maint.CodeUnverified, "guest "+r.Guest, "virsh domstate --reason "+r.Guest+"; "+r.howOn(pl),
+	p := maint.Problemf(maint.CodeUnverified, "guest "+r.Guest, "virsh domstate --reason "+maint.ShellWord(r.Guest)+"; "+r.howOn(pl),
 		"where it is on its way to a new QEMU could not be found out: %v", err)
 	return fmt.Errorf("%w: %w", ErrStuck, p)
 }
@@ -421,13 +421,13 @@ func (r *Replacement) stuck(pl plan, now place, err error) error {
 		p.Remedy = fmt.Sprintf("see whether it is as it should be; then remove %s", strings.Join(r.folders(pl), " and "))
 	case now == atNew && !g.has(guardResumed) && !errors.Is(err, maint.ErrLocked):
 		p.Reason = fmt.Sprintf("is in its new QEMU, which has not got the guest's state: %v", err)
-		p.Remedy = fmt.Sprintf("end that QEMU, in which nothing has run yet (virsh destroy %s); then %s", r.Guest, r.howOn(pl))
+		p.Remedy = fmt.Sprintf("end that QEMU, in which nothing has run yet (virsh destroy %s); then %s", maint.ShellWord(r.Guest), r.howOn(pl))
 	case now == atNew:
 		p.Reason = fmt.Sprintf("is complete in its new QEMU, and does not run: %v", err)
-		p.Remedy = "put right what it names; then 'virsh resume " + r.Guest + "', or " + r.howOn(pl)
+		p.Remedy = "put right what it names; then virsh resume " + maint.ShellWord(r.Guest) + ", or " + r.howOn(pl)
 	case now == atOff && (g.has(guardResumed) || whole != nil):
 		p.Reason = fmt.Sprintf("is off, and cannot be gone on with: %v", err)
-		p.Remedy = fmt.Sprintf("remove %s, and start it afresh (virsh start %s)", strings.Join(r.folders(pl), " and "), r.Guest)
+		p.Remedy = fmt.Sprintf("remove %s, and start it afresh (virsh start %s)", strings.Join(r.folders(pl), " and "), maint.ShellWord(r.Guest))
 	}
 	return fmt.Errorf("%w: %w", ErrStuck, p)
 }
@@ -439,7 +439,7 @@ func (r *Replacement) folders(pl plan) []string {
 // howOn tells a person how a guest that is between two QEMUs goes on.
 func (r *Replacement) howOn(pl plan) string {
 	return fmt.Sprintf("see /var/log/libvirt/qemu/%s.log for the reason; its memory and state are kept in %s; when it is put right: belay replace-vmm %s",
-		r.Guest, strings.Join(r.folders(pl), " and "), r.Guest)
+		r.Guest, strings.Join(r.folders(pl), " and "), maint.ShellWord(r.Guest))
 }
 
 // missing reports whether a file is not there.

@@ -239,7 +239,7 @@ func (v *Visit) unsettled(l leg, now situation) error {
 
 func (v *Visit) lost(format string, args ...any) error {
 	return fmt.Errorf("%w: %w", ErrStuck, maint.Problemf(maint.CodeUnverified, "guest "+v.Guest,
-		"compare 'virsh domstate --reason "+v.Guest+"' at home with 'virsh -c "+v.Twin.Route(v.UUID, true).DestURI+" domstate --reason "+v.Guest+"'; then have belay bring it home (belay replace-vmm "+v.Guest+")",
+		"compare at home: virsh domstate --reason "+maint.ShellWord(v.Guest)+", with: virsh -c "+maint.ShellWord(v.Twin.Route(v.UUID, true).DestURI)+" domstate --reason "+maint.ShellWord(v.Guest)+"; then have belay bring it home (belay replace-vmm "+maint.ShellWord(v.Guest)+")",
 		format, args...))
 }
 

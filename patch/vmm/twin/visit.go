@@ -401,7 +401,7 @@ func (v *Visit) awaitTwin(detach context.Context) (home bool, err error) {
 // stuck is a guest that stays in the twin.
 func (v *Visit) stuck(err error) error {
 	return fmt.Errorf("%w: %w", ErrStuck, maint.Problemf(maint.CodeUnverified, "guest "+v.Guest,
-		fmt.Sprintf("mend what is named, then have belay bring it home (belay replace-vmm %s); do not stop the twin, nor start the guest at home: it would be a second one on the same disks", v.Guest),
+		fmt.Sprintf("mend what is named, then have belay bring it home (belay replace-vmm %s); do not stop the twin, nor start the guest at home: it would be a second one on the same disks", maint.ShellWord(v.Guest)),
 		"runs in the twin and could not be brought home: %v", err))
 }
 
