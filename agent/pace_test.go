@@ -41,7 +41,7 @@ func TestFloodOfReservations(t *testing.T) {
 	}
 	refused := 0
 	for n := range 400 {
-		if _, err := from.Reserve(ctx, arrival(n + 1)); err != nil {
+		if _, err := from.Reserve(ctx, arrival(n+1)); err != nil {
 			if got := refusal(t, err); !slices.Equal(got, []maint.Code{maint.CodeHostBusy}) || !strings.Contains(err.Error(), "a has asked it for more than") {
 				t.Fatal(err)
 			}

@@ -125,6 +125,11 @@ func (s source) HoldConnections(ctx context.Context, uuid string, port uint16) (
 	return s.HoldOut(ctx, uuid, first, last)
 }
 
+// Suspended implements migrate.Supporter.
+func (s source) Suspended(ctx context.Context, uuid string) (bool, error) {
+	return hypervisor.SuspendedInCopy(ctx, s.Hypervisor, uuid)
+}
+
 // lostPeer stands for a peer that was taken out of the configuration while an
 // operation with it was open: it can be asked nothing.
 type lostPeer struct{ why *maint.Problem }

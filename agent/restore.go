@@ -269,7 +269,9 @@ func (a *Agent) awaitReturn(ctx context.Context, m maint.GuestMove, tell func(ma
 		if p == nil {
 			return maint.Op{}, a.unknownPeer(m.Peer)
 		}
-		watch := func(ctx context.Context, f func(maint.Op)) (maint.Op, error) { return p.client.WatchReturn(ctx, m.Op, f) }
+		watch := func(ctx context.Context, f func(maint.Op)) (maint.Op, error) {
+			return p.client.WatchReturn(ctx, m.Op, f)
+		}
 		op, err := unlessSilent(ctx, max(returnGrace-time.Since(heard), returnAgain), returnGrace, watch, func(there maint.Op) {
 			heard = time.Now()
 			tell(there)

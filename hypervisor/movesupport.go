@@ -41,6 +41,25 @@ func MoveSupport(ctx context.Context, q Commander, uuid string) (s maint.MoveSup
 	return s, nil
 }
 
+// SuspendedInCopy reports whether a guest that is being copied is paused by somebody, and
+// not by its migration's switch-over: libvirt says "migrating" of both. It puts a question to
+// QEMU, which is not to be done in a switch-over as a rule.
+//
+// Source: QMP query-status.
+func SuspendedInCopy(ctx context.Context, q Commander, uuid string) (bool, error) {
+	value, err := q.QMP(ctx, uuid, "query-status", nil)
+	if err != nil {
+		return false, err
+	}
+	var is struct {
+		Status string `json:"status"`
+	}
+	if err := json.Unmarshal(value, &is); err != nil {
+		return false, fmt.Errorf("cannot read the run state of guest %s: %w", uuid, err)
+	}
+	return is.Status == "paused", nil
+}
+
 // schemaValues are what a command takes as one of its arguments, none for a command or
 // an argument that there is not. In QEMU's schema types have numbers for names.
 func schemaValues(schema []byte, command, argument string) ([]string, error) {

@@ -38,9 +38,14 @@ type PostCopier interface {
 	ResumePostCopy(ctx context.Context, uuid string, p maint.MoveParams) error
 }
 
-// Supporter tells what a guest's QEMU can do for its migration.
+// Supporter tells of a guest's QEMU: what it can do for its migration, and what it does in
+// it.
 type Supporter interface {
 	MoveSupport(ctx context.Context, uuid string) (maint.MoveSupport, error)
+	// State is the guest's as libvirt knows it; no QEMU is asked.
+	State(ctx context.Context, uuid string) (maint.GuestState, string, error)
+	// Suspended reports whether somebody has paused it in the copy.
+	Suspended(ctx context.Context, uuid string) (bool, error)
 }
 
 // Parter knows of the connections of a post-copy.

@@ -48,6 +48,10 @@ func (h here) MoveSupport(ctx context.Context, uuid string) (maint.MoveSupport, 
 	return hypervisor.MoveSupport(ctx, h.Host, uuid)
 }
 
+func (h here) Suspended(ctx context.Context, uuid string) (bool, error) {
+	return hypervisor.SuspendedInCopy(ctx, h.Host, uuid)
+}
+
 // there is a host as a Destination. A function that is set is asked first, and
 // has the answer if that is an error.
 type there struct {

@@ -30,6 +30,8 @@ func (m *Migration) watch(ctx, detach context.Context, done <-chan error, c *con
 	tick := time.NewTicker(pollFirst)
 	defer tick.Stop()
 	stop, cancelled, begun := ctx.Done(), false, time.Now()
+	var pauses pauses
+	defer pauses.over(m)
 	for {
 		select {
 		case err := <-done:
@@ -78,6 +80,11 @@ func (m *Migration) watch(ctx, detach context.Context, done <-chan error, c *con
 				}
 			case c != nil && !c.again && !cancelled:
 				m.tune(detach, c, a, job, s)
+			}
+			if !a.Paused && !a.PostCopy && job.PostCopy == "" {
+				if err := pauses.look(detach, m, s); err != nil {
+					return err
+				}
 			}
 			tick.Reset(pollEvery)
 		case done == nil: // the job is gone, or libvirt is: look at both hosts

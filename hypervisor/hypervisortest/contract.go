@@ -100,6 +100,7 @@ func Contract(t *testing.T, env Env) {
 		{"MoveWithDisk", testMoveWithDisk},
 		{"MidCopyTuned", testMidCopyTuned},
 		{"MidCopyAbort", testMidCopyAbort},
+		{"MidCopySuspended", testMidCopySuspended},
 		{"MidCopyCallerLeaves", testMidCopyCallerLeaves},
 		{"MidCopyDestinationQEMUKilled", testMidCopyDestinationQEMUKilled},
 		{"MidCopyDestinationLibvirtKilled", testMidCopyDestinationLibvirtKilled},

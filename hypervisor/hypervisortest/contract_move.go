@@ -3,6 +3,7 @@ package hypervisortest
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -206,6 +207,42 @@ func testMidCopyAbort(t *testing.T, env Env) {
 	wantIs(t, "AbortJob", env.A.Hypervisor().AbortJob(ctx, uuid), maint.ErrNoJob)
 	_, err = env.A.Hypervisor().CompletedJob(ctx, uuid)
 	wantIs(t, "CompletedJob after an abort", err, maint.ErrNoJob)
+}
+
+// testMidCopySuspended: who pauses a guest in the copy takes part in its migration. libvirt
+// starts it where it is in the end.
+func testMidCopySuspended(t *testing.T, env Env) {
+	h, ctx := env.A.Hypervisor(), t.Context()
+	for _, fails := range []bool{false, true} {
+		uuid := newGuest(t, env, fmt.Sprintf("suspended-%t", fails))
+		m := startMove(t, env, uuid)
+		inCopy := func(want bool) {
+			t.Helper()
+			if is, err := hypervisor.SuspendedInCopy(ctx, h, uuid); err != nil || is != want {
+				t.Errorf("suspended in the copy: %t, %v; want %t", is, err, want)
+			}
+		}
+		inCopy(false)
+		env.A.PauseGuest(t, uuid)
+		wantState(t, env.A, uuid, maint.GuestPaused, "migrating")
+		inCopy(true)
+		if g := look(t, env.A, uuid); g.Job != "migration out" {
+			t.Errorf("the copy does not go on: %+v", g)
+		}
+		if fails {
+			must(t, h.AbortJob(ctx, uuid))
+			if err := m.wait(t); err == nil {
+				t.Error("Migrate succeeds after an abort")
+			}
+			wantNoJob(t, env.A, uuid)
+			wantState(t, env.A, uuid, maint.GuestRunning, "migration canceled")
+			continue
+		}
+		env.A.Release(t, uuid)
+		must(t, m.wait(t))
+		wantGone(t, env.A, uuid)
+		wantState(t, env.B, uuid, maint.GuestRunning, "migrated")
+	}
 }
 
 func testMidCopyCallerLeaves(t *testing.T, env Env) {

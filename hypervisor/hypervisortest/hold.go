@@ -117,8 +117,7 @@ func (h *Host) Suspend(ctx context.Context, uuid string) error {
 			case g.State == maint.GuestPaused:
 				return nil
 			}
-			g.become(maint.GuestPaused, "user")
-			h.lifecycle(g, "suspended", "paused")
+			h.pause(g)
 			return nil
 		})
 	}, func() { // an error is what a real one logs

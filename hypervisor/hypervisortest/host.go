@@ -193,10 +193,18 @@ func (h *Host) boot(g *guest) {
 // Pause stops a guest's vCPUs, as an operator would (virsh suspend).
 func (h *Host) Pause(t testing.TB, uuid string) {
 	t.Helper()
-	h.change(t, uuid, func(g *guest) {
-		g.become(maint.GuestPaused, "user")
-		h.lifecycle(g, "suspended", "paused")
-	})
+	h.change(t, uuid, h.pause)
+}
+
+// pause stops a guest's vCPUs for somebody. In the copy of a migration libvirt takes that for
+// a part of it.
+func (h *Host) pause(g *guest) {
+	reason, detail := "user", "paused"
+	if g.out != nil {
+		reason, detail = "migrating", "migrated"
+	}
+	g.become(maint.GuestPaused, reason)
+	h.lifecycle(g, "suspended", detail)
 }
 
 // FailDisk has a guest's vCPUs stopped by QEMU, for an error of its disk.

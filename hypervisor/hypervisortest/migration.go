@@ -314,8 +314,11 @@ func (m *migration) step(transition func()) bool {
 func (m *migration) suspend() {
 	m.phase = PhaseSuspended
 	if g := m.src.guests[m.uuid]; !m.wasPaused {
-		g.become(maint.GuestPaused, "migrating")
 		m.stopped = time.Now()
+		if g.State == maint.GuestPaused { // by somebody, in the copy
+			return
+		}
+		g.become(maint.GuestPaused, "migrating")
 		m.src.lifecycleAt(g, "suspended", "migrated", m.stopped)
 	}
 }
@@ -375,7 +378,12 @@ func (m *migration) end(err error) {
 		m.lose(err)
 		return
 	}
-	if g := m.src.guests[m.uuid]; g != nil && m.phase != PhaseDisks && m.phase != PhaseCopying && !m.wasPaused && !m.sourceGone {
+	inCopy := m.phase == PhaseDisks || m.phase == PhaseCopying
+	if g := m.src.guests[m.uuid]; g != nil && inCopy && g.State == maint.GuestPaused && !m.wasPaused && !m.sourceGone {
+		g.become(maint.GuestRunning, "migration canceled") // whoever has paused it
+		m.src.lifecycle(g, "resumed", "migrated")
+	}
+	if g := m.src.guests[m.uuid]; g != nil && !inCopy && !m.wasPaused && !m.sourceGone {
 		// Before all is sent the source goes on. After that it does so too if its
 		// libvirt lives and never hears how it went: it must take the silence for a
 		// failure. One that is killed leaves it stopped.

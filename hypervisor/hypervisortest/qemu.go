@@ -108,6 +108,8 @@ func (g *guest) runState() string {
 		return "postmigrate"
 	case g.in != nil:
 		return "inmigrate"
+	case g.out != nil && g.out.phase == PhaseSuspended:
+		return "finish-migrate"
 	case g.State == maint.GuestSuspended:
 		return "suspended"
 	case g.State == maint.GuestCrashed:
