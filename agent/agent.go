@@ -139,8 +139,9 @@ type Agent struct {
 	// arrivals serialises admission of arriving guests, so that two cannot
 	// be promised the same room.
 	arrivals sync.Mutex
-	// storage serialises what is made and removed for disks on their way here.
-	storage sync.Mutex
+	// storage serialises what is made and removed for one operation's disks. Those of two
+	// operations cannot be at one path: see local.PlaceDisk.
+	storage locks
 
 	// live is owned by the loop.
 	live map[maint.OpID]*liveOp

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"belay/agent/maint"
@@ -137,7 +138,7 @@ func (a *Agent) inTheWay(ctx context.Context, r maint.Arrival, path string) (wha
 	for _, op := range slices.Backward(a.journal.Ops()) {
 		if op.Move != nil && slices.ContainsFunc(op.Move.Disks, func(d maint.DiskCopy) bool { return d.Path == path }) {
 			return fmt.Sprintf("operation %s left it when it moved guest %s to %s at %s", op.ID, op.Guest, op.Move.To, op.Ended.Format(time.RFC3339)),
-				fmt.Sprintf("if it has not been used since, it is of no more use: rm %s, there", maint.ShellWord(path))
+				fmt.Sprintf("if it has not been used since, and no other image has it as its backing file (qemu-img info --backing-chain), it is of no more use: rm %s, there", maint.ShellWord(path))
 		}
 	}
 	return "Belay never overwrites a file", "move it away, or remove it if nothing needs it"
@@ -146,8 +147,7 @@ func (a *Agent) inTheWay(ctx context.Context, r maint.Arrival, path string) (wha
 // MakeDisks makes what the disks of a guest on its way are copied into, anew if it has been
 // made before. It is for the peer that holds the reservation.
 func (a *Agent) MakeDisks(ctx context.Context, from string, id maint.OpID) error {
-	a.storage.Lock()
-	defer a.storage.Unlock()
+	defer a.storage.lock(id)()
 	if err := ctx.Err(); err != nil { // who asked does not wait any more, and may have asked again
 		return err
 	}
@@ -212,8 +212,7 @@ func (a *Agent) makeDisks(ctx context.Context, made *maint.MadeDisks) (err error
 // RemoveDisks removes what was made for a guest's disks. It is the word of the source
 // that the guest has not moved.
 func (a *Agent) RemoveDisks(ctx context.Context, from string, id maint.OpID) error {
-	a.storage.Lock()
-	defer a.storage.Unlock()
+	defer a.storage.lock(id)()
 	made, ok := a.openDisks(id)
 	if !ok {
 		return nil
@@ -236,7 +235,7 @@ func (a *Agent) openDisks(id maint.OpID) (maint.MadeDisks, bool) {
 }
 
 // removeDisks removes files that were made, unless their guest has come, or a guest of this
-// host has one of them as a disk: then nothing is removed. a.storage is held.
+// host has one of them as a disk: then nothing is removed. The operation's a.storage is held.
 func (a *Agent) removeDisks(ctx context.Context, made maint.MadeDisks) error {
 	if _, came := a.journal.Arrival(made.Op); came {
 		a.log.Warn("a guest has run on the disks that were made for it, although its source says that it has not moved: they are left", "op", made.Op, "guest", made.Guest)
@@ -284,8 +283,7 @@ func uses(g maint.Guest, path string) bool {
 
 // keepDisks is for a guest that has moved: its disks are its own.
 func (a *Agent) keepDisks(id maint.OpID) error {
-	a.storage.Lock()
-	defer a.storage.Unlock()
+	defer a.storage.lock(id)()
 	made, ok := a.openDisks(id)
 	if !ok {
 		return nil
@@ -387,4 +385,41 @@ func (a *Agent) strayDisks() (cs []maint.Condition) {
 		}
 	}
 	return cs
+}
+
+// locks are a lock for each operation: one whose storage hangs holds nobody else up. The zero
+// value is ready.
+type locks struct {
+	mu   sync.Mutex
+	held map[maint.OpID]*heldLock
+}
+
+// heldLock is a lock that some hold or wait for.
+type heldLock struct {
+	sync.Mutex
+	users int
+}
+
+// lock waits for an operation's lock, and gives what unlocks it.
+func (l *locks) lock(id maint.OpID) (unlock func()) {
+	l.mu.Lock()
+	if l.held == nil {
+		l.held = make(map[maint.OpID]*heldLock)
+	}
+	h := l.held[id]
+	if h == nil {
+		h = &heldLock{}
+		l.held[id] = h
+	}
+	h.users++
+	l.mu.Unlock()
+	h.Lock()
+	return func() {
+		h.Unlock()
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if h.users--; h.users == 0 {
+			delete(l.held, id)
+		}
+	}
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -85,14 +86,19 @@ func PlanDisk(d maint.DiskCopy) maint.MadeFile {
 }
 
 // MakeDisk makes an empty image under its temporary name, and tells which file it is.
-// Nothing is at the disk's own path yet.
+// Nothing is at the disk's own path yet. Where storage hangs the image may come to be later;
+// until then RemoveDisk fails.
 func (h *Host) MakeDisk(ctx context.Context, f maint.MadeFile) (maint.MadeFile, error) {
 	type made struct {
 		maint.MadeFile
 		error
 	}
-	m, inTime := look(ctx, h, func() made {
-		if err := create(ctx, h.at(f.Temp), f.DiskCopy); err != nil {
+	ctx, cancel := context.WithTimeout(ctx, h.wait)
+	defer cancel()
+	begin := func() { h.making.Store(f.Temp, true) }
+	m, inTime := lookFrom(ctx, h, begin, func() made {
+		defer h.making.Delete(f.Temp)
+		if err := h.create(ctx, h.at(f.Temp), f.DiskCopy); err != nil {
 			return made{f, err}
 		}
 		id, err := identify(h.at(f.Temp))
@@ -124,7 +130,13 @@ func create(ctx context.Context, path string, d maint.DiskCopy) error {
 	if d.Backing != "" { // which is looked at by nobody before the guest comes: -u
 		args = append(args, "-u", "-b", d.Backing, "-F", d.BackingFormat)
 	}
-	if out, err := exec.CommandContext(ctx, "qemu-img", append(args, path, strconv.FormatUint(d.Bytes, 10))...).CombinedOutput(); err != nil {
+	// It ends with belayd, which would know nothing of what it makes after that: the signal
+	// comes when the thread ends that has started it (prctl(2)).
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	c := exec.CommandContext(ctx, "qemu-img", append(args, path, strconv.FormatUint(d.Bytes, 10))...)
+	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if out, err := c.CombinedOutput(); err != nil {
 		return fmt.Errorf("qemu-img: %w: %s", err, out)
 	}
 	return nil
@@ -156,6 +168,9 @@ func (h *Host) PlaceDisk(ctx context.Context, f maint.MadeFile) error {
 // RemoveDisk removes a file that was made, and no other: what is at its path but is not
 // that very file is left alone. One that a process has open is left as well: ErrInUse.
 func (h *Host) RemoveDisk(ctx context.Context, f maint.MadeFile) error {
+	if _, making := h.making.Load(f.Temp); making { // and would be there again
+		return fmt.Errorf("cannot remove %s, which is being made: %w", f.Temp, errHangs)
+	}
 	err, inTime := look(ctx, h, func() error {
 		if err := os.Remove(h.at(f.Temp)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err

@@ -1,11 +1,13 @@
 package local
 
 import (
+	"context"
 	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -180,5 +182,46 @@ func TestPlaces(t *testing.T) {
 		if p := all[path]; p != (migrate.DiskPlace{Known: true}) {
 			t.Errorf("%s: %+v", path, p)
 		}
+	}
+}
+
+// An image that storage is slow to make is not held to be removed before it is there: it
+// would be nobody's.
+func TestRemoveWhatIsBeingMade(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	put(t, root, "d/other", "")
+	h := New(root, filepath.Join(root, "marks"))
+	h.wait = 10 * time.Millisecond
+	answers := make(chan struct{})
+	h.create = func(ctx context.Context, path string, d maint.DiskCopy) error {
+		<-answers
+		return create(context.WithoutCancel(ctx), path, d)
+	}
+	f := PlanDisk(raw("/d/web.raw"))
+	if _, err := h.MakeDisk(t.Context(), f); !errors.Is(err, errHangs) {
+		t.Fatalf("made on storage that hangs: %v", err)
+	}
+	if err := h.RemoveDisk(t.Context(), f); !errors.Is(err, errHangs) {
+		t.Fatalf("what is being made is removed: %v", err)
+	}
+	close(answers)
+	h.wait = patience
+	for {
+		err := h.RemoveDisk(t.Context(), f)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, errHangs) {
+			t.Fatal(err)
+		}
+		select {
+		case <-time.After(time.Millisecond):
+		case <-t.Context().Done():
+			t.Fatal("it is never made")
+		}
+	}
+	if got := names(t, filepath.Join(root, "d")); got != "other" {
+		t.Errorf("there is left %q", got)
 	}
 }

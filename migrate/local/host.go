@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -31,6 +32,10 @@ type Host struct {
 	wait      time.Duration              // patience
 	now       func() time.Time
 
+	// create makes an image; making has what is being made, however long that takes.
+	create func(ctx context.Context, path string, d maint.DiskCopy) error
+	making sync.Map // MadeFile.Temp
+
 	neighbours func() ([]netlink.Neigh, error) // of all bridges
 	linkName   func(index int) (string, error)
 }
@@ -38,7 +43,7 @@ type Host struct {
 // New looks at the host whose root folder is root, "" for the one it runs on. The
 // records of marks are kept in the folder marks, which is made when it is needed.
 func New(root, marks string) *Host {
-	return &Host{root: root, marks: marks, turns: make(chan struct{}, most), addresses: net.InterfaceAddrs, wait: patience, now: time.Now,
+	return &Host{root: root, marks: marks, turns: make(chan struct{}, most), addresses: net.InterfaceAddrs, wait: patience, now: time.Now, create: create,
 		neighbours: neighbours, linkName: linkName}
 }
 
@@ -47,6 +52,11 @@ func (h *Host) at(path string) string { return filepath.Join(h.root, path) }
 
 // look runs f, and gives its result if it has one in time.
 func look[T any](ctx context.Context, h *Host, f func() T) (v T, ok bool) {
+	return lookFrom(ctx, h, func() {}, f)
+}
+
+// lookFrom is look that calls begin before f, if f is run at all: in time or not.
+func lookFrom[T any](ctx context.Context, h *Host, begin func(), f func() T) (v T, ok bool) {
 	ctx, cancel := context.WithTimeout(ctx, h.wait)
 	defer cancel()
 	select {
@@ -54,6 +64,7 @@ func look[T any](ctx context.Context, h *Host, f func() T) (v T, ok bool) {
 	case <-ctx.Done():
 		return v, false
 	}
+	begin()
 	done := make(chan T, 1)
 	go func() {
 		defer func() { <-h.turns }()
