@@ -25,8 +25,10 @@ type fault struct {
 	lasts bool
 	// spares says that the copy goes on: one that is held back at that moment is let go.
 	spares bool
-	// from is the first moment at which it makes sense; "" is any.
-	from moment
+	// from and to are the first and the last moment at which it makes sense; "" is any.
+	from, to moment
+	// kills says that it ends the guest itself: see ended.
+	kills bool
 }
 
 // faults are all there are. A further one needs a line here, and cells in cells.
@@ -47,7 +49,8 @@ func faults() []fault {
 		}, mend: func(m *matrix) { m.must(m.from.Start(m.ctx(time.Minute))) }, from: copying},
 		{name: "source libvirtd", strike: func(m *matrix) { m.killLibvirt(m.from) }, mend: func(m *matrix) { m.startLibvirt(m.from) }, from: checking},
 		{name: "destination libvirtd", strike: func(m *matrix) { m.killLibvirt(m.to) }, mend: func(m *matrix) { m.startLibvirt(m.to) }, from: checking},
-		{name: "destination QEMU", strike: func(m *matrix) { m.killArriving() }, from: copying},
+		{name: "destination QEMU", strike: func(m *matrix) { m.killArriving() }, from: copying, to: switching},
+		{name: "the moved guest", strike: func(m *matrix) { m.killArriving() }, from: finishing, kills: true},
 		{name: "LAN cut", strike: func(m *matrix) { m.must(m.to.SetLink(m.ctx(10*time.Second), false)) },
 			mend: func(m *matrix) { m.must(m.to.SetLink(m.ctx(10*time.Second), true)) }, lasts: true, from: checking},
 		{name: "LAN silent", strike: func(m *matrix) { m.link.Loss(100) }, mend: func(m *matrix) { m.link.Perfect() }, lasts: true, from: checking},
@@ -89,7 +92,7 @@ func (m *matrix) startLibvirt(n *cluster.Node) {
 	m.must(n.StartDaemon(m.ctx(time.Minute), lab.Libvirtd))
 }
 
-// killArriving kills the destination's QEMU, which may be gone already.
+// killArriving kills the destination's QEMU, if there is one.
 func (m *matrix) killArriving() {
 	m.t.Helper()
 	pids, err := m.to.Guests()
