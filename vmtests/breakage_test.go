@@ -44,7 +44,9 @@ func faults() []fault {
 			}, from: checking},
 		{name: "source belayd, away", strike: func(m *matrix) {
 			m.must(m.from.Kill())
-			m.hurry(never)
+			if m.at == copying { // later it goes on by itself
+				m.hurry(never)
+			}
 			m.awaitGone(m.from)
 		}, mend: func(m *matrix) { m.must(m.from.Start(m.ctx(time.Minute))) }, from: copying},
 		{name: "source libvirtd", strike: func(m *matrix) { m.killLibvirt(m.from) }, mend: func(m *matrix) { m.startLibvirt(m.from) }, from: checking},

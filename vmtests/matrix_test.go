@@ -29,6 +29,7 @@ type matrix struct {
 
 	op           maint.Op
 	at           moment
+	broken       func(*matrix) // what mends the fault that has struck
 	abortRefused bool
 	taken        []net.Listener
 }
@@ -252,27 +253,34 @@ func (m *matrix) round(t *testing.T, f fault, at moment, after time.Duration, wa
 		}
 		m.t = parent
 	}()
+	defer func() {
+		if t.Failed() {
+			m.mend()
+		}
+	}()
+	strike := func() {
+		m.broken = f.mend
+		f.strike(m)
+	}
 	line = fmt.Sprintf("%-22s %-8s", f.name, at)
 	begun := time.Now()
 	m.awaitPeers()
 	if at == asked {
-		f.strike(m)
+		strike()
 		m.at = never
 	}
 	m.op = m.reach(m.at)
 	time.Sleep(after) // a moment of its own, at random
 	if at != asked {
-		f.strike(m)
+		strike()
 	}
-	mended := f.mend == nil
-	if !f.lasts && !mended {
-		f.mend(m)
-		mended = true
+	if !f.lasts {
+		m.mend()
 	}
 	if at == copying && f.spares {
 		m.hurry(never)
 	}
-	op := m.mendAndEnd(f, mended)
+	op := m.mendAndEnd(f)
 	m.unhurry()
 	line += fmt.Sprintf(" %-8s", op.Outcome)
 	if want != "" && !slices.Contains(strings.Fields(want), string(op.Outcome)) {
@@ -323,9 +331,9 @@ func (m *matrix) other(n *cluster.Node) *cluster.Node {
 
 // mendAndEnd waits for the operation's end. What lasts is mended then, or when the source's
 // libvirt has given the copy up and is to be asked where the guest is.
-func (m *matrix) mendAndEnd(f fault, mended bool) maint.Op {
+func (m *matrix) mendAndEnd(f fault) maint.Op {
 	m.t.Helper()
-	if mended {
+	if m.broken == nil {
 		return m.end(m.from, m.op.ID)
 	}
 	ended := make(chan maint.Op, 1)
@@ -346,15 +354,22 @@ func (m *matrix) mendAndEnd(f fault, mended bool) maint.Op {
 	}
 	select {
 	case op := <-ended:
-		f.mend(m)
+		m.mend()
 		return op
 	case <-given:
 	case <-ctx.Done():
-		f.mend(m)
 		m.t.Fatal("the operation does not end")
 	}
-	f.mend(m)
+	m.mend()
 	return m.end(m.from, m.op.ID)
+}
+
+// mend ends the fault that has struck, if it has not ended.
+func (m *matrix) mend() {
+	if mend := m.broken; mend != nil {
+		m.broken = nil
+		mend(m)
+	}
 }
 
 // givenUp waits until the source's libvirt has no migration of the guest any more, or does
@@ -415,6 +430,13 @@ func (m *matrix) afresh(parent *testing.T) {
 		parent.Error(err)
 	}
 	m.from, m.to = m.a, m.b
+	for _, n := range m.Nodes { // that of an operation that is stuck lapses
+		for ctx := m.ctx(2 * time.Minute); ctx.Err() == nil; time.Sleep(time.Second) {
+			if s, err := n.Client().Status(ctx); err == nil && len(s.Reservations) == 0 {
+				break
+			}
+		}
+	}
 	m.start()
 	m.onDisk(m.a, (*guest.Control).DiskWrite)
 }
