@@ -164,6 +164,10 @@ func TestKexecGoesWrong(t *testing.T) {
 		"power is cut": {
 			onBoot: func(b *kexecBed, _ int, _ string) string { b.m.PowerCut(); return kexectest.Old },
 			want:   maint.OutcomeFailed, fates: "app-1 lost;db-1 lost;old-1 lost;", lost: []int{0, 1, 2}, code: maint.CodeLostGuest},
+		"the memory does not come back": {
+			onBoot: func(b *kexecBed, _ int, _ string) string { b.m.Mount(false); return kexectest.Old },
+			edit:   func(c *config.Config) { c.Kexec.ColdStart = true },
+			want:   maint.OutcomeStuck, fates: "app-1 kept;db-1 kept;old-1 kept;", lost: []int{0, 1, 2}, code: maint.CodeKernelOld},
 		"memory is damaged": {
 			onBoot: func(b *kexecBed, _ int, r string) string { b.m.Damage(b.uuids[0]); return r },
 			want:   maint.OutcomePartly, fates: "app-1 lost;db-1 restored;old-1 restored;", lost: []int{0}, code: maint.CodeLostGuest},
@@ -204,7 +208,7 @@ func TestKexecGoesWrong(t *testing.T) {
 				lost = append(lost, b.uuids[i])
 				g, err := b.Host.Guest(b.ctx, b.uuids[i])
 				check(t, err)
-				if started := op.Kexeced.Guests[i].Started || op.Kexeced.Guests[i].Fate == maint.KexecKept; g.State.Active() != started {
+				if started := op.Kexeced.Guests[i].Started || c.code == maint.CodeStarted; g.State.Active() != started {
 					t.Errorf("guest %s is %s: %+v", g.Name, g.State, op.Kexeced.Guests[i])
 				}
 			}

@@ -26,7 +26,7 @@ func (j *Job) Boot(ctx context.Context, s Scratch) error {
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
-		return j.goDown()
+		return j.goDown(false)
 	}
 	switch now, err := j.Tree.Release(); {
 	case err != nil:
@@ -38,12 +38,38 @@ func (j *Job) Boot(ctx context.Context, s Scratch) error {
 	return nil
 }
 
+// allOff is an error if a guest would end with the host: one that was started since, or was
+// restored by somebody who took the operation for dead.
+func (j *Job) allOff() error {
+	guests, err := j.Host.Guests(j.Life)
+	if err != nil {
+		return err
+	}
+	for _, g := range guests {
+		if g.State.Active() {
+			return maint.Problemf(maint.CodeStarted, "guest "+g.Name, "begin again", "runs, and would end with the kernel: it was started, or restored, meanwhile")
+		}
+	}
+	return nil
+}
+
 // goDown has the host go down, and waits for that: an abort or a deadline is too late then,
-// since a guest that is brought back would end with the host.
-func (j *Job) goDown() error {
+// since a guest that is brought back would end with the host. blind: that libvirt is away, so
+// that guests cannot be looked at, is what the host goes down for.
+func (j *Job) goDown(blind bool) error {
+	if j.Tree.OnPmem(j.Dir) == "" { // nobody restores a guest from there meanwhile
+		unlock, err := j.lock(j.Life)
+		if err != nil {
+			return err
+		}
+		defer unlock()
+	}
 	going, err := j.Rebooter.Going(j.Life)
 	var asked error
 	if err == nil && !going {
+		if err := j.allOff(); err != nil && !(blind && errors.Is(err, maint.ErrHypervisorDown)) {
+			return err
+		}
 		asked = j.Rebooter.Kexec(j.Life)
 	}
 	for seen := time.Now(); time.Since(seen) < j.Pace.Going; {
@@ -108,7 +134,7 @@ func (j *Job) Check(_ context.Context, s Scratch) error {
 	if err := j.loadImage(j.Life, pl.Old); err != nil {
 		return sick(fmt.Sprintf("; and the old one cannot be started: %v", err))
 	}
-	err = j.goDown()
+	err = j.goDown(true)
 	if j.Life.Err() != nil {
 		return err
 	}

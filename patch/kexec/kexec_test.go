@@ -3,6 +3,7 @@ package kexec_test
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -159,6 +160,35 @@ func TestRescue(t *testing.T) {
 	b.do(kexec.PhaseBoot, b.Boot)
 	b.do(kexec.PhaseCheck, b.Check)
 	b.do(kexec.PhaseRestore, b.Restore)
+}
+
+// The host does not go down under a guest that runs: one that was started since, or restored by
+// somebody who took belayd for dead.
+func TestNobodyEndsWithTheHost(t *testing.T) {
+	t.Parallel()
+	for name, start := range map[string]func(b *bed) error{
+		"another guest": func(b *bed) error { b.h.PutGuest("new-1"); return nil },
+		"a rescue":      func(b *bed) error { _, err := b.rescue(); return err },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newBed(t)
+			b.m.OnKexec = func(string) { t.Error("the host goes down") }
+			b.do(kexec.PhasePreflight, b.Preflight)
+			b.do(kexec.PhaseLoad, b.Load)
+			b.do(kexec.PhaseSave, b.Save)
+			if err := start(b); err != nil {
+				t.Fatal(err)
+			}
+			var p *maint.Problem
+			if err := b.Boot(t.Context(), b.s); !errors.As(err, &p) || p.Code != maint.CodeStarted {
+				t.Errorf("%v", err)
+			}
+			if problems, err := b.Back(t.Context(), b.s); err != nil || len(problems) > 0 || b.state() != maint.GuestRunning {
+				t.Errorf("%v, %v; it is %s", problems, err, b.state())
+			}
+		})
+	}
 }
 
 // A guest that has run again is never taken back to what was saved of it.

@@ -25,7 +25,11 @@ func (j *Job) bring(ctx context.Context, pl *plan) (guests []maint.KexecGuest, e
 	}
 	k := &keeping{j: j}
 	reason := j.Tree.OnPmem(j.Dir)
-	if reason == "" {
+	for giveUp := time.Now().Add(j.Pace.Healed); reason != "" && time.Now().Before(giveUp) && wait(ctx, j.Pace.Poll); {
+		reason = j.Tree.OnPmem(j.Dir) // it comes late in a boot
+	}
+	unseen := reason != ""
+	if !unseen {
 		unlock, err := j.lock(ctx)
 		if err != nil {
 			return nil, err
@@ -51,7 +55,7 @@ func (j *Job) bring(ctx context.Context, pl *plan) (guests []maint.KexecGuest, e
 	all.SetLimit(atOnce)
 	for i, g := range pl.Guests {
 		all.Go(func() (err error) {
-			b := &bringing{keeping: k, member: g, boot: boot, same: boot == pl.Boot, absent: reason,
+			b := &bringing{keeping: k, member: g, boot: boot, same: boot == pl.Boot, absent: reason, unseen: unseen,
 				out: maint.KexecGuest{Guest: g.Name, UUID: g.UUID}}
 			err = b.bring(ctx)
 			guests[i] = b.out
@@ -75,6 +79,7 @@ type bringing struct {
 	boot   string // the host's, now
 	same   bool   // it is the one in which guests were saved
 	absent string // why nothing is there, "" if it is
+	unseen bool   // it could not be looked
 	out    maint.KexecGuest
 }
 
@@ -150,6 +155,9 @@ func (b *bringing) unnamed(ctx context.Context, active bool) (*entry, error) {
 		b.keep(maint.CodeKeptGuest, "look at it, and if you trust it: virsh restore "+b.path()+"; then remove the file", "was saved, but the host went down before its checksum was written")
 	case b.same:
 		b.out.Fate = maint.KexecLeft
+	case b.unseen:
+		b.keep(maint.CodeKeptGuest, "see what keeps "+b.j.Dir+" from being mounted, with this kernel or another; then: belayd -restore. If there is no file system on /dev/pmem0 any more, as after a power cut, its memory is lost: virsh start "+maint.ShellWord(b.Name),
+			"may be in the reserved memory, which cannot be looked at: "+b.absent)
 	case b.absent != "":
 		return nil, b.lost(ctx, b.absent)
 	default:

@@ -171,7 +171,7 @@ func (k *keeping) put(ctx context.Context, g member, begun time.Time) (*entry, e
 // save saves one guest. One that its owner has ended is left so.
 func (k *keeping) save(ctx context.Context, g member) error {
 	if k.has(g.UUID) != nil {
-		return nil
+		return nil // and if somebody has restored it, Boot will see that
 	}
 	j, begun := k.j, time.Now()
 	file := filepath.Join(j.dir(), g.UUID+".save")
