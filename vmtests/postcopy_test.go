@@ -61,7 +61,7 @@ func TestPostCopy(t *testing.T) {
 // small has a guest's first pass take less time.
 func small(_ *bed, s *guest.Spec) { s.MemoryMiB = 128 }
 
-// postCopy has the guest be in post-copy, at 2 MiB/s, on a network that TCP gives up after
+// postCopy has the guest be in post-copy, at 1 MiB/s, on a network that TCP gives up after
 // some seconds instead of a quarter of an hour, with its connection held.
 func (b *bed) postCopy(ctx context.Context) maint.Op {
 	b.t.Helper()
@@ -77,7 +77,7 @@ func (b *bed) postCopy(ctx context.Context) maint.Op {
 		b.t.Fatal(err)
 	}
 	b.until(b.a, op.ID, "under way", func(op maint.Op) bool { return op.Progress != nil && op.Progress.MemorySent > 0 })
-	b.virsh(b.a, "migrate-setspeed", "web-1", "2", "--postcopy")
+	b.virsh(b.a, "migrate-setspeed", "web-1", "1", "--postcopy")
 	b.until(b.a, op.ID, "held in post-copy", func(op maint.Op) bool {
 		records, err := b.a.Client().Records(ctx, op.ID)
 		return err == nil && inPostCopy(maint.PostCopyRunning)(op) &&
