@@ -14,6 +14,8 @@ held() {
 	for order in "$root"/run/belay/vmm/*/order; do
 		[ ! -e "$order" ] || echo "guest $(basename "${order%/order}"), between two QEMUs (${order%/order})"
 	done
+	manifest=$root/var/lib/belay/memory/manifest.json
+	[ ! -e "$manifest" ] || echo "guests in reserved memory, between two kernels of the host ($manifest)"
 	for pid in "$root"/run/belay-twin/run/qemu/*.pid; do
 		[ ! -e "$pid" ] || echo "guest $(basename "$pid" .pid), in Belay's twin of libvirtd ($pid)"
 	done

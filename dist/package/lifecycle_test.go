@@ -114,7 +114,7 @@ func TestLifecycle(t *testing.T) {
 		t.Errorf("the upgrade changes the journal: %s", got)
 	}
 
-	for _, held := range []string{notes, "/run/belay/vmm/6e8f3f6a-0000-4000-8000-000000000001/order", "/run/belay-twin/run/qemu/web-1.pid"} {
+	for _, held := range []string{notes, "/run/belay/vmm/6e8f3f6a-0000-4000-8000-000000000001/order", "/run/belay-twin/run/qemu/web-1.pid", "/var/lib/belay/memory/manifest.json"} {
 		s.write(held, "{}")
 		out, err := s.dpkg("-r", "belay")
 		if err == nil || !strings.Contains(out, filepath.Dir(held)) || !strings.Contains(out, "belay ops abort") {
