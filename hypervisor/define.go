@@ -11,7 +11,7 @@ import (
 // maint.ErrNoGuest, and ErrBusy while the domain has a job; libvirt refuses it
 // for a transient domain.
 //
-// Source: virDomainSetAutostart.
+// Source: virDomainSetAutostart, virDomainGetAutostart.
 func (h *Host) SetAutostart(ctx context.Context, uuid string, on bool) error {
 	return h.onDomain(ctx, uuid, func(s *session, d libvirt.Domain) error {
 		err := s.idle(d)
@@ -25,6 +25,14 @@ func (h *Host) SetAutostart(ctx context.Context, uuid string, on bool) error {
 		_, err = call(s, "DomainSetAutostart", func(l *libvirt.Libvirt) (struct{}, error) {
 			return struct{}{}, l.DomainSetAutostart(d, value)
 		})
+		if err != nil {
+			return err
+		}
+		// libvirt 9.0 reports success also where it could not make the link, on a full disk.
+		is, err := call(s, "DomainGetAutostart", func(l *libvirt.Libvirt) (int32, error) { return l.DomainGetAutostart(d) })
+		if err == nil && (is != 0) != on {
+			err = fmt.Errorf("libvirt has not set the autostart of domain %s to %t, and says why in its log only: is there room in /etc/libvirt/qemu?", uuid, on)
+		}
 		return err
 	})
 }

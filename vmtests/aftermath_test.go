@@ -92,6 +92,8 @@ func (m *matrix) remedy(op maint.Op) {
 	for _, p := range op.Problems {
 		switch p.Code {
 		case maint.CodeJournal: // room is made
+		case maint.CodeUnverified: // its definition could not be settled
+			m.virsh(m.to, "autostart", "web-1")
 		case maint.CodeLeftover:
 			m.virsh(m.from, "destroy", "web-1")
 			if m.virsh(m.from, "list", "--all", "--name") != "" {
