@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 
 	"belay/agent/maint"
 )
@@ -43,13 +44,22 @@ func (m *Migration) survey(ctx context.Context) (b before, problems []maint.Prob
 		return b, nil, err
 	}
 	problems = m.unfit(g)
-	there, err := m.ask(ctx, &b.Arrival, d.Needs)
+	needs, unmark, apart, err := m.mark(ctx, d.Needs)
+	defer unmark()
 	var refusal error // libvirt's own, which needs a running guest
+	var dry sync.WaitGroup
 	if len(problems) == 0 {
-		dry, cancel := context.WithTimeout(op, askTimeout) // the peer may have taken all of the other
-		refusal = m.Source.DryRun(dry, m.UUID, m.params(g.Persistent))
-		cancel()
+		dry.Go(func() { // while the destination judges
+			ctx, cancel := context.WithTimeout(op, askTimeout) // it may take all of the other
+			defer cancel()
+			refusal = m.Source.DryRun(ctx, m.UUID, m.params(g.Persistent))
+		})
 	}
+	var there []maint.Problem
+	if err == nil {
+		there, err = m.ask(ctx, &b.Arrival, needs)
+	}
+	dry.Wait()
 	if errors.Is(refusal, maint.ErrHypervisorDown) || refusal != nil && op.Err() != nil {
 		return b, nil, refusal
 	}
@@ -63,7 +73,7 @@ func (m *Migration) survey(ctx context.Context) (b before, problems []maint.Prob
 	default:
 		problems = append(problems, m.Source.CheckWay(ctx, m.From, m.To, m.Params)...)
 	}
-	problems = append(problems, there...)
+	problems = append(append(problems, apart...), there...)
 	if refusal != nil && !told(problems, d, refusal) {
 		problems = append(problems, *maint.Problemf(maint.CodeSourceRefuses, "guest "+m.Guest, "change what libvirt names; if that is storage, put its disks on storage that both hosts share, opened with cache=none", "libvirt refuses to migrate it: %v", refusal))
 	}
@@ -97,26 +107,22 @@ func (m *Migration) rooted(d Description) (problems []maint.Problem) {
 	return problems
 }
 
-// ask has the destination judge the arrival. While it does, what must be the same
-// storage on both hosts is marked.
-//
-// What is to be copied is written into a.
-func (m *Migration) ask(ctx context.Context, a *maint.Arrival, needs maint.Needs) ([]maint.Problem, error) {
-	var unmark func()
+// mark marks what must be the same storage on both hosts, until unmark, and chooses what is
+// to be copied, apart from what cannot be.
+func (m *Migration) mark(ctx context.Context, needs maint.Needs) (marked maint.Needs, unmark func(), apart []maint.Problem, err error) {
 	needs.Files, unmark = m.Source.Mark(ctx, needs.Files)
-	defer unmark()
-	var problems []maint.Problem
-	var err error
-	if needs.Files, problems, err = m.chooseCopies(ctx, needs.Files); err != nil {
-		return nil, err
-	}
+	needs.Files, apart, err = m.chooseCopies(ctx, needs.Files)
+	return needs, unmark, apart, err
+}
+
+// ask has the destination judge the arrival. What is to be copied is written into a.
+func (m *Migration) ask(ctx context.Context, a *maint.Arrival, needs maint.Needs) ([]maint.Problem, error) {
 	a.Disks = m.copies
 	question := *a
 	if !needs.Empty() { // an older belayd knows of no needs
 		question.Needs = &needs
 	}
-	there, err := m.Destination.Check(ctx, question)
-	return append(problems, there...), err
+	return m.Destination.Check(ctx, question)
 }
 
 // reasonUser is why a guest is paused that somebody has paused, as with virsh suspend.

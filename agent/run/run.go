@@ -67,7 +67,7 @@ func Run(life, op context.Context, log Log, id maint.OpID, steps []Step, l *slog
 	r := &runner{log: log, id: id, steps: steps, slog: l.With("op", id)}
 	end, err := r.forward(life, op)
 	if err == nil {
-		err = r.append(maint.Record{Kind: maint.RecEnded, Data: encode(end)})
+		err = r.append(append(r.done, maint.Record{Kind: maint.RecEnded, Data: encode(end)})...)
 	}
 	if err != nil {
 		return "", err
@@ -81,6 +81,9 @@ type runner struct {
 	id    maint.OpID
 	steps []Step
 	slog  *slog.Logger
+	// done says that the step before is; it is written together with what comes next, since
+	// a step may be done again.
+	done []maint.Record
 }
 
 // forward does the steps in order and returns how the operation ends.
@@ -104,10 +107,10 @@ func (r *runner) forward(life, op context.Context) (maint.Ending, error) {
 			ctx = life
 		}
 		if status[step.Name] != "done" {
-			if err := r.append(maint.Record{Kind: maint.RecStepStart, Step: step.Name}); err != nil {
+			if err := r.append(append(r.done, maint.Record{Kind: maint.RecStepStart, Step: step.Name})...); err != nil {
 				return maint.Ending{}, err
 			}
-			status[step.Name] = "doing"
+			r.done, status[step.Name] = nil, "doing"
 			err := step.Do(ctx, r.scratch(step.Name))
 			switch {
 			case err != nil && life.Err() != nil:
@@ -117,10 +120,7 @@ func (r *runner) forward(life, op context.Context) (maint.Ending, error) {
 			case err != nil:
 				return r.failed(life, op, step.Name, err, committed, status)
 			}
-			if err := r.append(maint.Record{Kind: maint.RecStepDone, Step: step.Name}); err != nil {
-				return maint.Ending{}, err
-			}
-			status[step.Name] = "done"
+			r.done, status[step.Name] = []maint.Record{{Kind: maint.RecStepDone, Step: step.Name}}, "done"
 		}
 		committed = committed || step.Commit
 	}
@@ -214,9 +214,11 @@ func (r *runner) back(life context.Context, end maint.Ending, status map[string]
 	return end, nil
 }
 
-func (r *runner) append(rec maint.Record) error {
-	rec.Op = r.id
-	if err := r.log.Append(rec); err != nil {
+func (r *runner) append(recs ...maint.Record) error {
+	for i := range recs {
+		recs[i].Op = r.id
+	}
+	if err := r.log.Append(recs...); err != nil {
 		return fmt.Errorf("%w: %w", ErrLeftOpen, err)
 	}
 	return nil

@@ -2,10 +2,7 @@ package local
 
 import (
 	"bufio"
-	"encoding/binary"
-	"encoding/hex"
 	"io/fs"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -52,41 +49,6 @@ func (h *Host) boundSockets() map[string]bool {
 		}
 	})
 	return bound
-}
-
-// listening are the TCP addresses on which somebody listens.
-//
-// Sources: /proc/net/tcp, /proc/net/tcp6.
-func (h *Host) listening() (all []netip.AddrPort) {
-	const listen = "0A" // TCP_LISTEN
-	for _, file := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
-		h.lines(file, func(line string) {
-			f := strings.Fields(line)
-			if len(f) < 4 || f[3] != listen {
-				return
-			}
-			if at, ok := hexAddress(f[1]); ok {
-				all = append(all, at)
-			}
-		})
-	}
-	return all
-}
-
-// hexAddress reads the kernel's form of an address: 32-bit words in the order of
-// the machine's bytes, and the port.
-func hexAddress(text string) (netip.AddrPort, bool) {
-	host, port, _ := strings.Cut(text, ":")
-	b, err := hex.DecodeString(host)
-	n, errPort := strconv.ParseUint(port, 16, 16)
-	if err != nil || errPort != nil || len(b)%4 != 0 {
-		return netip.AddrPort{}, false
-	}
-	for i := 0; i < len(b); i += 4 {
-		binary.BigEndian.PutUint32(b[i:], binary.NativeEndian.Uint32(b[i:]))
-	}
-	addr, ok := netip.AddrFromSlice(b)
-	return netip.AddrPortFrom(addr.Unmap(), uint16(n)), ok
 }
 
 // HugePageBytes is the size of this host's huge pages where none is given, 0 if
