@@ -214,7 +214,7 @@ func TestJournalFull(t *testing.T) {
 		var failed atomic.Bool
 		source.Start(func(what string) {
 			switch what {
-			case "before append step-done perform": // the guest has moved
+			case "before append step-start verify": // the guest has moved
 				if failed.CompareAndSwap(false, true) {
 					source.FailJournal(errFull)
 				}

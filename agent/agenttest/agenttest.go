@@ -117,7 +117,8 @@ type mortalJournal struct {
 }
 
 func (m mortalJournal) Append(r ...maint.Record) error {
-	what := "append " + string(r[0].Kind) + " " + r[0].Step
+	last := r[len(r)-1] // what comes next, after a step's end
+	what := "append " + string(last.Kind) + " " + last.Step
 	m.life.step("before " + what)
 	if err := m.node.failing.Load(); err != nil {
 		return *err

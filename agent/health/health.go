@@ -92,7 +92,7 @@ func Until(ctx context.Context, a Agent, uuid string, c Check, within time.Durat
 	for {
 		err := Once(ctx, a, uuid, c)
 		// What the end of the time has cut off says less than the try before it.
-		if r.Tries == 0 || ctx.Err() == nil {
+		if r.Tries == 0 || time.Since(began) < within && ctx.Err() == nil {
 			r.Healthy, r.Reason = err == nil, reason(err)
 		}
 		r.Tries++
