@@ -65,9 +65,7 @@ func (j *Job) survey(ctx context.Context) (v maint.KexecPlan, pl plan, err error
 		pl.New.Cmdline = pl.Old.Cmdline
 	}
 	j.Tree.wayBack(&g, &pl.Old)
-	for _, p := range j.Tree.Missing(j.Dir) {
-		g.problems = append(g.problems, p)
-	}
+	g.problems = append(g.problems, j.Tree.Missing(j.Dir)...)
 	j.Tree.fit(&g, &pl.New)
 	j.Tree.cmdline(&g, pl.Old.Cmdline, pl.New.Cmdline)
 	if m, err := readManifest(j.dir()); err == nil && m.Op != j.Op && !m.settled(j.dir()) {
