@@ -82,7 +82,8 @@ func TestWaiting(t *testing.T) {
 			t.Fatalf("%v have seen %v: %v", guests, all, err)
 		}
 		for _, v := range all {
-			if v.Asked <= 0 || v.Durable <= v.Asked || v.Seen <= v.Durable || v.Seen > v.Asked+time.Minute {
+			// It may be seen before who made it durable has looked at the clock again.
+			if v.Asked <= 0 || v.Durable <= v.Asked || v.Seen <= v.Asked || v.Seen > v.Asked+time.Minute {
 				t.Errorf("%+v is not in order", v)
 			}
 		}
