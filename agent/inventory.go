@@ -37,16 +37,13 @@ type inventory struct {
 	log  *slog.Logger
 	last atomic.Pointer[snapshot]
 	// ready is closed when the host has been listed for the first time.
-	ready chan struct{}
-	// next is closed at the next listing.
-	next atomic.Pointer[chan struct{}]
+	ready  chan struct{}
+	listed herald
 }
 
 func newInventory(hyp Hypervisor, log *slog.Logger) *inventory {
 	v := &inventory{hyp: hyp, log: log, ready: make(chan struct{})}
 	v.last.Store(&snapshot{err: errNotYet, since: time.Now()})
-	next := make(chan struct{})
-	v.next.Store(&next)
 	return v
 }
 
@@ -60,7 +57,7 @@ func (v *inventory) has(uuid string, s maint.GuestState) bool {
 
 // changed gives a channel that is closed at the next listing. Take it before
 // reading the last.
-func (v *inventory) changed() <-chan struct{} { return *v.next.Load() }
+func (v *inventory) changed() <-chan struct{} { return v.listed.next() }
 
 // follow keeps the snapshot true until ctx ends.
 func (v *inventory) follow(ctx context.Context) {
@@ -113,8 +110,7 @@ func (v *inventory) refresh(ctx context.Context) {
 		v.log.Info("libvirt answers", "guests", len(now.guests))
 	}
 	v.last.Store(now)
-	next := make(chan struct{})
-	close(*v.next.Swap(&next))
+	v.listed.tell()
 	if old.asOf.IsZero() && err == nil {
 		close(v.ready)
 	}

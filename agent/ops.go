@@ -9,7 +9,6 @@ import (
 	"reflect"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"belay/agent/config"
@@ -304,17 +303,15 @@ func (a *Agent) Watch(ctx context.Context, id maint.OpID, f func(maint.Op) error
 			return err
 		}
 		told := time.Now()
-		for again := false; !again; {
-			again = true
+		for news := false; !news; {
 			select {
 			case <-changed:
+				news = true
 			case <-alive.C:
+				news = true
 			case <-progressed:
 				progressed = a.progressed.next()
-				now := op
-				if a.addProgress(&now); reflect.DeepEqual(now.Progress, op.Progress) && reflect.DeepEqual(now.Trouble, op.Trouble) {
-					again = false // another operation's
-				} else if !pause(ctx, progressEvery-time.Since(told)) {
+				if news = a.progressedSince(op); news && !pause(ctx, progressEvery-time.Since(told)) {
 					return ctx.Err()
 				}
 			case <-ctx.Done():
@@ -326,30 +323,11 @@ func (a *Agent) Watch(ctx context.Context, id maint.OpID, f func(maint.Op) error
 	}
 }
 
-// herald tells whoever waits that something has happened. The zero value is ready.
-type herald struct {
-	mu sync.Mutex
-	ch chan struct{}
-}
-
-// next gives a channel that is closed when something happens. Take it before you look.
-func (h *herald) next() <-chan struct{} {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.ch == nil {
-		h.ch = make(chan struct{})
-	}
-	return h.ch
-}
-
-// tell says that it has.
-func (h *herald) tell() {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.ch != nil {
-		close(h.ch)
-		h.ch = nil
-	}
+// progressedSince reports whether it is this operation that has progressed since it was read.
+func (a *Agent) progressedSince(op maint.Op) bool {
+	now := op
+	a.addProgress(&now)
+	return !reflect.DeepEqual(now.Progress, op.Progress) || !reflect.DeepEqual(now.Trouble, op.Trouble)
 }
 
 func refuse(what string, p *maint.Problem) error {

@@ -160,6 +160,31 @@ func (j *Journal) load() error {
 // Close releases the file.
 func (j *Journal) Close() error { return j.db.Close() }
 
+// legible refuses records of what does not belong to one operation, and that could not be
+// read again.
+func legible(r maint.Record) error {
+	read := func(v any, what string) error {
+		if err := json.Unmarshal(r.Data, v); err != nil {
+			return fmt.Errorf("cannot read %s: %w", what, err)
+		}
+		return nil
+	}
+	switch r.Kind {
+	case maint.RecEvent:
+		return read(new(maint.EventChange), "a change of scheduled events")
+	case maint.RecCordoned:
+		return read(new(maint.Cordon), "a cordon")
+	case maint.RecPatches:
+		return read(new(maint.Patches), "what is kept of livepatches")
+	case maint.RecArrived:
+		return read(new(maint.Arrived), "an arrival")
+	case maint.RecDisks:
+		_, err := readDisks(r)
+		return err
+	}
+	return nil
+}
+
 // Append makes records durable, in order and all or none: when it returns nil
 // they are on disk. Seq and Time are set here. A record that Fold refuses is
 // an error and nothing is written.
@@ -171,33 +196,10 @@ func (j *Journal) Append(recs ...maint.Record) error {
 	trial := make(map[maint.OpID]*maint.Op)
 	for i := range recs {
 		recs[i].Seq, recs[i].Time = j.last+uint64(i)+1, now
-		if recs[i].Kind == maint.RecEvent {
-			if err := json.Unmarshal(recs[i].Data, new(maint.EventChange)); err != nil {
-				return fmt.Errorf("cannot read a change of scheduled events: %w", err)
-			}
-			continue
+		if err := legible(recs[i]); err != nil {
+			return err
 		}
-		if recs[i].Kind == maint.RecCordoned {
-			if err := json.Unmarshal(recs[i].Data, new(maint.Cordon)); err != nil {
-				return fmt.Errorf("cannot read a cordon: %w", err)
-			}
-		}
-		if recs[i].Kind == maint.RecPatches {
-			if err := json.Unmarshal(recs[i].Data, new(maint.Patches)); err != nil {
-				return fmt.Errorf("cannot read what is kept of livepatches: %w", err)
-			}
-		}
-		if recs[i].Kind == maint.RecArrived {
-			if err := json.Unmarshal(recs[i].Data, new(maint.Arrived)); err != nil {
-				return fmt.Errorf("cannot read an arrival: %w", err)
-			}
-		}
-		if recs[i].Kind == maint.RecDisks {
-			if _, err := readDisks(recs[i]); err != nil {
-				return err
-			}
-		}
-		if k := recs[i].Kind; isReservation(k) || standing(k) != "" || k == maint.RecArrived || k == maint.RecDisks {
+		if k := recs[i].Kind; k == maint.RecEvent || isReservation(k) || standing(k) != "" || k == maint.RecArrived || k == maint.RecDisks {
 			continue
 		}
 		op := trial[recs[i].Op]

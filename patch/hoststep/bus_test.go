@@ -1,13 +1,10 @@
 package hoststep_test
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -16,6 +13,7 @@ import (
 	"github.com/coreos/go-systemd/v22/dbus"
 	godbus "github.com/godbus/dbus/v5"
 
+	"belay/internal/bustest"
 	"belay/patch/hoststep"
 )
 
@@ -113,31 +111,9 @@ func (unitProperties) GetAll(iface string) (map[string]godbus.Variant, *godbus.E
 // newBus runs a bus daemon with a systemd1 on it.
 func newBus(t *testing.T, result string) (*busManager, hoststep.Bus, *exec.Cmd) {
 	t.Helper()
-	if _, err := exec.LookPath("dbus-daemon"); err != nil {
-		t.Skip("dbus-daemon is not installed")
-	}
-	dir := t.TempDir()
-	config := filepath.Join(dir, "bus.conf")
-	if err := os.WriteFile(config, []byte(`<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN" "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
-<busconfig><listen>unix:path=`+dir+`/bus</listen><auth>EXTERNAL</auth>
-<policy context="default"><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/><allow own="*"/></policy></busconfig>`), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	c := exec.Command("dbus-daemon", "--nofork", "--nopidfile", "--nosyslog", "--print-address", "--config-file="+config)
-	out, err := c.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
-	address, err := bufio.NewReader(out).ReadString('\n')
-	if err != nil {
-		t.Fatal(err)
-	}
+	address, c := bustest.Start(t)
 	dial := func(ctx context.Context) (*godbus.Conn, error) {
-		return godbus.Connect(strings.TrimSpace(address), godbus.WithContext(ctx))
+		return godbus.Connect(address, godbus.WithContext(ctx))
 	}
 	conn, err := dial(context.Background())
 	if err != nil {

@@ -2,6 +2,7 @@ package kexec
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -18,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"belay/agent/maint"
+	"belay/patch/internal/linux"
 )
 
 // manifest says what is kept, and of whom. It is in the reserved memory, beside what it is about.
@@ -110,29 +112,9 @@ func (m manifest) settled(dir string) bool {
 	return true
 }
 
-// writeFile replaces a file, all or nothing, also when the host dies.
+// writeFile replaces a file, and has that on disk.
 func writeFile(name string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(name), ".new-")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(b)
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), name); err != nil {
-		return err
-	}
-	return syncPath(filepath.Dir(name))
-}
-
-func syncPath(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
+	return cmp.Or(linux.WriteFile(name, b), linux.Sync(filepath.Dir(name)))
 }
 
 // piece is what is summed at once, bytes.

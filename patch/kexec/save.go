@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"belay/agent/maint"
+	"belay/patch/internal/linux"
 )
 
 // atOnce is how many guests are saved or restored at once: it is memory that is copied.
@@ -149,7 +150,7 @@ func (k *keeping) has(uuid string) *entry {
 func (k *keeping) put(ctx context.Context, g member, begun time.Time) (*entry, error) {
 	e := entry{member: g, File: g.UUID + ".save", Begun: begun.Round(0), Memory: bySave}
 	name := e.file(k.j.dir())
-	if err := syncPath(name); err != nil {
+	if err := linux.Sync(name); err != nil {
 		return nil, err
 	}
 	var err error

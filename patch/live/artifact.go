@@ -239,11 +239,11 @@ func (s Store) Put(name string, a Artifact) error {
 		return err
 	}
 	for ext, b := range map[string][]byte{moduleExt: a.Module, manifestExt: a.Manifest, signatureExt: a.Signature} {
-		if err := writeSynced(filepath.Join(dir, "patch"+ext), b); err != nil {
+		if err := linux.WriteFile(filepath.Join(dir, "patch"+ext), b); err != nil {
 			return err
 		}
 	}
-	return errors.Join(syncDir(dir), syncDir(s.Dir), syncDir(filepath.Dir(s.Dir)))
+	return errors.Join(linux.Sync(dir), linux.Sync(s.Dir), linux.Sync(filepath.Dir(s.Dir)))
 }
 
 // Keep removes all copies but those of the livepatches given.
@@ -264,24 +264,4 @@ func (s Store) Keep(patches ...*maint.KeptPatch) error {
 		}
 	}
 	return err
-}
-
-func writeSynced(name string, b []byte) error {
-	f, err := os.OpenFile(name+"~", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(name+"~", name)
-}
-
-func syncDir(name string) error {
-	d, err := os.Open(name)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

@@ -1,8 +1,9 @@
-// Package linux is what the parts of rung B that keep notes in memory need of the
-// kernel.
+// Package linux is what rungs A and B need of the kernel to keep notes, in memory or on
+// disk.
 package linux
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -32,4 +33,27 @@ func ReadAll(f *os.File, most int64) ([]byte, error) {
 		return nil, fmt.Errorf("%s has %d bytes, more than %d", f.Name(), info.Size(), most)
 	}
 	return io.ReadAll(io.NewSectionReader(f, 0, most))
+}
+
+// WriteFile replaces a file, all or nothing, also when the host dies. That it has its name
+// is on disk after Sync of its folder. Nobody else writes it meanwhile.
+func WriteFile(name string, b []byte) error {
+	f, err := os.OpenFile(name+"~", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(name+"~", name)
+}
+
+// Sync has a file, or the names in a folder, be on disk.
+func Sync(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
 }
