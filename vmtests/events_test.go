@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -83,8 +84,23 @@ func agentCommand(ctx context.Context, n *cluster.Node, name, command string, ar
 }
 
 // fetch asks the metadata service from inside a guest, as Azure's clients do: with a
-// body, it is a POST.
+// body, it is a POST; told that it asks too often, it waits as long as the answer says.
 func fetch(ctx context.Context, n *cluster.Node, name, path, body string) (string, error) {
+	for {
+		answer, again, err := fetchOnce(ctx, n, name, path, body)
+		if again == 0 {
+			return answer, err
+		}
+		select {
+		case <-time.After(again):
+		case <-ctx.Done():
+			return answer, err
+		}
+	}
+}
+
+// fetchOnce also tells after what time the guest may ask again, if it asked too often.
+func fetchOnce(ctx context.Context, n *cluster.Node, name, path, body string) (text string, again time.Duration, err error) {
 	method := "GET"
 	if body != "" {
 		method = "POST"
@@ -93,18 +109,22 @@ func fetch(ctx context.Context, n *cluster.Node, name, path, body string) (strin
 	// Debian's static wget looks for libraries that the guest does not have.
 	out, err := inGuest(ctx, n, name, request, "/bin/busybox", "nc", "-w", "10", "169.254.169.254", "80")
 	if err != nil {
-		return "", err
+		return "", 0, err
 	}
 	r, err := http.ReadResponse(bufio.NewReader(strings.NewReader(out)), nil)
 	if err != nil {
-		return "", fmt.Errorf("%w: %q", err, out)
+		return "", 0, fmt.Errorf("%w: %q", err, out)
 	}
 	defer r.Body.Close()
 	answer, err := io.ReadAll(r.Body)
 	if err == nil && r.StatusCode != http.StatusOK {
 		err = fmt.Errorf("%s: %s", r.Status, answer)
 	}
-	return string(answer), err
+	if r.StatusCode == http.StatusTooManyRequests {
+		seconds, _ := strconv.Atoi(r.Header.Get("Retry-After"))
+		again = time.Duration(seconds) * time.Second
+	}
+	return string(answer), again, err
 }
 
 // approve approves an event from inside a guest. That can be on its way to another
