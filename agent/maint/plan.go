@@ -1,0 +1,184 @@
+package maint
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"time"
+)
+
+// PlanOptions are what is asked of a plan beside its update.
+type PlanOptions struct {
+	// To are the peers that guests may go to; empty is all.
+	To []string `json:"to,omitempty"`
+	// Return has guests that were moved away brought back at the end.
+	Return bool `json:"return,omitempty"`
+}
+
+// PlanRequest asks for a plan.
+type PlanRequest struct {
+	Manifest string      `json:"manifest"` // its text, TOML
+	Options  PlanOptions `json:"options"`
+}
+
+// PlanVersion is of the form of a Plan.
+const PlanVersion = 1
+
+// Plan is how an update is done to one host. It is never changed once it is made: Hash
+// names it, and it has all that doing it needs.
+type Plan struct {
+	Version int    `json:"version"`
+	Hash    string `json:"hash"` // SHA-256 of the rest, in hexadecimal
+	// World is a hash of what it was made from, but for what changes by itself: the time,
+	// free memory, what has been felt.
+	World    string      `json:"world"`
+	Host     string      `json:"host"`
+	HostUUID string      `json:"host_uuid"`
+	Made     time.Time   `json:"made"`
+	Deadline time.Time   `json:"deadline"` // when those who are waited for are waited for no longer
+	Options  PlanOptions `json:"options"`
+	Update   Update      `json:"update"`
+
+	Changes []PlannedChange `json:"changes"`
+	Guests  []PlannedGuest  `json:"guests"`
+	Off     []string        `json:"off,omitempty"`
+	Steps   []PlanStep      `json:"steps"`
+	// Blockers are why it cannot be applied; none: it can.
+	Blockers    []Problem     `json:"blockers,omitempty"`
+	Calibration []Calibration `json:"calibration,omitempty"`
+}
+
+// PlannedChange is by which rung a change is delivered to guests that stay. D is that
+// none can stay.
+type PlannedChange struct {
+	Change string     `json:"change"`
+	Kind   ChangeKind `json:"kind"`
+	Rung   Rung       `json:"rung"` // "": by none
+	// Refused are the rungs before it, and why not those.
+	Refused []RefusedRung `json:"refused,omitempty"`
+}
+
+// RefusedRung is a rung that was not taken, and why.
+type RefusedRung struct {
+	Rung     Rung      `json:"rung"`
+	Problems []Problem `json:"problems"`
+}
+
+// PlannedGuest is what an update comes to for one guest.
+type PlannedGuest struct {
+	Guest string `json:"guest"`
+	UUID  string `json:"uuid"`
+	// Rung is the one that it is served by: A if it feels nothing, C if its owner has a
+	// say in when; "": by none, see Refused.
+	Rung Rung `json:"rung"`
+	// Feels are the rungs that it feels, in order.
+	Feels  []Rung    `json:"feels,omitempty"`
+	Method VMMMethod `json:"method,omitempty"` // of B2
+	To     string    `json:"to,omitempty"`     // the peer, of D
+	// Pause is its longest standstill by rung B, Blackout of its move. Pauses is how often
+	// it stands still.
+	Pause    *Estimate `json:"pause,omitempty"`
+	Blackout *Estimate `json:"blackout,omitempty"`
+	Pauses   int       `json:"pauses,omitempty"`
+	// Told is when it is told, Begin when it feels it at the earliest without approval.
+	Told  time.Time `json:"told,omitzero"`
+	Begin time.Time `json:"begin,omitzero"`
+	// Asked is that it begins earlier if its owner approves.
+	Asked bool   `json:"asked,omitempty"`
+	Note  string `json:"note,omitempty"`
+	// Refused are rungs with less impact, and what would lift each reason.
+	Refused []RefusedRung `json:"refused,omitempty"`
+}
+
+// PlanStepKind is what a step of a plan does.
+type PlanStepKind string
+
+// The kinds, in the order in which they come.
+const (
+	PlanCheck    PlanStepKind = "check"
+	PlanAnnounce PlanStepKind = "announce"
+	PlanPrepare  PlanStepKind = "prepare"
+	PlanCordon   PlanStepKind = "cordon"
+	PlanMove     PlanStepKind = "move"
+	PlanPatch    PlanStepKind = "patch"   // A
+	PlanHold     PlanStepKind = "hold"    // B1
+	PlanReplace  PlanStepKind = "replace" // B2
+	PlanKexec    PlanStepKind = "kexec"   // B3
+	PlanService  PlanStepKind = "service" // of a host without guests
+	PlanReboot   PlanStepKind = "reboot"  // the same
+	PlanVerify   PlanStepKind = "verify"
+	PlanReturn   PlanStepKind = "return"
+	PlanUncordon PlanStepKind = "uncordon"
+)
+
+// PlanStep is one step of a plan.
+type PlanStep struct {
+	N       int          `json:"n"`
+	Kind    PlanStepKind `json:"kind"`
+	Text    string       `json:"text"`
+	Changes []string     `json:"changes,omitempty"`
+	Guests  []string     `json:"guests,omitempty"` // UUIDs
+	To      string       `json:"to,omitempty"`     // peer
+	// At is when it begins at the earliest; zero: when the one before it has ended.
+	At       time.Time     `json:"at,omitzero"`
+	Expected time.Duration `json:"expected_ns,omitempty"` // 0: not known
+	// Undo is how it is taken back when a later one fails, "" for a step that is not.
+	Undo string `json:"undo,omitempty"`
+}
+
+// Seal gives the plan with its hash.
+func (p Plan) Seal() Plan {
+	p.Hash = p.hash()
+	return p
+}
+
+func (p Plan) hash() string {
+	p.Hash = ""
+	sum := sha256.Sum256(p.encode())
+	return hex.EncodeToString(sum[:])
+}
+
+// Encode writes a plan: one form for one plan.
+func (p Plan) Encode() []byte { return p.encode() }
+
+func (p Plan) encode() []byte {
+	b, err := json.MarshalIndent(p, "", "  ")
+	if err != nil {
+		panic(fmt.Sprintf("vocabulary type %T does not marshal: %v", p, err)) // it has nothing that could not
+	}
+	return append(b, '\n')
+}
+
+// maxPlan is more than a plan for a host can have, bytes.
+const maxPlan = 64 << 20
+
+// DecodePlan reads a plan that was saved. One that is not as it was made is refused. The
+// hash is no signature: who applies a plan makes it again, and compares.
+func DecodePlan(name string, b []byte) (p Plan, err error) {
+	bad := func(format string, args ...any) (Plan, error) {
+		return Plan{}, Problemf(CodeTampered, "plan "+name, "make it again (belay plan MANIFEST --out FILE)", format, args...)
+	}
+	if len(b) > maxPlan {
+		return bad("has %d MiB, more than any plan", len(b)>>20)
+	}
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&p); err != nil {
+		return bad("is no plan: %v", err)
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return bad("goes on after its end")
+	}
+	switch {
+	case p.Version != PlanVersion:
+		return bad("is of version %d, and this Belay reads %d", p.Version, PlanVersion)
+	case p.Hash != p.hash():
+		return bad("has been changed since it was made: its hash is %.12s, and it says %.12s", p.hash(), p.Hash)
+	case !bytes.Equal(b, p.encode()):
+		return bad("is not in the form in which it was written")
+	}
+	return p, nil
+}
