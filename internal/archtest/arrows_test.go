@@ -87,6 +87,7 @@ var alone = []struct {
 }{
 	{"agent/maint", nil, "everything imports the vocabulary, so it can import nothing"},
 	{"agent/plan", []string{"agent/maint"}, "planning is a pure function of what is known and wanted"},
+	{"agent/update", []string{"agent/maint"}, "a manifest is text that becomes a value, whatever is done with it"},
 	{"agent/journal", []string{"agent/maint"}, "what is on disk must be readable whatever becomes of the rest"},
 	{"agent/run", []string{"agent/maint"}, "steps come to the runner as values: it knows none of them"},
 	{"agent/api", []string{"agent/maint"}, "the API is served for an interface, and the client is linked into belay"},
