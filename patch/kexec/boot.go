@@ -70,6 +70,10 @@ func (j *Job) goDown(blind bool) error {
 		if err := j.allOff(); err != nil && !(blind && errors.Is(err, maint.ErrHypervisorDown)) {
 			return err
 		}
+		if s, err := j.Tree.text(kexecLoaded); err != nil || s != "1" {
+			return maint.Problemf(maint.CodeKexec, host, "see who unloads kernels here (kexec -u), and begin again",
+				"has no other kernel loaded any more: it would go down by way of its firmware, which need not leave memory alone")
+		}
 		asked = j.Rebooter.Kexec(j.Life)
 	}
 	for seen := time.Now(); time.Since(seen) < j.Pace.Going; {

@@ -20,8 +20,13 @@
 // each file is a mark, on the same memory, so that they stay or go together:
 //
 //	no mark ──► restoring ──► released ──► done
-//	               │              └ from here on the file is out of date, and never used again
-//	               └ started with its vCPUs stopped: nothing is lost by doing it over
+//	   │           │              └ from here on the file is out of date, and never used again
+//	   │           └ started with its vCPUs stopped: nothing is lost by doing it over
+//	   └──► started: by somebody else, from its disks: the file is out of date, too
+//
+// Somebody may also have started a guest, and ended it, while nobody of Belay looked. Its
+// disks tell, where they are files: one that was written to since has the guest kept, not
+// restored.
 //
 // All of it is by the manifest and the marks alone, under a lock: belayd does it, and so
 // does "belayd -restore" where belayd cannot start.

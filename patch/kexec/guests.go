@@ -42,7 +42,7 @@ func (j *Job) guests(ctx context.Context, g *judgement, pl *plan) error {
 		}
 		j.fits(g, q, info)
 		pl.Guests = append(pl.Guests, member{Name: q.Name, UUID: q.UUID, Bytes: q.MemoryBytes, Machine: q.MachineType,
-			Paused: q.State == maint.GuestPaused, Autostart: q.Autostart})
+			Paused: q.State == maint.GuestPaused, Autostart: q.Autostart, Disks: disks(q)})
 	}
 	return nil
 }

@@ -123,6 +123,18 @@ type member struct {
 	Paused    bool   `json:"paused,omitempty"` // by its owner
 	Autostart bool   `json:"autostart,omitempty"`
 	BootID    string `json:"boot_id,omitempty"` // its own
+	// Disks are the files that it writes to.
+	Disks []string `json:"disks,omitempty"`
+}
+
+// disks are the files that a guest writes to.
+func disks(g maint.Guest) (files []string) {
+	for _, d := range g.Disks {
+		if d.Type == "file" && !d.ReadOnly && filepath.IsAbs(d.Source) {
+			files = append(files, d.Source)
+		}
+	}
+	return files
 }
 
 // plan is all that the phases after preflight need to know.

@@ -2,8 +2,10 @@ package kexec_test
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -243,12 +245,17 @@ func (b *bed) rewrite(stage string) {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	var m map[string]any
-	if err := json.Unmarshal(text, &m); err != nil {
+	var sealed struct {
+		SHA256 string         `json:"sha256"`
+		Text   map[string]any `json:"text"`
+	}
+	if err := json.Unmarshal(text, &sealed); err != nil {
 		b.t.Fatal(err)
 	}
-	m["stage"] = stage
-	if text, err = json.Marshal(m); err != nil {
+	sealed.Text["stage"] = stage
+	inner, _ := json.Marshal(sealed.Text)
+	sealed.SHA256 = fmt.Sprintf("%x", sha256.Sum256(inner))
+	if text, err = json.Marshal(sealed); err != nil {
 		b.t.Fatal(err)
 	}
 	if err := os.WriteFile(name, text, 0o600); err != nil {

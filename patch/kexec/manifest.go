@@ -5,11 +5,13 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -42,6 +44,8 @@ type entry struct {
 	Begun  time.Time     `json:"begun"`
 	Took   time.Duration `json:"took_ns"`
 	Memory string        `json:"memory"` // how it is kept: "saved"
+	// Written is when each disk was written to last, as far as that shows.
+	Written map[string]time.Time `json:"written,omitempty"`
 }
 
 // kept by libvirt's save. Another way, memory in place, would be another word here.
@@ -49,16 +53,25 @@ const bySave = "saved"
 
 func (e entry) file(dir string) string { return filepath.Join(dir, e.File) }
 
+// The files of a guest are called by its UUID: what is saved of it, its mark, and what was
+// saved of it and is out of date, or damaged.
+const (
+	saveExt = ".save"
+	markExt = ".mark"
+	lostExt = ".lost"
+)
+
 const manifestName = "manifest.json"
 
-// sealed is a manifest with its checksum: what a power cut leaves of memory is not read as one.
+// sealed is something with its checksum: what a power cut leaves of memory is not read as it.
 type sealed struct {
-	SHA256   string          `json:"sha256"`
-	Manifest json.RawMessage `json:"manifest"`
+	SHA256 string          `json:"sha256"`
+	Text   json.RawMessage `json:"text"`
 }
 
-func writeManifest(dir string, m manifest) error {
-	text, err := json.Marshal(m)
+// writeSealed replaces a file, and has that on disk.
+func writeSealed(name string, v any) error {
+	text, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
@@ -67,36 +80,49 @@ func writeManifest(dir string, m manifest) error {
 	if err != nil {
 		return err
 	}
-	return writeFile(filepath.Join(dir, manifestName), b)
+	return cmp.Or(linux.WriteFile(name, b), linux.Sync(filepath.Dir(name)))
 }
 
-// maxManifest bounds it, bytes.
-const maxManifest = 16 << 20
+// maxSealed bounds such a file, bytes.
+const maxSealed = 16 << 20
 
-// readManifest gives an error that is fs.ErrNotExist where there is none.
-func readManifest(dir string) (m manifest, err error) {
-	f, err := os.Open(filepath.Join(dir, manifestName))
+// readSealed gives an error that is fs.ErrNotExist where there is no such file.
+func readSealed(name string, v any) error {
+	b, err := linux.ReadFile(name, maxSealed)
 	if err != nil {
-		return m, err
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxManifest))
-	if err != nil {
-		return m, err
+		return err
 	}
 	var s sealed
 	if err := json.Unmarshal(b, &s); err != nil {
-		return m, fmt.Errorf("%s is damaged: %w", f.Name(), err)
+		return fmt.Errorf("%s is damaged: %w", name, err)
 	}
-	if sum := sha256.Sum256(s.Manifest); hex.EncodeToString(sum[:]) != s.SHA256 {
-		return m, fmt.Errorf("%s is damaged: its checksum is another", f.Name())
+	if sum := sha256.Sum256(s.Text); hex.EncodeToString(sum[:]) != s.SHA256 {
+		return fmt.Errorf("%s is damaged: its checksum is another", name)
 	}
-	if err := json.Unmarshal(s.Manifest, &m); err != nil {
-		return m, fmt.Errorf("%s is damaged: %w", f.Name(), err)
+	if err := json.Unmarshal(s.Text, v); err != nil {
+		return fmt.Errorf("%s is damaged: %w", name, err)
+	}
+	return nil
+}
+
+func writeManifest(dir string, m manifest) error {
+	return writeSealed(filepath.Join(dir, manifestName), m)
+}
+
+// readManifest gives an error that is fs.ErrNotExist where there is none.
+func readManifest(dir string) (m manifest, err error) {
+	name := filepath.Join(dir, manifestName)
+	if err := readSealed(name, &m); err != nil {
+		return manifest{}, err
+	}
+	for _, g := range m.Planned {
+		if g.UUID == "" || g.UUID != filepath.Base(g.UUID) {
+			return manifest{}, fmt.Errorf("%s names a guest %q", name, g.UUID)
+		}
 	}
 	for _, e := range m.Guests {
-		if e.File != filepath.Base(e.File) {
-			return m, fmt.Errorf("%s names a file elsewhere, %s", f.Name(), e.File)
+		if e.UUID == "" || e.UUID != filepath.Base(e.UUID) || e.File != e.UUID+saveExt {
+			return manifest{}, fmt.Errorf("%s names a file elsewhere, %q", name, e.File)
 		}
 	}
 	return m, nil
@@ -110,11 +136,6 @@ func (m manifest) settled(dir string) bool {
 		}
 	}
 	return true
-}
-
-// writeFile replaces a file, and has that on disk.
-func writeFile(name string, b []byte) error {
-	return cmp.Or(linux.WriteFile(name, b), linux.Sync(filepath.Dir(name)))
 }
 
 // piece is what is summed at once, bytes.
@@ -156,18 +177,46 @@ func sum(ctx context.Context, name string) (text string, size int64, err error) 
 }
 
 // savedMagic is how a file begins in which libvirt has saved a guest completely; until it
-// has, the file begins otherwise (libvirt, qemu_saveimage.h).
-const savedMagic = "LibvirtQemudSave"
+// has, the file begins otherwise. After it are, in the machine's byte order, a version, the
+// length of the guest's XML, and whether the guest ran, 4 bytes each (libvirt, qemu_saveimage.h).
+const (
+	savedMagic = "LibvirtQemudSave"
+	savedRan   = len(savedMagic) + 8
+)
 
-func complete(name string) bool {
+// saved reports whether a guest is in a file, completely, and whether it ran until then.
+func saved(name string) (complete, ran bool) {
 	f, err := os.Open(name)
 	if err != nil {
-		return false
+		return false, false
 	}
 	defer f.Close()
-	head := make([]byte, len(savedMagic))
+	head := make([]byte, savedRan+4)
 	_, err = io.ReadFull(f, head)
-	return err == nil && bytes.Equal(head, []byte(savedMagic))
+	return err == nil && bytes.HasPrefix(head, []byte(savedMagic)), binary.NativeEndian.Uint32(head[savedRan:]) != 0
+}
+
+// written are the times at which files were written to last. What is no file, or cannot be
+// looked at, has none.
+func (t Tree) written(files []string) map[string]time.Time {
+	times := make(map[string]time.Time)
+	for _, f := range files {
+		if info, err := os.Stat(t.at(f)); err == nil && info.Mode().IsRegular() {
+			times[f] = info.ModTime().Round(0)
+		}
+	}
+	return times
+}
+
+// since names a file that was written to after it should have been; "": none. A time that went
+// back is that of a file system that was not unmounted.
+func (t Tree) since(times map[string]time.Time) string {
+	for f, then := range times {
+		if info, err := os.Stat(t.at(f)); err == nil && info.ModTime().After(then) {
+			return f
+		}
+	}
+	return ""
 }
 
 // lock keeps two from restoring at once: belayd, and "belayd -restore".
@@ -193,6 +242,7 @@ func (j *Job) lock(ctx context.Context) (unlock func(), err error) {
 const (
 	stageRestoring = "restoring"
 	stageReleased  = "released"
+	stageStarted   = "started"
 	stageDone      = "done"
 )
 
@@ -201,25 +251,18 @@ type mark struct {
 	Stage string           `json:"stage"` // "": it has not been begun
 	Boot  string           `json:"boot"`  // the host's, then
 	Guest maint.KexecGuest `json:"guest,omitzero"`
+	// Settled: its autostart and its clock are as they should be.
+	Settled bool `json:"settled,omitempty"`
 }
 
-func markFile(dir, uuid string) string { return filepath.Join(dir, filepath.Base(uuid)+".mark") }
+func markFile(dir, uuid string) string { return filepath.Join(dir, filepath.Base(uuid)+markExt) }
 
 func readMark(dir, uuid string) (m mark, err error) {
-	b, err := os.ReadFile(markFile(dir, uuid))
-	if errors.Is(err, os.ErrNotExist) {
-		return m, nil
+	err = readSealed(markFile(dir, uuid), &m)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
 	}
-	if err != nil {
-		return m, err
-	}
-	return m, json.Unmarshal(b, &m)
+	return m, err
 }
 
-func writeMark(dir, uuid string, m mark) error {
-	b, err := json.Marshal(m)
-	if err != nil {
-		return err
-	}
-	return writeFile(markFile(dir, uuid), b)
-}
+func writeMark(dir, uuid string, m mark) error { return writeSealed(markFile(dir, uuid), m) }

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"belay/agent/maint"
 )
 
@@ -68,8 +70,14 @@ func (j *Job) survey(ctx context.Context) (v maint.KexecPlan, pl plan, err error
 	g.problems = append(g.problems, j.Tree.Missing(j.Dir)...)
 	j.Tree.fit(&g, &pl.New)
 	j.Tree.cmdline(&g, pl.Old.Cmdline, pl.New.Cmdline)
-	if m, err := readManifest(j.dir()); err == nil && m.Op != j.Op && !m.settled(j.dir()) {
+	m, err := readManifest(j.dir())
+	if p := j.damaged(err); p != nil {
+		g.problems = append(g.problems, *p)
+	} else if err == nil && m.Op != j.Op && !m.settled(j.dir()) {
 		g.problems = append(g.problems, *j.unsettled(m))
+	}
+	if err := unix.Access(j.dir(), unix.W_OK|unix.X_OK); err != nil && j.Tree.OnPmem(j.Dir) == "" {
+		g.add(maint.CodeNoRegion, host, "put it into ReadWritePaths= of belayd.service (systemctl edit belayd), and have it mounted read-write", "%s cannot be written to by belayd: %v", j.Dir, err)
 	}
 	if err := j.guests(ctx, &g, &pl); err != nil {
 		return v, pl, err
@@ -98,8 +106,10 @@ func (j *Job) free() (uint64, error) {
 	}
 	if m, err := readManifest(j.dir()); err == nil && m.settled(j.dir()) {
 		for _, e := range m.Guests {
-			if info, err := os.Stat(e.file(j.dir())); err == nil {
-				n += uint64(info.Size())
+			for _, ext := range []string{saveExt, lostExt} {
+				if info, err := os.Stat(filepath.Join(j.dir(), e.UUID+ext)); err == nil {
+					n += uint64(info.Size())
+				}
 			}
 		}
 	}
@@ -161,9 +171,12 @@ func (t Tree) masked(unit string) bool {
 	return err == nil && to == "/dev/null"
 }
 
+// kexecLoaded has "1" while a kernel is loaded that is to be started in this one's place.
+const kexecLoaded = "/sys/kernel/kexec_loaded"
+
 // kexecs: this kernel can start another.
 func (t Tree) kexecs(g *judgement) {
-	if _, err := t.text("/sys/kernel/kexec_loaded"); err != nil {
+	if _, err := t.text(kexecLoaded); err != nil {
 		g.add(maint.CodeKexec, host, "boot a kernel with CONFIG_KEXEC_FILE=y", "its kernel has no kexec: %v", err)
 	}
 	if s, _ := t.text("/proc/sys/kernel/kexec_load_disabled"); s == "1" {

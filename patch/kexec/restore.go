@@ -1,6 +1,7 @@
 package kexec
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"belay/agent/maint"
+	"belay/patch/internal/linux"
 )
 
 // bring has every guest go on that the reserved memory holds, each once, and tells what
@@ -28,7 +30,7 @@ func (j *Job) bring(ctx context.Context, pl *plan) (guests []maint.KexecGuest, e
 	for giveUp := time.Now().Add(j.Pace.Healed); reason != "" && time.Now().Before(giveUp) && wait(ctx, j.Pace.Poll); {
 		reason = j.Tree.OnPmem(j.Dir) // it comes late in a boot
 	}
-	unseen := reason != ""
+	unseen, others := reason != "", false
 	if !unseen {
 		unlock, err := j.lock(ctx)
 		if err != nil {
@@ -41,52 +43,79 @@ func (j *Job) bring(ctx context.Context, pl *plan) (guests []maint.KexecGuest, e
 		case err != nil:
 			reason = err.Error()
 		case pl != nil && k.m.Op != j.Op:
-			reason, k.m = fmt.Sprintf("the reserved memory has what operation %s saved", k.m.Op), manifest{}
+			reason, others, k.m = fmt.Sprintf("the reserved memory has what operation %s saved", k.m.Op), true, manifest{}
 		}
 	}
-	if pl == nil {
+	rescue := pl == nil
+	if rescue {
 		if reason != "" {
 			return nil, fmt.Errorf("nothing can be restored: %s", reason)
 		}
 		pl = &plan{Boot: k.m.Boot, Old: k.m.Old, New: k.m.New, Guests: k.m.Planned}
 	}
-	guests = make([]maint.KexecGuest, len(pl.Guests))
+	retry := time.Now().Add(j.Pace.Healed)
+	back := make([]*bringing, len(pl.Guests))
 	var all errgroup.Group
 	all.SetLimit(atOnce)
 	for i, g := range pl.Guests {
-		all.Go(func() (err error) {
-			b := &bringing{keeping: k, member: g, boot: boot, same: boot == pl.Boot, absent: reason, unseen: unseen,
-				out: maint.KexecGuest{Guest: g.Name, UUID: g.UUID}}
-			err = b.bring(ctx)
-			guests[i] = b.out
-			return err
-		})
+		b := &bringing{keeping: k, member: g, boot: boot, same: boot == pl.Boot, absent: reason, unseen: unseen, others: others, rescue: rescue, retry: retry,
+			out: maint.KexecGuest{Guest: g.Name, UUID: g.UUID}}
+		back[i] = b
+		all.Go(func() error { return b.bring(ctx) })
 	}
 	if err := all.Wait(); err != nil {
 		return nil, err
 	}
-	all.SetLimit(20) // as many as libvirtd has workers
-	for i, g := range pl.Guests {
-		all.Go(func() error { return j.settle(ctx, g, boot, &guests[i]) })
+	for _, b := range back {
+		if b.out.Fate == "" { // nothing is written down of what nobody knows
+			return nil, fmt.Errorf("what became of guest %s is not known", b.Name)
+		}
 	}
-	return guests, all.Wait()
+	all.SetLimit(20) // as many as libvirtd has workers
+	for _, b := range back {
+		all.Go(func() error { return b.settle(ctx) })
+	}
+	err = all.Wait()
+	for _, b := range back {
+		guests = append(guests, b.out)
+	}
+	return guests, err
 }
 
 // bringing is one guest on its way back.
 type bringing struct {
 	*keeping
 	member
-	boot   string // the host's, now
-	same   bool   // it is the one in which guests were saved
-	absent string // why nothing is there, "" if it is
-	unseen bool   // it could not be looked
-	out    maint.KexecGuest
+	boot    string // the host's, now
+	same    bool   // it is the one in which guests were saved
+	absent  string // why nothing is there, "" if it is
+	unseen  bool   // it could not be looked
+	others  bool   // what is there is another operation's
+	rescue  bool   // there is no plan but the manifest's
+	retry   time.Time
+	settled bool
+	out     maint.KexecGuest
 }
 
 // bring finds out where the guest is, and has it go on. An error is one of looking, or of
 // writing down.
 func (b *bringing) bring(ctx context.Context) error {
-	active, err := b.look(ctx)
+	var m mark
+	if b.absent == "" {
+		var err error
+		if m, err = readMark(b.j.dir(), b.UUID); err != nil {
+			b.keep(maint.CodeKeptGuest, "see whether it has run since (its own log, its disks); if not, remove "+filepath.Join(b.j.Dir, b.UUID+markExt)+", then: belayd -restore",
+				fmt.Sprintf("may have run since it was saved, which nobody can tell: %v", err))
+			return nil
+		}
+	}
+	// That a guest had its QEMU, or none, says nothing once the host has gone down.
+	passing := m.Guest.Fate == maint.KexecRan || m.Guest.Fate == maint.KexecLeft
+	if m.Stage == stageDone && (!passing || b.rescue || m.Boot == b.boot) {
+		b.out, b.settled = m.Guest, m.Settled
+		return b.drop()
+	}
+	_, active, err := b.look(ctx)
 	if err != nil {
 		return err
 	}
@@ -98,14 +127,7 @@ func (b *bringing) bring(ctx context.Context) error {
 		active = false
 	}
 	b.out.Bytes, b.out.Save = uint64(e.Size), e.Took
-	m, err := readMark(b.j.dir(), b.UUID)
-	if err != nil {
-		return err
-	}
 	switch {
-	case m.Stage == stageDone:
-		b.out = m.Guest
-		return nil
 	case m.Stage == stageReleased && active && m.Boot == b.boot:
 		return b.release(ctx, e)
 	case m.Stage == stageReleased:
@@ -116,23 +138,36 @@ func (b *bringing) bring(ctx context.Context) error {
 		return b.lost(ctx, what)
 	case active && m.Stage == stageRestoring && m.Boot == b.boot:
 		return b.release(ctx, e)
-	case active:
-		b.keep(maint.CodeStarted, fmt.Sprintf("see which of the two is wanted: what runs was booted afresh; if that is to be given up, stop it, then: belayd -restore; else remove %s", b.path()),
-			"somebody has started it meanwhile, so that what is saved of it is not restored")
+	case active, m.Stage == stageStarted:
+		return b.started(e)
+	}
+	if disk := b.j.Tree.since(e.Written); disk != "" {
+		b.out.Fate, b.out.Problem = maint.KexecKept, b.j.stale(b.member, disk)
 		return nil
 	}
 	return b.restore(ctx, e)
 }
 
-func (b *bringing) path() string { return filepath.Join(b.j.Dir, b.UUID+".save") }
+// started is a guest that somebody has started from its disks. What was saved of it does not
+// belong to them any more, also when it has ended; but it is not for Belay to remove.
+func (b *bringing) started(e *entry) error {
+	if _, err := os.Stat(e.file(b.j.dir())); errors.Is(err, fs.ErrNotExist) {
+		b.out.Fate = maint.KexecLeft
+		return b.done()
+	}
+	b.keep(maint.CodeStarted, fmt.Sprintf("see that it is well; when what was saved of it is of no more use: remove %s, then: belayd -restore", b.path()),
+		"somebody has started it meanwhile, so that what is saved of it is out of date, and not restored")
+	return writeMark(b.j.dir(), b.UUID, mark{Stage: stageStarted, Boot: b.boot})
+}
 
-// look reports whether the guest has a QEMU, when libvirt answers.
-func (b *bringing) look(ctx context.Context) (bool, error) {
-	giveUp := time.Now().Add(b.j.Pace.Healed)
-	for {
-		active, err := b.j.unsaving(ctx, b.member)
+func (b *bringing) path() string { return filepath.Join(b.j.Dir, b.UUID+saveExt) }
+
+// look reports how the guest is, and whether it has a QEMU, when libvirt answers.
+func (b *bringing) look(ctx context.Context) (now maint.Guest, active bool, err error) {
+	for giveUp := time.Now().Add(b.j.Pace.Healed); ; {
+		now, active, err = b.j.unsaving(ctx, b.member)
 		if err == nil || ctx.Err() != nil || time.Now().After(giveUp) {
-			return active, err
+			return now, active, err
 		}
 		wait(ctx, b.j.Pace.Poll)
 	}
@@ -141,29 +176,59 @@ func (b *bringing) look(ctx context.Context) (bool, error) {
 // unnamed is of a guest that the manifest does not have. It gives an entry for one that was
 // saved by a belayd that died before it could write that down.
 func (b *bringing) unnamed(ctx context.Context, active bool) (*entry, error) {
-	file := filepath.Join(b.j.dir(), b.UUID+".save")
-	there := b.absent == "" && complete(file)
+	// Another operation's files are out of date: this one has not come to saving.
+	there := false
+	if !b.unseen && !b.others {
+		there, _ = saved(filepath.Join(b.j.dir(), b.UUID+saveExt))
+	}
 	switch {
 	case active && b.same:
+		// A save that libvirt took back at the last moment: never to be taken for the guest.
+		if err := b.outdate(there); err != nil {
+			return nil, err
+		}
 		b.out.Fate = maint.KexecRan
 	case active:
 		b.out.Fate, b.out.Started = maint.KexecLost, true
 		b.out.Problem = maint.Problemf(maint.CodeLostGuest, "guest "+b.Name, "see that it is well", "ran when the host went down, before it was saved, and was booted afresh")
-	case there && b.same:
-		return b.put(ctx, b.member, time.Now())
+	case there && b.same && b.absent == "":
+		e, err := b.adopt(ctx, b.member)
+		if p := new(maint.Problem); errors.As(err, &p) {
+			b.out.Fate, b.out.Problem = maint.KexecKept, p
+			return nil, nil
+		}
+		return e, err
 	case there:
-		b.keep(maint.CodeKeptGuest, "look at it, and if you trust it: virsh restore "+b.path()+"; then remove the file", "was saved, but the host went down before its checksum was written")
-	case b.same:
-		b.out.Fate = maint.KexecLeft
+		why := "the host went down before its checksum was written"
+		if b.absent != "" {
+			why = b.absent
+		}
+		b.keep(maint.CodeKeptGuest, "look at it, and if you trust it, and it has not run since: virsh restore "+b.path()+"; then remove the file", "was saved, but "+why)
+		return nil, nil
 	case b.unseen:
 		b.keep(maint.CodeKeptGuest, "see what keeps "+b.j.Dir+" from being mounted, with this kernel or another; then: belayd -restore. If there is no file system on /dev/pmem0 any more, as after a power cut, its memory is lost: virsh start "+maint.ShellWord(b.Name),
 			"may be in the reserved memory, which cannot be looked at: "+b.absent)
+		return nil, nil
+	case b.same:
+		b.out.Fate = maint.KexecLeft
 	case b.absent != "":
 		return nil, b.lost(ctx, b.absent)
 	default:
 		return nil, b.lost(ctx, "it was not saved when the host went down")
 	}
-	return nil, nil
+	if b.absent != "" {
+		return nil, nil // there is nothing to mark
+	}
+	return nil, b.done()
+}
+
+// outdate has what is saved of a guest be out of date.
+func (b *bringing) outdate(there bool) error {
+	if !there {
+		return nil
+	}
+	err := os.Rename(filepath.Join(b.j.dir(), b.UUID+saveExt), filepath.Join(b.j.dir(), b.UUID+lostExt))
+	return cmp.Or(err, linux.Sync(b.j.dir()))
 }
 
 func (b *bringing) keep(code maint.Code, remedy, reason string) {
@@ -175,22 +240,26 @@ func (b *bringing) lost(ctx context.Context, why string) error {
 	b.out.Fate = maint.KexecLost
 	b.out.Problem = maint.Problemf(maint.CodeLostGuest, "guest "+b.Name, "start it afresh: virsh start "+maint.ShellWord(b.Name), "its memory is lost: %s", why)
 	if b.j.ColdStart && b.Autostart {
-		if active, err := b.look(ctx); err == nil && !active {
+		if _, active, err := b.look(ctx); err == nil && !active {
 			if err := b.j.Host.Launch(ctx, b.UUID); err != nil {
 				b.out.Problem.Reason += fmt.Sprintf("; it could not be started afresh: %v", err)
 			}
 		}
-		if active, err := b.look(ctx); err == nil && active {
+		if _, active, err := b.look(ctx); err == nil && active {
 			b.out.Started, b.out.Problem.Remedy = true, "see that it is well: it was started afresh"
 		}
 	}
-	if b.absent != "" || b.has(b.UUID) == nil {
+	if b.absent != "" {
 		return nil // there is nothing to mark
 	}
-	return b.done()
+	if err := b.done(); err != nil {
+		return err
+	}
+	return b.drop()
 }
 
-// restore starts the guest from its file, with its vCPUs stopped, and releases it.
+// restore starts the guest from its file, with its vCPUs stopped, and releases it. What it
+// needs of the host, such as networks and storage, may come later in a boot than libvirt.
 func (b *bringing) restore(ctx context.Context, e *entry) error {
 	begun := time.Now()
 	got, size, err := sum(ctx, e.file(b.j.dir()))
@@ -206,18 +275,24 @@ func (b *bringing) restore(ctx context.Context, e *entry) error {
 	if err := writeMark(b.j.dir(), b.UUID, mark{Stage: stageRestoring, Boot: b.boot}); err != nil {
 		return err
 	}
-	begun = time.Now()
-	failed := b.j.Host.Restore(ctx, b.path(), true)
-	b.out.Restore = time.Since(begun)
-	active, err := b.look(ctx)
-	if err != nil {
-		return errors.Join(failed, err)
+	for {
+		begun = time.Now()
+		failed := b.j.Host.Restore(ctx, b.path(), true)
+		b.out.Restore = time.Since(begun)
+		_, active, err := b.look(ctx)
+		switch {
+		case err != nil:
+			return errors.Join(failed, err)
+		case active:
+			return b.release(ctx, e)
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case time.Now().After(b.retry):
+			b.keep(maint.CodeKeptGuest, "mend that, then: belayd -restore", fmt.Sprintf("is saved, whole, and cannot be restored: %v", failed))
+			return nil
+		}
+		wait(ctx, 10*b.j.Pace.Poll)
 	}
-	if !active {
-		b.keep(maint.CodeKeptGuest, "mend that, then: belayd -restore", fmt.Sprintf("is saved, whole, and cannot be restored: %v", failed))
-		return nil
-	}
-	return b.release(ctx, e)
 }
 
 // release has the guest run. That it may have is written down before.
@@ -227,49 +302,74 @@ func (b *bringing) release(ctx context.Context, e *entry) error {
 	}
 	if !e.Paused {
 		if err := b.j.Host.Resume(ctx, b.UUID); err != nil {
-			b.keep(maint.CodePaused, "mend that, then: virsh resume "+maint.ShellWord(b.Name), fmt.Sprintf("is restored, and cannot be resumed: %v", err))
-			return nil
+			if now, _, lookErr := b.look(ctx); lookErr != nil || now.State != maint.GuestRunning {
+				b.keep(maint.CodePaused, "mend that, then: virsh resume "+maint.ShellWord(b.Name), fmt.Sprintf("is restored, and cannot be resumed: %v", err))
+				return nil
+			}
 		}
-		b.out.Pause = time.Since(e.Begun)
+		b.out.Pause = max(time.Since(e.Begun), 0) // the clocks of two boots
 	}
 	b.out.Fate = maint.KexecRestored
 	if err := b.done(); err != nil {
 		return err
 	}
-	return os.Remove(e.file(b.j.dir())) // it is out of date
+	return b.drop()
 }
 
 func (b *bringing) done() error {
 	return writeMark(b.j.dir(), b.UUID, mark{Stage: stageDone, Boot: b.boot, Guest: b.out})
 }
 
+// drop removes what is saved of a guest that runs, and puts that of one that is lost aside.
+func (b *bringing) drop() error {
+	name := filepath.Join(b.j.dir(), b.UUID+saveExt)
+	if b.out.Fate == maint.KexecRestored {
+		if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			b.j.Log.Warn("cannot remove what is out of date", "err", err) // its mark says that it is
+		}
+		return nil
+	}
+	_, err := os.Lstat(name)
+	return b.outdate(err == nil)
+}
+
 // settle turns a guest's autostart on again, puts its clock right, and asks whether it is the
-// one that it was. It may be done over.
-func (j *Job) settle(ctx context.Context, g member, boot string, out *maint.KexecGuest) error {
-	if g.Autostart && out.Fate != maint.KexecKept {
-		if err := j.Host.SetAutostart(ctx, g.UUID, true); err != nil && !errors.Is(err, maint.ErrNoGuest) && out.Problem == nil {
-			out.Problem = maint.Problemf(maint.CodeAutostart, "guest "+g.Name, "virsh autostart "+maint.ShellWord(g.Name), "its autostart was turned off, and cannot be turned on again: %v", err)
-		}
-	}
-	if out.Fate != maint.KexecRestored || out.Clock != nil || g.Paused {
+// one that it was.
+func (b *bringing) settle(ctx context.Context) error {
+	j, out := b.j, &b.out
+	if b.settled || out.Fate == maint.KexecKept {
 		return ctx.Err()
 	}
-	now, err := j.Host.Guest(ctx, g.UUID)
-	if err != nil {
-		return err
-	}
-	clock := j.Inside.Clock(ctx, now, out.Pause)
-	out.Clock = &clock
-	if after := j.Inside.BootID(ctx, now); after != "" && g.BootID != "" {
-		same := after == g.BootID
-		if out.SameBoot = &same; !same {
-			out.Problem = maint.Problemf(maint.CodeOtherBoot, "guest "+g.Name, "see its own log", "has another boot ID than before: it has booted")
+	if b.Autostart {
+		if err := j.Host.SetAutostart(ctx, b.UUID, true); err != nil && !errors.Is(err, maint.ErrNoGuest) && out.Problem == nil {
+			out.Problem = maint.Problemf(maint.CodeAutostart, "guest "+b.Name, "virsh autostart "+maint.ShellWord(b.Name), "its autostart was turned off, and cannot be turned on again: %v", err)
 		}
 	}
-	if ctx.Err() != nil {
+	if e := b.has(b.UUID); out.Fate == maint.KexecRestored && e != nil && !e.Paused {
+		now, active, err := b.look(ctx)
+		if err != nil {
+			return err
+		}
+		if active { // or it has ended, or moved, since it ran again
+			b.ask(ctx, now)
+		}
+	}
+	if b.absent != "" || ctx.Err() != nil {
 		return ctx.Err()
 	}
-	return writeMark(j.dir(), g.UUID, mark{Stage: stageDone, Boot: boot, Guest: *out})
+	return writeMark(j.dir(), b.UUID, mark{Stage: stageDone, Boot: b.boot, Guest: *out, Settled: true})
+}
+
+// ask has a guest that runs again set its clock and tell its boot ID.
+func (b *bringing) ask(ctx context.Context, now maint.Guest) {
+	clock := b.j.Inside.Clock(ctx, now, b.out.Pause)
+	b.out.Clock = &clock
+	if after := b.j.Inside.BootID(ctx, now); after != "" && b.BootID != "" {
+		same := after == b.BootID
+		if b.out.SameBoot = &same; !same {
+			b.out.Problem = maint.Problemf(maint.CodeOtherBoot, "guest "+b.Name, "see its own log", "has another boot ID than before: it has booted")
+		}
+	}
 }
 
 // Rescue is what "belayd -restore" does: all that the manifest has, without a journal.

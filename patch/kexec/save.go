@@ -107,15 +107,37 @@ func (j *Job) open(pl plan) (manifest, error) {
 	case err == nil && !m.settled(j.dir()):
 		return m, j.unsettled(m)
 	}
-	// Also a damaged one: nothing could be restored by it.
-	files, err := filepath.Glob(filepath.Join(j.dir(), "*"))
-	for _, f := range files {
-		if ext := filepath.Ext(f); ext == ".save" || ext == ".mark" {
+	if p := j.damaged(err); p != nil {
+		return m, p
+	}
+	// In this order what is out of date is never there without a word that it is.
+	var clean error
+	for _, pattern := range []string{"*" + saveExt, "*" + lostExt, manifestName, "*" + markExt} {
+		files, err := filepath.Glob(filepath.Join(j.dir(), pattern))
+		for _, f := range files {
 			err = errors.Join(err, os.Remove(f))
+		}
+		clean = errors.Join(clean, err, linux.Sync(j.dir()))
+		if clean != nil {
+			return m, clean
 		}
 	}
 	m = manifest{Op: j.Op, Boot: pl.Boot, Old: pl.Old, New: pl.New, Planned: pl.Guests, Guests: []entry{}}
-	return m, errors.Join(err, writeManifest(j.dir(), m))
+	return m, writeManifest(j.dir(), m)
+}
+
+// damaged is why nothing is begun where guests may be kept, and the manifest, which was read
+// with err, does not tell; nil: none is.
+func (j *Job) damaged(err error) *maint.Problem {
+	if err == nil || errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	files, _ := filepath.Glob(filepath.Join(j.dir(), "*"+saveExt))
+	if len(files) == 0 {
+		return nil
+	}
+	return maint.Problemf(maint.CodeKeptGuest, "folder "+j.Dir, "look at them, and if you trust one: virsh restore FILE; then remove the folder's files",
+		"has what was saved of %d guests, and %v", len(files), err)
 }
 
 // unsettled is why nothing is begun while guests of an earlier operation are kept.
@@ -146,10 +168,12 @@ func (k *keeping) has(uuid string) *entry {
 	return nil
 }
 
-// put names a guest whose file is complete.
-func (k *keeping) put(ctx context.Context, g member, begun time.Time) (*entry, error) {
-	e := entry{member: g, File: g.UUID + ".save", Begun: begun.Round(0), Memory: bySave}
+// put names a guest whose file is complete, and was written since begun.
+func (k *keeping) put(ctx context.Context, g member, begun time.Time, written map[string]time.Time) (*entry, error) {
+	e := entry{member: g, File: g.UUID + saveExt, Begun: begun.Round(0), Memory: bySave, Written: written}
 	name := e.file(k.j.dir())
+	_, ran := saved(name)
+	e.Paused = !ran // as it was in the end: its owner may have paused or resumed it since the plan
 	if err := linux.Sync(name); err != nil {
 		return nil, err
 	}
@@ -169,57 +193,102 @@ func (k *keeping) put(ctx context.Context, g member, begun time.Time) (*entry, e
 	return &e, nil
 }
 
+// adopt names a guest that was saved by a belayd that died before it could. A file that is
+// older than what the guest has written is not its memory any more.
+func (k *keeping) adopt(ctx context.Context, g member) (*entry, error) {
+	info, err := os.Stat(filepath.Join(k.j.dir(), g.UUID+saveExt))
+	if err != nil {
+		return nil, err
+	}
+	written := k.j.Tree.written(g.Disks)
+	for f, at := range written {
+		if at.After(info.ModTime()) {
+			return nil, k.j.stale(g, f)
+		}
+	}
+	return k.put(ctx, g, info.ModTime(), written)
+}
+
+// stale is that a guest has run since it was saved.
+func (j *Job) stale(g member, disk string) *maint.Problem {
+	file := filepath.Join(j.Dir, g.UUID+saveExt)
+	return maint.Problemf(maint.CodeStarted, "guest "+g.Name, "see who has started it; if that is so, remove "+file+", then: belayd -restore; if nobody has, virsh restore "+file,
+		"has run since it was saved: its disk %s was written to. What is saved of it does not belong to its disks, and is not restored", disk)
+}
+
 // save saves one guest. One that its owner has ended is left so.
 func (k *keeping) save(ctx context.Context, g member) error {
 	if k.has(g.UUID) != nil {
 		return nil // and if somebody has restored it, Boot will see that
 	}
-	j, begun := k.j, time.Now()
-	file := filepath.Join(j.dir(), g.UUID+".save")
-	active, err := j.unsaving(ctx, g) // of a belayd that died in it
+	j := k.j
+	file := filepath.Join(j.dir(), g.UUID+saveExt)
+	// What a rescue meanwhile has seen of it is over.
+	if err := os.Remove(markFile(j.dir(), g.UUID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	now, active, err := j.unsaving(ctx, g) // of a belayd that died in it
 	if err != nil {
 		return err
 	}
-	if active {
-		if err := ctx.Err(); err != nil {
-			return context.Cause(ctx)
+	if !active {
+		if complete, _ := saved(file); !complete {
+			return nil // ended meanwhile, by its owner: see bring
 		}
-		if g.Autostart {
-			if err := j.Host.SetAutostart(ctx, g.UUID, false); err != nil {
-				return fmt.Errorf("cannot turn off its autostart: %w", err)
-			}
-		}
-		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		begun = time.Now()
-		failed := j.Host.Save(context.WithoutCancel(ctx), g.UUID, filepath.Join(j.Dir, g.UUID+".save"))
-		if active, err = j.unsaving(ctx, g); active || err != nil {
-			return cmp.Or(failed, err, errors.New("it has not left its QEMU"))
+		_, err = k.adopt(ctx, g)
+		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return context.Cause(ctx)
+	}
+	if g.Autostart {
+		if err := j.Host.SetAutostart(ctx, g.UUID, false); err != nil {
+			return fmt.Errorf("cannot turn off its autostart: %w", err)
 		}
 	}
-	if !complete(file) {
-		return nil // ended meanwhile, by its owner: see bring
+	if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
 	}
-	_, err = k.put(ctx, g, begun)
+	begun := time.Now()
+	failed := j.Host.Save(context.WithoutCancel(ctx), g.UUID, filepath.Join(j.Dir, g.UUID+saveExt))
+	g.Disks = disks(now)
+	if _, active, err = j.unsaving(ctx, g); active || err != nil {
+		return cmp.Or(failed, err, errors.New("it has not left its QEMU"))
+	}
+	written := j.Tree.written(g.Disks)
+	if complete, _ := saved(file); !complete {
+		return nil
+	}
+	_, err = k.put(ctx, g, begun, written)
 	return err
 }
 
+// catchingUp is a guest of a libvirt that was started anew and has not seen its QEMU yet.
+const catchingUp = "catching up"
+
+// unsettledJobs are those after which a guest may have its QEMU no more, or again.
+var unsettledJobs = []string{"save", "restore", "start", catchingUp}
+
 // unsaving waits for the end of a job of the guest's, such as a save, and reports whether it
 // has a QEMU then.
-func (j *Job) unsaving(ctx context.Context, g member) (active bool, err error) {
-	for {
+func (j *Job) unsaving(ctx context.Context, g member) (now maint.Guest, active bool, err error) {
+	for begun := time.Now(); ; {
 		now, err := j.Host.Guest(ctx, g.UUID)
 		switch {
 		case errors.Is(err, maint.ErrNoGuest):
-			return false, nil
+			return now, false, nil
 		case err != nil:
-			return false, err
-		case !now.State.Active() || now.Reason != "saving" && now.Job != "save" && now.Job != "restore" && now.Job != "start":
-			return now.State.Active(), nil
+			return now, false, err
+		}
+		saving := now.State.Active() && now.Reason == "saving"
+		if !saving && !slices.Contains(unsettledJobs, now.Job) {
+			return now, now.State.Active(), nil
+		}
+		if now.Job == catchingUp && time.Since(begun) > j.Pace.Healed {
+			return now, true, fmt.Errorf("libvirt does not know yet how guest %s is", g.Name)
 		}
 		if !wait(ctx, j.Pace.Poll) {
-			return true, context.Cause(ctx)
+			return now, true, context.Cause(ctx)
 		}
 	}
 }

@@ -46,6 +46,8 @@ type Machine struct {
 	// NoKexec has systemd not begin to go down; FailSave has the save of this guest fail.
 	NoKexec  bool
 	FailSave string
+	// FailRestore is how many restores fail, as where a network comes late.
+	FailRestore int
 }
 
 var (
@@ -124,6 +126,7 @@ func (m *Machine) Boots(release string) {
 	defer m.mu.Unlock()
 	m.boots++
 	m.loaded, m.going = nil, false
+	m.Write("/sys/kernel/kexec_loaded", "0\n")
 	m.Write("/proc/sys/kernel/osrelease", release+"\n")
 	m.Write("/proc/sys/kernel/random/boot_id", fmt.Sprintf("boot-%d\n", m.boots))
 	m.Mount(true)
@@ -174,10 +177,24 @@ func (m *Machine) Save(ctx context.Context, uuid, path string) error {
 	if fail {
 		return errors.New("operation failed: no space left on device")
 	}
+	g, err := m.Host.Guest(context.WithoutCancel(ctx), uuid)
+	if err != nil {
+		return err
+	}
 	if err := m.Host.Save(context.WithoutCancel(ctx), uuid, path); err != nil {
 		return err
 	}
-	return os.WriteFile(file, []byte(magic+" of guest "+uuid), 0o600)
+	return os.WriteFile(file, []byte(Saved(uuid, g.State == maint.GuestRunning)), 0o600)
+}
+
+// Saved is what libvirt writes of a guest, in short: its header, and no memory.
+func Saved(uuid string, ran bool) string {
+	head := append([]byte(magic), make([]byte, 12)...)
+	binary.NativeEndian.PutUint32(head[len(magic):], 2)
+	if ran {
+		binary.NativeEndian.PutUint32(head[len(magic)+8:], 1)
+	}
+	return string(head) + " of guest " + uuid
 }
 
 // Restore implements kexec.Saver: what is restored is what the file has.
@@ -187,8 +204,15 @@ func (m *Machine) Restore(ctx context.Context, path string, paused bool) error {
 		return err
 	}
 	uuid := strings.TrimSuffix(filepath.Base(path), ".save")
-	if string(b) != magic+" of guest "+uuid {
+	if !strings.HasPrefix(string(b), magic) || !strings.HasSuffix(string(b), " of guest "+uuid) {
 		return errors.New("operation failed: it is no image of the guest")
+	}
+	m.mu.Lock()
+	fail := m.FailRestore > 0
+	m.FailRestore--
+	m.mu.Unlock()
+	if fail {
+		return errors.New("operation failed: network 'default' is not active")
 	}
 	return m.Host.Restore(context.WithoutCancel(ctx), path, paused)
 }
@@ -206,6 +230,7 @@ func (m *Machine) KexecLoad(_ context.Context, k maint.KernelImage) error {
 		return errors.New("no command line")
 	}
 	m.loaded = &k
+	m.Write("/sys/kernel/kexec_loaded", "1\n")
 	return nil
 }
 
@@ -214,6 +239,7 @@ func (m *Machine) KexecUnload(context.Context) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.loaded = nil
+	m.Write("/sys/kernel/kexec_loaded", "0\n")
 	return nil
 }
 
@@ -250,4 +276,10 @@ func (m *Machine) Going(context.Context) (bool, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.going, nil
+}
+
+// IsGoing reports whether the host is going down.
+func (m *Machine) IsGoing() bool {
+	going, _ := m.Going(context.Background())
+	return going
 }
