@@ -14,8 +14,9 @@ held() {
 	for order in "$root"/run/belay/vmm/*/order; do
 		[ ! -e "$order" ] || echo "guest $(basename "${order%/order}"), between two QEMUs (${order%/order})"
 	done
-	manifest=$root/var/lib/belay/memory/manifest.json
-	[ ! -e "$manifest" ] || echo "guests in reserved memory, between two kernels of the host ($manifest)"
+	for image in "$root"/var/lib/belay/memory/*.save; do # it goes when its guest runs again
+		[ ! -e "$image" ] || echo "guest $(basename "$image" .save), in reserved memory, between two kernels of the host ($image)"
+	done
 	for pid in "$root"/run/belay-twin/run/qemu/*.pid; do
 		[ ! -e "$pid" ] || echo "guest $(basename "$pid" .pid), in Belay's twin of libvirtd ($pid)"
 	done
@@ -54,6 +55,6 @@ removable() {
 	fi
 	[ -n "$left" ] || return 0
 	printf 'belay: not removed, since there would be nobody to see to:\n%s\n' "$left" >&2
-	echo "belay: let belayd end its operations, or abort them (belay ops abort ID), then remove it" >&2
+	echo "belay: let belayd end its operations, or abort them (belay ops abort ID), or restore guests from reserved memory (belayd -restore), then remove it" >&2
 	return 1
 }

@@ -5,6 +5,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // system is a root folder that dpkg installs into, as when an image is put together:
@@ -114,7 +116,7 @@ func TestLifecycle(t *testing.T) {
 		t.Errorf("the upgrade changes the journal: %s", got)
 	}
 
-	for _, held := range []string{notes, "/run/belay/vmm/6e8f3f6a-0000-4000-8000-000000000001/order", "/run/belay-twin/run/qemu/web-1.pid", "/var/lib/belay/memory/manifest.json"} {
+	for _, held := range []string{notes, "/run/belay/vmm/6e8f3f6a-0000-4000-8000-000000000001/order", "/run/belay-twin/run/qemu/web-1.pid", "/var/lib/belay/memory/6e8f3f6a-0000-4000-8000-000000000001.save"} {
 		s.write(held, "{}")
 		out, err := s.dpkg("-r", "belay")
 		if err == nil || !strings.Contains(out, filepath.Dir(held)) || !strings.Contains(out, "belay ops abort") {
@@ -128,6 +130,9 @@ func TestLifecycle(t *testing.T) {
 		}
 	}
 
+	// What a change of kernel leaves that has come to its end is no reason to stay.
+	s.write("/var/lib/belay/memory/manifest.json", "{}")
+	s.write("/var/lib/belay/memory/6e8f3f6a-0000-4000-8000-000000000001.mark", "{}")
 	s.mustDpkg("-r", "belay")
 	if s.has("/usr/sbin/belayd") || s.has("/usr/lib/systemd/system/belayd.service") {
 		t.Error("it is removed, and is there")
@@ -160,6 +165,26 @@ func TestPurgeWhileHeld(t *testing.T) {
 	s.write(notes, "{}")
 	if out := s.mustDpkg("-P", "belay"); !strings.Contains(out, "hold-1") || !s.has(journal) || !s.has(notes) {
 		t.Errorf("the journal is there: %v, the leash's notes: %v\n%s", s.has(journal), s.has(notes), out)
+	}
+}
+
+// The reserved memory is a file system of its own, which a purge neither empties nor stumbles over.
+func TestPurgeBesideReservedMemory(t *testing.T) {
+	t.Parallel()
+	s := newSystem(t)
+	s.mustDpkg("-i", one(t, newer, "belay_*.deb"))
+	const file = "/var/lib/belay/memory/manifest.json"
+	s.write(file, "")
+	memory := filepath.Join(s.root, filepath.Dir(file))
+	if err := unix.Mount("tmpfs", memory, "tmpfs", 0, "size=1m"); err != nil {
+		t.Skipf("nothing can be mounted here: %v", err)
+	}
+	t.Cleanup(func() { unix.Unmount(memory, 0) })
+	s.write(file, "{}")
+	s.write(journal, "journal")
+	s.mustDpkg("-P", "belay")
+	if !s.has(file) || s.has(journal) {
+		t.Errorf("the memory is there: %v, the journal: %v", s.has(file), s.has(journal))
 	}
 }
 

@@ -135,7 +135,7 @@ func (b *bringing) bring(ctx context.Context) error {
 		if m.Boot == b.boot {
 			what = "it had been restored, and has ended since"
 		}
-		return b.lost(ctx, what)
+		return b.lost(what)
 	case active && m.Stage == stageRestoring && m.Boot == b.boot:
 		return b.release(ctx, e)
 	case active, m.Stage == stageStarted:
@@ -212,9 +212,9 @@ func (b *bringing) unnamed(ctx context.Context, active bool) (*entry, error) {
 	case b.same:
 		b.out.Fate = maint.KexecLeft
 	case b.absent != "":
-		return nil, b.lost(ctx, b.absent)
+		return nil, b.lost(b.absent)
 	default:
-		return nil, b.lost(ctx, "it was not saved when the host went down")
+		return nil, b.lost("it was not saved when the host went down")
 	}
 	if b.absent != "" {
 		return nil, nil // there is nothing to mark
@@ -235,20 +235,10 @@ func (b *bringing) keep(code maint.Code, remedy, reason string) {
 	b.out.Fate, b.out.Problem = maint.KexecKept, maint.Problemf(code, "guest "+b.Name, remedy, "%s", reason)
 }
 
-// lost gives a guest up, and boots it afresh where that is wanted.
-func (b *bringing) lost(ctx context.Context, why string) error {
+// lost gives a guest up.
+func (b *bringing) lost(why string) error {
 	b.out.Fate = maint.KexecLost
 	b.out.Problem = maint.Problemf(maint.CodeLostGuest, "guest "+b.Name, "start it afresh: virsh start "+maint.ShellWord(b.Name), "its memory is lost: %s", why)
-	if b.j.ColdStart && b.Autostart {
-		if _, active, err := b.look(ctx); err == nil && !active {
-			if err := b.j.Host.Launch(ctx, b.UUID); err != nil {
-				b.out.Problem.Reason += fmt.Sprintf("; it could not be started afresh: %v", err)
-			}
-		}
-		if _, active, err := b.look(ctx); err == nil && active {
-			b.out.Started, b.out.Problem.Remedy = true, "see that it is well: it was started afresh"
-		}
-	}
 	if b.absent != "" {
 		return nil // there is nothing to mark
 	}
@@ -256,6 +246,18 @@ func (b *bringing) lost(ctx context.Context, why string) error {
 		return err
 	}
 	return b.drop()
+}
+
+// afresh boots a guest that is lost, unless it runs.
+func (b *bringing) afresh(ctx context.Context) {
+	if _, active, err := b.look(ctx); err == nil && !active {
+		if err := b.j.Host.Launch(ctx, b.UUID); err != nil {
+			b.out.Problem.Reason += fmt.Sprintf("; it could not be started afresh: %v", err)
+		}
+	}
+	if _, active, err := b.look(ctx); err == nil && active {
+		b.out.Started, b.out.Problem.Remedy = true, "see that it is well: it was started afresh"
+	}
 }
 
 // restore starts the guest from its file, with its vCPUs stopped, and releases it. What it
@@ -268,9 +270,9 @@ func (b *bringing) restore(ctx context.Context, e *entry) error {
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case err != nil:
-		return b.lost(ctx, err.Error())
+		return b.lost(err.Error())
 	case got != e.Sum || size != e.Size:
-		return b.lost(ctx, "its checksum is another: the reserved memory was damaged")
+		return b.lost("its checksum is another: the reserved memory was damaged")
 	}
 	if err := writeMark(b.j.dir(), b.UUID, mark{Stage: stageRestoring, Boot: b.boot}); err != nil {
 		return err
@@ -333,8 +335,8 @@ func (b *bringing) drop() error {
 	return b.outdate(err == nil)
 }
 
-// settle turns a guest's autostart on again, puts its clock right, and asks whether it is the
-// one that it was.
+// settle turns a guest's autostart on again, boots it afresh where it is lost and that is wanted,
+// puts its clock right, and asks whether it is the one that it was.
 func (b *bringing) settle(ctx context.Context) error {
 	j, out := b.j, &b.out
 	if b.settled || out.Fate == maint.KexecKept {
@@ -344,6 +346,9 @@ func (b *bringing) settle(ctx context.Context) error {
 		if err := j.Host.SetAutostart(ctx, b.UUID, true); err != nil && !errors.Is(err, maint.ErrNoGuest) && out.Problem == nil {
 			out.Problem = maint.Problemf(maint.CodeAutostart, "guest "+b.Name, "virsh autostart "+maint.ShellWord(b.Name), "its autostart was turned off, and cannot be turned on again: %v", err)
 		}
+	}
+	if out.Fate == maint.KexecLost && !out.Started && j.ColdStart && b.Autostart {
+		b.afresh(ctx)
 	}
 	if e := b.has(b.UUID); out.Fate == maint.KexecRestored && e != nil && !e.Paused {
 		now, active, err := b.look(ctx)
