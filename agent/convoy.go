@@ -273,6 +273,9 @@ func (c *convoy) settle(ctx context.Context, t trial) error {
 		counts = !soon(m.Problems) && !slices.ContainsFunc(m.Problems, func(p maint.Problem) bool { return p.Code == maint.CodeJournal })
 	case t.op.Outcome == maint.OutcomeDone, t.op.Outcome == maint.OutcomePartly:
 		m.State = maint.MoveMoved
+		if t.op.Move != nil {
+			m.Downtime = t.op.Move.Downtime
+		}
 		return c.put(m)
 	case t.op.Outcome == maint.OutcomeAborted, t.op.Outcome == maint.OutcomeStuck:
 		m.State = maint.MoveLeft

@@ -30,6 +30,7 @@ var endpoints = []struct {
 	{"GET", "/v1/ops", "", "viewer operator", "Ops"},
 	{"GET", "/v1/ops/{id}", "", "viewer operator", "Op ID"},
 	{"GET", "/v1/ops/{id}/records", "", "viewer operator", "Records ID"},
+	{"GET", "/v1/ops/{id}/report", "", "viewer operator", "Report ID"},
 	{"GET", "/v1/ops/{id}/watch", "", "viewer operator", "Watch ID"},
 	{"POST", "/v1/migrations", `{"guest":"web-1","to":"host-b"}`, "operator", "Migrate me"},
 	{"POST", "/v1/holds", `{"all":true,"step":{"command":["true"]}}`, "operator", "Hold me"},

@@ -104,6 +104,11 @@ func (c *Client) Records(ctx context.Context, id maint.OpID) (recs []maint.Recor
 	return recs, c.call(ctx, "GET", opPath(id)+"/records", nil, &recs)
 }
 
+// Report asks what an operation came to.
+func (c *Client) Report(ctx context.Context, id maint.OpID) (r maint.Report, err error) {
+	return r, c.call(ctx, "GET", opPath(id)+"/report", nil, &r)
+}
+
 // Migrate asks for a migration and returns the admitted operation.
 func (c *Client) Migrate(ctx context.Context, r maint.MigrateRequest) (op maint.Op, err error) {
 	return op, c.call(ctx, "POST", "/v1/migrations", r, &op)

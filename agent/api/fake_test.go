@@ -72,6 +72,10 @@ func (f *fakeAgent) Records(_ context.Context, id maint.OpID) ([]maint.Record, e
 	return append([]maint.Record(nil), f.records...), f.called("Records", string(id))
 }
 
+func (f *fakeAgent) Report(_ context.Context, id maint.OpID) (maint.Report, error) {
+	return maint.Report{Op: id}, f.called("Report", string(id))
+}
+
 func (f *fakeAgent) Watch(_ context.Context, id maint.OpID, tell func(maint.Op) error) error {
 	if err := f.called("Watch", string(id)); err != nil {
 		return err

@@ -32,6 +32,8 @@ type Operations interface {
 	Ops(ctx context.Context) ([]maint.Op, error)
 	Op(ctx context.Context, id maint.OpID) (maint.Op, error)
 	Records(ctx context.Context, id maint.OpID) ([]maint.Record, error)
+	// Report tells what an operation came to, or where it is.
+	Report(ctx context.Context, id maint.OpID) (maint.Report, error)
 	// Watch calls f with the operation now and after every change, until it
 	// has ended (nil), f fails or ctx ends.
 	Watch(ctx context.Context, id maint.OpID, f func(maint.Op) error) error
@@ -215,6 +217,7 @@ func routes(a Agent) []route {
 		{"GET", "/v1/ops", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Ops(r.Context()) }},
 		{"GET", "/v1/ops/{id}", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Op(r.Context(), opID(r)) }},
 		{"GET", "/v1/ops/{id}/records", viewers, func(r *http.Request, c Caller) (any, error) { return records(r.Context(), a, opID(r), c) }},
+		{"GET", "/v1/ops/{id}/report", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Report(r.Context(), opID(r)) }},
 		{"GET", "/v1/ops/{id}/watch", viewers, func(r *http.Request, _ Caller) (any, error) {
 			return stream(func(tell func(any) error) error {
 				return a.Watch(r.Context(), opID(r), func(op maint.Op) error { return tell(op) })

@@ -72,6 +72,9 @@ type GuestMove struct {
 	// peer's in a restore.
 	Op    OpID `json:"op,omitempty"`
 	Tries int  `json:"tries,omitempty"` // migrations that have failed
+	// Downtime is the blackout of a guest that has moved, as its migration measured it; 0:
+	// not measured.
+	Downtime time.Duration `json:"downtime_ns,omitempty"`
 	// Problems are why it is left, or why the last try failed.
 	Problems []Problem `json:"problems,omitempty"`
 	// Copies are the disks that are copied along, as planned. Of a guest that is left they

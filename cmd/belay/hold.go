@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"belay/agent/maint"
+	"belay/agent/report"
 )
 
 func (a *app) holdCmd() *cobra.Command {
@@ -146,12 +147,7 @@ func (a *app) followHold(c *cobra.Command, id maint.OpID) error {
 	return nil
 }
 
-func offset(o *maint.ClockOffset) string {
-	if o == nil {
-		return "-"
-	}
-	return fmt.Sprintf("%s ± %s", fine(o.Offset), fine(o.Error))
-}
+func offset(o *maint.ClockOffset) string { return report.Offset(o) }
 
 // clockAfter is how a clock was left, and why.
 func clockAfter(r maint.ClockReport) string { return clockState(r) + suffix(": ", clockReason(r)) }
@@ -179,14 +175,7 @@ func staleness(r maint.ClockReport) string {
 	return fmt.Sprintf("%s ± %s", fine(r.Stale), fine(r.StaleError))
 }
 
-// fine writes a duration to the tenth of a millisecond, below that to the
-// microsecond.
-func fine(d time.Duration) string {
-	if d.Abs() < time.Millisecond {
-		return d.Round(time.Microsecond).String()
-	}
-	return d.Round(100 * time.Microsecond).String()
-}
+func fine(d time.Duration) string { return report.Fine(d) }
 
 func (a *app) clockCmd() *cobra.Command {
 	var sync bool

@@ -9,6 +9,8 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf16"
+
+	"belay/agent/report"
 )
 
 // print writes v as JSON or YAML, or calls table.
@@ -89,27 +91,9 @@ func escape(s string, stays func(rune) bool, long func(rune) string) string {
 	return b.String()
 }
 
-// bytes writes a number of bytes for people.
-func bytes(n uint64) string {
-	switch {
-	case n >= 10<<30:
-		return fmt.Sprintf("%.1f GiB", float64(n)/(1<<30))
-	case n >= 1<<20:
-		return fmt.Sprintf("%d MiB", n>>20)
-	}
-	return fmt.Sprintf("%d KiB", n>>10)
-}
+func bytes(n uint64) string { return report.Bytes(n) }
 
-// span writes a duration for people: three digits are enough.
-func span(d time.Duration) string {
-	switch {
-	case d >= 10*time.Second:
-		return d.Round(time.Second).String()
-	case d >= time.Second:
-		return d.Round(10 * time.Millisecond).String()
-	}
-	return d.Round(100 * time.Microsecond).String()
-}
+func span(d time.Duration) string { return report.Span(d) }
 
 // clock writes a time of today as such, any other with its date.
 func clock(t time.Time) string {

@@ -1,0 +1,212 @@
+package report
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"time"
+
+	"belay/agent/maint"
+)
+
+// guests is what each guest of an operation felt.
+func guests(s Source) []maint.GuestReport {
+	op, all := s.Op, []maint.GuestReport{}
+	switch {
+	case op.Kind == maint.OpMigrate:
+		all = append(all, moved(op))
+	case op.Kind == maint.OpReplace:
+		all = append(all, replaced(op))
+	case op.Held != nil:
+		for _, g := range op.Held.Guests {
+			all = append(all, heldGuest(g, op.Hold.MaxPause))
+		}
+	case op.Kexeced != nil:
+		for _, g := range op.Kexeced.Guests {
+			all = append(all, kexeced(g))
+		}
+	case op.Patched != nil:
+		for _, g := range op.Patched.Guests {
+			all = append(all, proved(g))
+		}
+	}
+	for _, m := range op.Moves {
+		all = append(all, ofMany(s, m))
+	}
+	return all
+}
+
+// moved is the guest of a migration.
+func moved(op maint.Op) maint.GuestReport {
+	g := maint.GuestReport{Guest: op.Guest, UUID: op.GuestUUID, Fate: "stays where it was"}
+	if op.Migrate != nil {
+		g.Limit = op.Migrate.MaxPause
+	}
+	if op.State == maint.OpRunning {
+		g.Fate = "on its way to " + op.Peer
+	}
+	if op.Outcome == maint.OutcomeStuck {
+		g.Fate = "to be looked for on both hosts"
+	}
+	if b := op.HealthBefore; b != nil {
+		g.Remarks = append(g.Remarks, "before: "+health(*b))
+	}
+	if m := op.Move; m != nil {
+		g.Fate = "moved to " + m.To
+		g.Felt = &maint.Standstill{Blackout: true, Longest: m.Downtime, Times: 1}
+		g.Remarks = append(g.Remarks, fmt.Sprintf("%s of memory sent in %s, %s", Bytes(m.MemorySent), count(m.Iterations, "pass", "passes"), Span(m.Copy)))
+		for _, d := range m.Disks {
+			g.Remarks = append(g.Remarks, fmt.Sprintf("disk %s copied, %s", d.Target, Bytes(d.Bytes)))
+		}
+	}
+	if r := op.Arrival; r != nil {
+		g.Clock = &r.Clock
+		if r.Health != nil {
+			g.Remarks = append(g.Remarks, "after: "+health(*r.Health))
+		}
+		for _, p := range r.Ports {
+			if !p.Learned {
+				g.Remarks = append(g.Remarks, "its new host's bridge has not learned "+p.MAC)
+			}
+		}
+	}
+	return g
+}
+
+// health says how a guest was found to do its work.
+func health(r maint.HealthReport) string {
+	if r.Healthy {
+		return "healthy, " + r.Check
+	}
+	return "not healthy: " + r.Reason + ", " + r.Check
+}
+
+// replaced is the guest that got a new QEMU.
+func replaced(op maint.Op) maint.GuestReport {
+	g := maint.GuestReport{Guest: op.Guest, UUID: op.GuestUUID, Fate: "in its old QEMU"}
+	if op.State != maint.OpEnded {
+		g.Fate = "between its old QEMU and a new one"
+	}
+	if op.Replace != nil {
+		g.Limit = op.Replace.MaxPause
+	}
+	v := op.Replaced
+	if v == nil {
+		return g
+	}
+	g.Fate, g.Clock = "in a new QEMU", v.Clock
+	g.Felt = &maint.Standstill{Longest: v.Pause, Times: max(v.Pauses, 1)}
+	for _, c := range v.Choices {
+		if c.Method == v.Method && c.Pause > 0 {
+			g.Expected = &maint.Expected{Typical: c.Pause, From: "the choice of its method"}
+		}
+	}
+	if v.Attempts > 1 {
+		g.Remarks = append(g.Remarks, fmt.Sprintf("the new QEMU was started %d times", v.Attempts))
+	}
+	return g
+}
+
+// heldGuest is a guest of a hold, which may stand still for limit.
+func heldGuest(h maint.HeldGuest, limit time.Duration) maint.GuestReport {
+	g := maint.GuestReport{Guest: h.Guest, UUID: h.UUID, Limit: limit}
+	if h.Problem != nil {
+		g.Problems = []maint.Problem{*h.Problem}
+	}
+	if h.Left != "" {
+		g.Fate, g.Limit = "left: "+h.Left, 0
+		return g
+	}
+	g.Fate, g.Clock = "held", h.Clock
+	if h.ReleasedBy != "" {
+		g.Fate = "released by " + h.ReleasedBy
+	}
+	if !h.Paused.IsZero() {
+		g.Felt = &maint.Standstill{Longest: h.Pause, Times: 1, AtMost: h.AtMost}
+	}
+	return g
+}
+
+// kexeced is a guest under which the kernel changed.
+func kexeced(k maint.KexecGuest) maint.GuestReport {
+	g := maint.GuestReport{Guest: k.Guest, UUID: k.UUID, Fate: cmp.Or(string(k.Fate), "unknown"), Clock: k.Clock, SameBoot: k.SameBoot}
+	switch {
+	case k.Fate == maint.KexecRan:
+		g.Felt = &maint.Standstill{}
+	case k.Fate == maint.KexecRestored, k.Pause > 0:
+		g.Felt = &maint.Standstill{Longest: k.Pause, Times: 1}
+	}
+	if k.Save > 0 {
+		g.Remarks = append(g.Remarks, fmt.Sprintf("%s saved in %s, checked in %s, restored in %s", Bytes(k.Bytes), Span(k.Save), Span(k.Check), Span(k.Restore)))
+	}
+	if k.Started {
+		g.Remarks = append(g.Remarks, "booted afresh")
+	}
+	if k.Problem != nil {
+		g.Problems = []maint.Problem{*k.Problem}
+	}
+	return g
+}
+
+// proved is a guest that is to have felt nothing.
+func proved(p maint.GuestProof) maint.GuestReport {
+	g := maint.GuestReport{Guest: p.Guest, UUID: p.UUID, Fate: fmt.Sprintf("%s, QEMU process %d", p.State, p.QEMU), Felt: &maint.Standstill{Times: p.Pauses}}
+	if p.Problem != nil {
+		g.Problems = []maint.Problem{*p.Problem}
+	}
+	return g
+}
+
+// ofMany is a guest of a drain or a restore.
+func ofMany(s Source, m maint.GuestMove) maint.GuestReport {
+	g := maint.GuestReport{Guest: m.Guest, UUID: m.GuestUUID, Fate: moveFate(s.Op.Kind, m), Problems: slices.Clone(m.Problems)}
+	if m.Tries > 0 {
+		g.Remarks = append(g.Remarks, count(uint64(m.Tries), "try", "tries")+" failed")
+	}
+	if m.State == maint.MoveMoved {
+		g.Felt = &maint.Standstill{Blackout: true, Longest: m.Downtime, Times: 1}
+	}
+	for _, part := range s.Parts {
+		if part.ID == m.Op && m.Op != "" {
+			p := moved(part)
+			g.Limit, g.Clock = p.Limit, p.Clock
+			g.Remarks = append(g.Remarks, p.Remarks...)
+			if g.Felt != nil && g.Felt.Longest == 0 && p.Felt != nil {
+				g.Felt = p.Felt
+			}
+		}
+	}
+	for _, a := range s.Arrived {
+		if a.Op == m.Op && m.Op != "" && a.GuestUUID == m.GuestUUID && a.Report != nil {
+			g.Clock = &a.Report.Clock
+		}
+	}
+	return g
+}
+
+// moveFate is where a guest's move of a drain or a restore is.
+func moveFate(kind maint.OpKind, m maint.GuestMove) string {
+	way, peer := " to ", cmp.Or(m.Peer, "a peer")
+	if kind == maint.OpRestore {
+		way = " back from "
+	}
+	switch m.State {
+	case maint.MoveMoved:
+		return "moved" + way + peer
+	case maint.MoveMoving:
+		return "on its way" + way + peer
+	case maint.MovePlanned:
+		return "is to move" + way + peer
+	}
+	if kind == maint.OpRestore {
+		return "left on " + peer
+	}
+	return "left here"
+}
+
+func count(n uint64, one, many string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %s", n, many)
+}

@@ -1,0 +1,29 @@
+package agent
+
+import (
+	"context"
+	"time"
+
+	"belay/agent/maint"
+	"belay/agent/report"
+)
+
+// Report tells what an operation came to, or where it is.
+func (a *Agent) Report(ctx context.Context, id maint.OpID) (maint.Report, error) {
+	op, err := a.Op(ctx, id)
+	if err != nil {
+		return maint.Report{}, err
+	}
+	records, err := a.journal.Records(id)
+	if err != nil {
+		return maint.Report{}, err
+	}
+	s := report.Source{Host: a.cfg.Host, Now: time.Now(), Op: op, Records: records, Arrived: a.journal.Arrivals(),
+		Events: a.keeper.Events(func(e maint.ScheduledEvent) bool { return e.Op == id })}
+	for _, m := range op.Moves {
+		if part, known := a.journal.Op(m.Op); known {
+			s.Parts = append(s.Parts, part)
+		}
+	}
+	return report.Make(s), nil
+}
