@@ -125,7 +125,7 @@ func (b *bed) diagnosis(n *cluster.Node) string {
 		out, err := n.Virsh(ctx, args...)
 		fmt.Fprintf(&d, "%s: %s %v\n", strings.Join(args, " "), strings.TrimSpace(out), err)
 	}
-	console, err := b.guest.Console(n)
+	console, err := b.guest.Console(ctx, n)
 	fmt.Fprintf(&d, "console ends: %s %v\n", console[max(0, len(console)-1500):], err)
 	return d.String()
 }

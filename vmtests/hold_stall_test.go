@@ -25,7 +25,7 @@ func TestHoldStall(t *testing.T) {
 	defer cancel()
 	const pause = time.Minute // beyond the 20 s of the soft lockup detector, and the 21 s of RCU's
 	g := w.guests[0]
-	before, err := g.Console(w)
+	before, err := g.Console(ctx, w)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -39,7 +39,7 @@ func TestHoldStall(t *testing.T) {
 		t.Fatalf("it stood still for %s only", gap)
 	}
 	sleep(ctx, 25*time.Second) // the watchdogs look every few seconds
-	after, err := g.Console(w)
+	after, err := g.Console(ctx, w)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -50,13 +50,14 @@ type twinHost struct{ *lab.Host }
 
 func (h twinHost) socket() string { return h.Host.Path(twin.DefaultRoot + "/run/libvirt-sock") }
 
-func (h twinHost) Path(inside string) string {
+// DialUnix takes the twin's folders for libvirt's.
+func (h twinHost) DialUnix(ctx context.Context, inside string) (net.Conn, error) {
 	for dir, own := range map[string]string{"/var/lib/libvirt/qemu/": "lib/", "/run/libvirt/": "run/"} {
 		if rest, ok := strings.CutPrefix(inside, dir); ok && !strings.HasPrefix(inside, lab.MemoryDir+"/") {
-			return h.Host.Path(filepath.Join(twin.DefaultRoot, own, rest))
+			return h.Host.DialUnix(ctx, filepath.Join(twin.DefaultRoot, own, rest))
 		}
 	}
-	return h.Host.Path(inside)
+	return h.Host.DialUnix(ctx, inside)
 }
 
 // Virsh runs virsh against the twin.

@@ -9,14 +9,10 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
-	"path/filepath"
 	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"belay/vmtests/probe"
 )
@@ -59,7 +55,7 @@ func dial(ctx context.Context, h Host, name string) (*Control, error) {
 	if err != nil {
 		return nil, err
 	}
-	conn, err := dialUnix(ctx, h.Path(path))
+	conn, err := h.DialUnix(ctx, path)
 	if err != nil {
 		return nil, err
 	}
@@ -87,23 +83,6 @@ func channelPath(domain, channel string) (string, error) {
 		}
 	}
 	return "", fmt.Errorf("no socket of channel %s in the domain XML: the guest does not run here", channel)
-}
-
-// dialUnix connects to a socket by way of its folder's descriptor: a lab's
-// paths are longer than the 108 bytes that fit a socket address.
-func dialUnix(ctx context.Context, path string) (net.Conn, error) {
-	dir, err := os.OpenFile(filepath.Dir(path), os.O_RDONLY|unix.O_DIRECTORY, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer dir.Close()
-	short := fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), filepath.Base(path))
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", short)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
-	}
-	return conn, nil
 }
 
 func newControl(conn net.Conn) *Control {

@@ -193,7 +193,7 @@ func stop(t *testing.T, ctx context.Context, h *lab.Host, g *guest.Guest, mode s
 	virsh(t, ctx, h, "shutdown", "--mode", mode, name)
 	for state := ""; !strings.Contains(state, "shut off"); {
 		if time.Since(begin) > time.Minute {
-			text, _ := g.Console(h)
+			text, _ := g.Console(ctx, h)
 			t.Fatalf("%s: no shutdown by %s; console:\n%s", name, mode, text)
 		}
 		state = virsh(t, ctx, h, "domstate", name)

@@ -4,19 +4,22 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 )
 
-// Host is where a guest runs. Package lab has one.
+// Host is where a guest runs. Packages lab and machine have one each.
 type Host interface {
-	// Virsh runs virsh on the host and returns its standard output; the
-	// error holds what it said on standard error.
+	// Virsh runs virsh for the host and returns its standard output; the
+	// error holds what it said on standard error. Files among the arguments
+	// are this machine's.
 	Virsh(ctx context.Context, args ...string) (string, error)
-	// Path translates a path inside the host to the one outside.
-	Path(inside string) string
+	// DialUnix connects to a unix socket, ReadFile reads a file, by the path
+	// that it has inside the host.
+	DialUnix(ctx context.Context, inside string) (net.Conn, error)
+	ReadFile(ctx context.Context, inside string) ([]byte, error)
 }
 
 // Guest is a guest that was started. It may have moved since, so its methods
@@ -48,17 +51,20 @@ func Start(ctx context.Context, h Host, s Spec, img Image) (*Guest, error) {
 	}
 	g := &Guest{Spec: s, Image: img}
 	if err := g.start(ctx, h); err != nil {
-		console := g.consoleTail(h)
-		// ctx may be what failed.
-		err = errors.Join(err, g.Destroy(context.WithoutCancel(ctx), h))
+		ctx := context.WithoutCancel(ctx) // it may be what failed
+		console := g.consoleTail(ctx, h)
+		err = errors.Join(err, g.Destroy(ctx, h))
 		return nil, fmt.Errorf("cannot start guest %s: %w%s", s.Name, err, console)
 	}
 	return g, nil
 }
 
 func (g *Guest) start(ctx context.Context, h Host) error {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
+	if _, bounded := ctx.Deadline(); !bounded {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, callTimeout)
+		defer cancel()
+	}
 	begin := time.Now()
 	if err := g.launch(ctx, h); err != nil {
 		return err
@@ -93,11 +99,6 @@ func (g *Guest) launch(ctx context.Context, h Host) error {
 	if err != nil {
 		return err
 	}
-	// Debian's package makes the folder of the logs, libvirtd does not; a host
-	// whose /var/log is its own may be without.
-	if err := os.MkdirAll(h.Path(filepath.Dir(ConsolePath(g.Spec.Name))), 0o755); err != nil {
-		return err
-	}
 	f, err := os.CreateTemp("", "belay-guest-*.xml")
 	if err != nil {
 		return err
@@ -128,13 +129,13 @@ func (g *Guest) AgentPing(ctx context.Context, h Host) error {
 func (g *Guest) Dial(ctx context.Context, h Host) (*Control, error) { return Dial(ctx, h, g.Spec.Name) }
 
 // Console is what the guest has printed on this host so far.
-func (g *Guest) Console(h Host) (string, error) {
-	b, err := os.ReadFile(h.Path(ConsolePath(g.Spec.Name)))
+func (g *Guest) Console(ctx context.Context, h Host) (string, error) {
+	b, err := h.ReadFile(ctx, ConsolePath(g.Spec.Name))
 	return string(b), err
 }
 
-func (g *Guest) consoleTail(h Host) string {
-	text, err := g.Console(h)
+func (g *Guest) consoleTail(ctx context.Context, h Host) string {
+	text, err := g.Console(ctx, h)
 	if err != nil || text == "" {
 		return "; its console is empty"
 	}

@@ -4,12 +4,16 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"net"
 	"net/netip"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // Host is one host of a lab. What its fields say never changes while the lab is
@@ -143,4 +147,27 @@ func (h *Host) Virsh(ctx context.Context, args ...string) (string, error) {
 			withText(err, stderr.Bytes()))
 	}
 	return stdout.String(), nil
+}
+
+// DialUnix connects to a unix socket of the host, by way of its folder's descriptor: a
+// lab's paths are longer than the 108 bytes that fit a socket address.
+func (h *Host) DialUnix(ctx context.Context, inside string) (net.Conn, error) {
+	path := h.Path(inside)
+	dir, err := os.OpenFile(filepath.Dir(path), os.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	short := fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), filepath.Base(path))
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", short)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return conn, nil
+}
+
+// ReadFile reads a file of the host.
+func (h *Host) ReadFile(_ context.Context, inside string) ([]byte, error) {
+	return os.ReadFile(h.Path(inside))
 }
