@@ -13,7 +13,7 @@ BENCHFLAGS ?=
 LABS = $(sort $(dir $(shell grep -rlE --include='*_test.go' 'BELAY_LAB|"belay/vmtests/(lab|guest|cluster)"' [a-z]* | sed 's,^,./,')))
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo test test-unit test-long lint bench man completion package clean clean-cache
+.PHONY: help deps build demo test test-unit test-long image vmtest box lint bench man completion package clean clean-cache
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -37,6 +37,17 @@ test-unit: build ## only the tests that need no lab
 
 test-long: deps build ## the long campaigns (two hours)
 	BELAY_BIN=$(CURDIR)/$(BIN) BELAY_LONG=1 $(GO) test -timeout 180m -count=1 -v -run '^Test' ./vmtests/ ./vmtests/guest ./vmtests/lab ./agent/ ./notify/...
+
+image: build ## the image of hosts that are whole machines, for vmtest (needs root; two minutes)
+	@scripts/deps machine
+	@$(BIN)/machine image
+
+vmtest: image ## tests with hosts that are whole machines: kernel, systemd, package (needs root; 12 minutes)
+	BELAY_MACHINES=1 $(GO) test -timeout 30m -count=1 $(TESTFLAGS) ./vmtests/wholehost
+
+box: image ## a box for Vagrant into bin/box, see Vagrantfile (needs root and vagrant)
+	@scripts/deps vagrant
+	@$(BIN)/machine box $(BIN)/box
 
 lint: build ## gofmt, vet, staticcheck
 	@unformatted=$$(gofmt -l .); if [ -n "$$unformatted" ]; then echo "gofmt would change:"; echo "$$unformatted"; exit 1; fi

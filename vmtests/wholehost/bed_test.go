@@ -1,0 +1,156 @@
+package wholehost
+
+import (
+	"context"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"belay/agent/maint"
+	"belay/vmtests/guest"
+	"belay/vmtests/machine"
+	"belay/vmtests/observer"
+	"belay/vmtests/probe"
+)
+
+// beatUs is the time between two heartbeats: each costs an emulated host a good deal.
+const beatUs = 50_000
+
+// bed is a lab with a guest, which writes memory, on its first host, and an observer.
+type bed struct {
+	*machine.Lab
+	t     *testing.T
+	guest *guest.Guest
+	obs   *observer.Observer
+	first probe.Status
+	mem   probe.MemoryReport
+}
+
+func newBed(t *testing.T, c machine.Config) *bed {
+	t.Helper()
+	b := &bed{Lab: machine.ForTest(t, c), t: t}
+	var err error
+	if b.obs, err = b.Observe(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { b.obs.Close() })
+	b.guest = b.start(b.Hosts[0], guest.Spec{Name: "web-1", IP: netip.MustParsePrefix("10.77.1.1/16")})
+	b.dirty(b.Hosts[0], 4)
+	b.first, b.mem = b.look(b.Hosts[0])
+	return b
+}
+
+// start starts a guest, under KVM and with heartbeats.
+func (b *bed) start(h *machine.Host, s guest.Spec) *guest.Guest {
+	b.t.Helper()
+	s.Accel, s.Heartbeat, s.IntervalUs = guest.KVM, b.obs.Addr(), beatUs
+	g, err := guest.Start(b.ctx(5*time.Minute), h, s, b.Guest)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.t.Logf("guest %s: probe after %s, agent after %s", s.Name, g.Boot.Probe.Round(time.Second), g.Boot.Agent.Round(time.Second))
+	return g
+}
+
+func (b *bed) ctx(d time.Duration) context.Context {
+	ctx, cancel := context.WithTimeout(b.t.Context(), d)
+	b.t.Cleanup(cancel)
+	return ctx
+}
+
+// probe calls f with a connection to the guest's probe, on the host where it must be.
+func (b *bed) probe(h *machine.Host, f func(context.Context, *guest.Control) error) {
+	b.t.Helper()
+	ctx := b.ctx(3 * time.Minute)
+	c, err := b.guest.Dial(ctx, h)
+	if err == nil {
+		defer c.Close()
+		err = f(ctx, c)
+	}
+	if err != nil {
+		console, _ := b.guest.Console(ctx, h)
+		b.t.Fatalf("guest %s on %s: %v; its console ends:\n%s", b.guest.Spec.Name, h.Name, err, console[max(0, len(console)-1500):])
+	}
+}
+
+// look asks the guest how it is, and has it check its memory.
+func (b *bed) look(h *machine.Host) (s probe.Status, m probe.MemoryReport) {
+	b.t.Helper()
+	b.probe(h, func(ctx context.Context, c *guest.Control) (err error) {
+		if s, err = c.Status(ctx); err == nil {
+			m, err = c.Verify(ctx)
+		}
+		return err
+	})
+	return s, m
+}
+
+// dirty has the guest write memory at a rate, MiB/s.
+func (b *bed) dirty(h *machine.Host, rate float64) {
+	b.t.Helper()
+	b.probe(h, func(ctx context.Context, c *guest.Control) error {
+		_, err := c.Dirty(ctx, probe.DirtySettings{RateMiBs: rate, WorkingSetMiB: 16})
+		return err
+	})
+}
+
+// isWhole checks that the guest is the one that was started, alive and whole, on h and on no
+// other host.
+func (b *bed) isWhole(h *machine.Host) {
+	b.t.Helper()
+	s, m := b.look(h)
+	if s.BootID != b.first.BootID {
+		b.t.Fatalf("the guest has rebooted: boot ID %s, was %s", s.BootID, b.first.BootID)
+	}
+	if !m.OK() || m.FixedChecksum != b.mem.FixedChecksum {
+		b.t.Fatalf("the guest's memory is damaged: %+v, was %+v", m, b.mem)
+	}
+	for _, other := range b.Hosts {
+		want := ""
+		if other == h {
+			want = b.guest.Spec.Name
+		}
+		for _, list := range [][]string{{"list", "--name"}, {"list", "--all", "--persistent", "--name"}} {
+			out, err := other.Virsh(b.ctx(time.Minute), list...)
+			if err != nil {
+				b.t.Fatal(err)
+			}
+			if got := strings.TrimSpace(out); got != want {
+				b.t.Fatalf("%s: virsh %v: %q, want %q", other.Name, list, got, want)
+			}
+		}
+	}
+	if err := b.obs.Await(b.ctx(2*time.Minute), b.guest.Spec.Name, 20); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// belay runs belay in a host, where it is to print an operation that is done.
+func (b *bed) belay(h *machine.Host, args ...string) maint.Op {
+	b.t.Helper()
+	var op maint.Op
+	if err := h.BelayJSON(b.ctx(5*time.Minute), &op, args...); err != nil {
+		b.t.Fatal(err)
+	}
+	if op.Outcome != maint.OutcomeDone {
+		b.t.Fatalf("belay %s: %+v", strings.Join(args, " "), op)
+	}
+	return op
+}
+
+// show is a property of a unit.
+func show(t *testing.T, h *machine.Host, unit, property string) string {
+	t.Helper()
+	return must(t, h, "systemctl", "show", "--property="+property, "--value", unit)
+}
+
+// must runs a program that is to end with 0.
+func must(t *testing.T, h *machine.Host, args ...string) string {
+	t.Helper()
+	out, err := h.Run(t.Context(), args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(out)
+}

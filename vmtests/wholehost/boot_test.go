@@ -1,0 +1,97 @@
+package wholehost
+
+import (
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+
+	"belay/vmtests/machine"
+)
+
+// mostExposed is what systemd-analyze security may count at most, of 10.
+const mostExposed = 4.5
+
+// TestBoot: a host on which Belay's package was installed, as it comes from its boot.
+func TestBoot(t *testing.T) {
+	b := newBed(t, machine.Config{})
+	h := b.Hosts[0]
+
+	t.Run("unit", func(t *testing.T) {
+		for property, want := range map[string]string{
+			"ActiveState": "active", "SubState": "running", "Type": "notify", "WatchdogUSec": "30s",
+			"UnitFileState": "enabled", "NRestarts": "1", // its configuration was reloaded
+		} {
+			if got := show(t, h, "belayd.service", property); got != want {
+				t.Errorf("%s of belayd.service is %q, want %q", property, got, want)
+			}
+		}
+		if got := show(t, h, "belay-kernel.socket", "ActiveState"); got != "active" {
+			t.Errorf("belay-kernel.socket is %s", got)
+		}
+	})
+
+	t.Run("sandbox", func(t *testing.T) {
+		status := must(t, h, "cat", "/proc/"+show(t, h, "belayd.service", "MainPID")+"/status")
+		hex := regexp.MustCompile(`CapBnd:\s*(\w+)`).FindStringSubmatch(status)
+		if hex == nil {
+			t.Fatalf("no CapBnd in %s", status)
+		}
+		bound, err := strconv.ParseUint(hex[1], 16, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, bit := range map[string]int{"CAP_SYS_MODULE": 16, "CAP_SYS_BOOT": 22, "CAP_SYS_ADMIN": 21} {
+			if bound&(1<<bit) != 0 {
+				t.Errorf("belayd may have %s (CapBnd %#x)", name, bound)
+			}
+		}
+		text := must(t, h, "systemd-analyze", "--no-pager", "security", "belayd.service")
+		overall := regexp.MustCompile(`Overall exposure level for belayd.service: ([0-9.]+)`).FindStringSubmatch(text)
+		if overall == nil {
+			t.Fatalf("no exposure level in:\n%s", text)
+		}
+		if level, err := strconv.ParseFloat(overall[1], 64); err != nil || level > mostExposed {
+			t.Errorf("exposure level %s (%v), want %.1f at most:\n%s", overall[1], err, mostExposed, text)
+		}
+		t.Logf("exposure level %s", overall[1])
+	})
+
+	t.Run("cli", func(t *testing.T) {
+		t.Logf("belay status:\n%s", must(t, h, "belay", "status"))
+		r, err := h.Belay(t.Context(), "doctor")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("belay doctor (exit code %d):\n%s%s", r.Code, r.Stdout, r.Stderr)
+	})
+
+	t.Run("hold", func(t *testing.T) {
+		if delay := must(t, h, "busctl", "get-property", "org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager", "InhibitDelayMaxUSec"); delay != "t 60000000" {
+			t.Errorf("logind waits %s µs, want a minute", delay)
+		}
+		inhibitors := []string{"systemd-inhibit", "--list", "--no-pager"}
+		if list := must(t, h, inhibitors...); strings.Contains(list, "belayd") {
+			t.Errorf("belayd delays shutdowns without an operation:\n%s", list)
+		}
+		mark := b.obs.Mark()
+		// The hold's own command looks.
+		op := b.belay(h, append([]string{"hold", "--all", "--reason", "test", "--"}, inhibitors...)...)
+		if op.Held == nil || op.Held.Step == nil || !op.Held.Step.OK() || !regexp.MustCompile(`belayd.*shutdown.*delay`).MatchString(op.Held.Step.Output) {
+			t.Fatalf("the hold's command shows no delay by belayd: %+v", op.Held)
+		}
+		held := op.Held.Guests[0]
+		if held.Problem != nil || held.ReleasedBy != "belayd" {
+			t.Errorf("%+v", held)
+		}
+		b.isWhole(h)
+		r := b.obs.Since(mark, "web-1")
+		t.Logf("the guest was paused for %s by the record, was silent for %s; its clock: %+v", held.Pause, r.Pause(), held.Clock)
+		if r.Restarts != 0 || r.Pause() < held.Pause/2 {
+			t.Errorf("the observer saw no such pause: %+v", r)
+		}
+		if list := must(t, h, inhibitors...); strings.Contains(list, "belayd") {
+			t.Errorf("belayd delays shutdowns after the operation:\n%s", list)
+		}
+	})
+}
