@@ -41,7 +41,7 @@ type PatchRequest struct {
 type KeptPatch struct {
 	Name       string    `json:"name"`       // of the module
 	SHA256     string    `json:"sha256"`     // of the module
-	SrcVersion string    `json:"srcversion"` // of the module
+	SrcVersion string    `json:"srcversion"` // of the module, or its build ID where it has none
 	Release    string    `json:"release"`    // uname -r of the kernel that it is for
 	Version    string    `json:"version"`    // uname -v, which tells builds of one release apart
 	Cumulative bool      `json:"cumulative"` // it replaces those before it

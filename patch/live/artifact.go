@@ -38,7 +38,7 @@ type Manifest struct {
 	Reboot []string `toml:"reboot"`
 	// Functions are those that it changes, as object/function.
 	Functions []string `toml:"functions"`
-	// Modules are the srcversions of the modules that it changes.
+	// Modules are the srcversions of the modules that it changes, or their build IDs where they have none.
 	Modules map[string]string `toml:"modules"`
 }
 
@@ -171,6 +171,8 @@ func (a Artifact) Check(keys []Key) (m Manifest, info ModInfo, err error) {
 		return bad(maint.CodeNoLivepatch, "give an uncompressed kernel module", "%v", err)
 	case !info.Livepatch:
 		return bad(maint.CodeNoLivepatch, "build it as a livepatch: MODULE_INFO(livepatch, \"Y\")", "module %s is no livepatch", info.Name)
+	case info.SrcVersion == "":
+		return bad(maint.CodeNoLivepatch, "have it built with MODULE_VERSION, or linked with --build-id", "module %s bears neither srcversion nor build ID: nobody could tell it from another of its name", info.Name)
 	case info.Name != m.Name:
 		return bad(maint.CodePatchFile, "sign the manifest that is of this module", "the module is called %s", info.Name)
 	}

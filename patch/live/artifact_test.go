@@ -43,6 +43,9 @@ func TestRefusals(t *testing.T) {
 			b.a.Signature = b.vendor.Sign(b.a.Manifest)
 		}, maint.CodePatchFile, "manifest"},
 		{"not a livepatch", func(s *livetest.Spec) { s.NoLivepatch = true }, nil, maint.CodeNoLivepatch, "no livepatch"},
+		{"neither srcversion nor build ID", nil, func(b *bed) {
+			b.a = b.vendor.Vouch(livetest.Module("name=fix_a", "vermagic="+b.Release+" SMP ", "livepatch=Y"), live.Manifest{Release: b.Release, Version: b.Version})
+		}, maint.CodeNoLivepatch, "neither srcversion nor build ID"},
 		{"already loaded", nil, func(b *bed) { b.force("fix_a") }, maint.CodePatchLoaded, "loaded already"},
 		{"a module of that name", nil, func(b *bed) { b.loadModule("fix_a", "X") }, maint.CodePatchLoaded, "another module"},
 		{"in transition", nil, func(b *bed) { b.Hold(120, "f"); b.force("other") }, maint.CodeTransition, "in transition"},

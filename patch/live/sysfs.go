@@ -128,7 +128,7 @@ func (t Tree) patch(name string) (p maint.LivePatch, err error) {
 			p.StackOrder = &n
 		}
 	}
-	p.SrcVersion, _ = t.text("sys/module", name, "srcversion")
+	p.SrcVersion = t.srcVersion(name)
 	objects, err := os.ReadDir(t.path(dir))
 	if err != nil {
 		return p, err
@@ -174,9 +174,18 @@ func (t Tree) Module(name string) (loaded bool, srcVersion string, livepatch boo
 	if _, err := os.Stat(t.path("sys/module", name, "initstate")); err != nil {
 		return false, "", false // built in, or none
 	}
-	srcVersion, _ = t.text("sys/module", name, "srcversion")
+	srcVersion = t.srcVersion(name)
 	taint, _ := t.text("sys/module", name, "taint")
 	return true, srcVersion, strings.Contains(taint, "K")
+}
+
+// srcVersion is a loaded module's, as ModInfo has it.
+func (t Tree) srcVersion(name string) string {
+	if s, err := t.text("sys/module", name, "srcversion"); err == nil {
+		return s
+	}
+	note, _ := os.ReadFile(t.path("sys/module", name, "notes", buildIDNote)) // it may bear neither
+	return buildID(note)
 }
 
 // Microcode gives the revision of every CPU that shows one.

@@ -15,3 +15,4 @@ static int loadavg_show(struct seq_file *m, void *v)
 }
 
 LIVEPATCH(NULL, CHANGES("version_proc_show", version_show), CHANGES("loadavg_proc_show", loadavg_show));
+MODULE_VERSION("2"); /* with it the module bears a srcversion; the others have a build ID alone */

@@ -21,7 +21,6 @@
 	module_init(enable);						\
 	module_exit(gone);						\
 	MODULE_LICENSE("GPL");						\
-	MODULE_VERSION("1"); /* else Debian has it bear no srcversion */ \
 	MODULE_INFO(livepatch, "Y")
 
 #define CHANGES(old, new) { .old_name = old, .new_func = new }
