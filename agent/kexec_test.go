@@ -124,7 +124,7 @@ func TestKexec(t *testing.T) {
 	}
 	b.whole("never")
 	r := op.Kexeced
-	if r.Before != kexectest.Old || r.After != kexectest.Next || r.BootBefore == r.BootAfter || r.Guests[0].Pause <= 0 || r.Guests[0].Clock == nil {
+	if r.Before != kexectest.Old || r.After != kexectest.Next || r.BootBefore == r.BootAfter || r.Guests[0].Pause <= 0 || r.Up < 10*time.Second || r.Up > 13*time.Second || r.Guests[0].Clock == nil {
 		t.Errorf("%+v", r)
 	}
 	if left, _ := filepath.Glob(filepath.Join(b.m.Dir(), "*.save")); len(left) > 0 {

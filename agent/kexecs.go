@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -236,17 +235,8 @@ func (a *Agent) doctorKexec() []maint.Check {
 		checks = append(checks, maint.Check{Rung: "B", Name: name, Result: r, Text: fmt.Sprintf(format, args...), Remedy: remedy})
 	}
 	var need uint64
-	n, _ := a.running(func(g maint.Guest) bool { need += kexec.Needs(g.MemoryBytes); return true })
-	need += need / 10
-	problems := k.Tree.Missing(k.Dir)
-	region := slices.ContainsFunc(problems, func(p maint.Problem) bool { return p.Code == maint.CodeNoRegion })
-	if region {
-		remedy := "add memory, or fewer guests: no memory above 4 GiB is large enough"
-		if r, ok := kexec.Advise(k.Tree.RAM(), max(need, 1<<30)); ok {
-			remedy = fmt.Sprintf(`in /etc/default/grub: GRUB_CMDLINE_LINUX="... memmap=%s" (the guests and 10 %% more; above 4 GiB, below which machines have a hole), update-grub, boot; then see docs/rung-b-kexec.md`, r)
-		}
-		add("kexec memory", maint.CheckNA, remedy, "%d guests would need %d MiB of reserved memory", n, need>>20)
-	}
+	a.running(func(g maint.Guest) bool { need += kexec.Needs(g.MemoryBytes); return true })
+	problems := k.Tree.Missing(k.Dir, need)
 	for _, p := range problems {
 		add("kexec", maint.CheckNA, p.Remedy, "no new kernel under running guests (B3): %s %s", p.Subject, p.Reason)
 	}

@@ -75,6 +75,10 @@ type KexecResult struct {
 	After      string       `json:"after"`
 	BootBefore string       `json:"boot_before"` // boot IDs of the host
 	BootAfter  string       `json:"boot_after"`
+	// Down is from the host's being told to go down to the new kernel's start, Up from there
+	// until guests were restored; 0 where that is not known.
+	Down   time.Duration `json:"down_ns,omitempty"`
+	Up     time.Duration `json:"up_ns,omitempty"`
 	Guests     []KexecGuest `json:"guests"`
 }
 

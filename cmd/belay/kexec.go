@@ -97,6 +97,9 @@ func printKexec(w io.Writer, op maint.Op) {
 	if r.BootBefore == r.BootAfter {
 		booted = "not booted"
 	}
+	if r.Up > 0 {
+		booted += fmt.Sprintf(": down in %s, up in %s", span(r.Down), span(r.Up))
+	}
 	row(w, "kernel", fmt.Sprintf("%s → %s, %s", r.Before, r.After, booted))
 	for _, g := range r.Guests {
 		text := string(cmp.Or(g.Fate, "unknown"))

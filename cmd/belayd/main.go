@@ -87,7 +87,11 @@ func serve(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stdout, "belayd", version)
 		return 0
 	}
+	log := newLog(stderr, *debugLog)
 	cfg, err := config.Load(*file)
+	if *restore {
+		return rescue(ctx, cfg, err, log, stderr)
+	}
 	if err != nil {
 		fmt.Fprintf(stderr, "belayd: %v\n", err)
 		return exitUsage
@@ -110,10 +114,6 @@ func serve(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stdout, "%s: ok, host %s, peers: %d\n", *file, cfg.Host, len(cfg.Peers))
 		return 0
 	}
-	log := newLog(stderr, *debugLog)
-	if *restore {
-		return rescue(ctx, cfg, log, stderr)
-	}
 	switch err := run(ctx, cfg, id, log); {
 	case errors.Is(err, errAgain):
 		return exitAgain
@@ -125,8 +125,12 @@ func serve(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 }
 
 // rescue is belayd -restore. It needs neither the journal nor another belayd's leave: who
-// restores a guest has the lock of the memory that it is in.
-func rescue(ctx context.Context, cfg config.Config, log *slog.Logger, stderr io.Writer) int {
+// restores a guest has the lock of the memory that it is in. A configuration that is wrong, by
+// bad, may be why belayd does not start: as far as it can be read, it counts.
+func rescue(ctx context.Context, cfg config.Config, bad error, log *slog.Logger, stderr io.Writer) int {
+	if bad != nil {
+		log.Warn("the configuration is wrong, so that defaults are used for what it does not say", "err", bad)
+	}
 	hyp := hypervisor.New(hypervisor.Config{Socket: cfg.Libvirt.Socket, URI: cfg.Libvirt.URI, Log: log})
 	defer hyp.Close()
 	if err := agent.Rescue(ctx, cfg, hyp, log); err != nil {

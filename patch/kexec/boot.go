@@ -26,6 +26,9 @@ func (j *Job) Boot(ctx context.Context, s Scratch) error {
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
+		if err := s.Save(moment{time.Now()}); err != nil {
+			return err
+		}
 		return j.goDown(false)
 	}
 	switch now, err := j.Tree.Release(); {
@@ -36,6 +39,11 @@ func (j *Job) Boot(ctx context.Context, s Scratch) error {
 			"has come up with kernel %s, not %s: the new one did not come up, or power was cut", now, pl.New.Release)
 	}
 	return nil
+}
+
+// moment is what Boot and Restore save: when they began.
+type moment struct {
+	At time.Time `json:"at"`
 }
 
 // allOff is an error if a guest would end with the host: one that was started since, or was
@@ -187,11 +195,28 @@ func (j *Job) Restore(_ context.Context, s Scratch) error {
 	if err != nil {
 		return err
 	}
+	var down, begun moment
+	_, err = s.Load(PhaseBoot, &down)
+	again, err2 := s.Load(PhaseRestore, &begun)
+	if err := errors.Join(err, err2); err != nil {
+		return err
+	}
+	if !again {
+		begun.At = time.Now()
+		if err := s.Save(begun); err != nil {
+			return err
+		}
+	}
 	guests, err := j.bring(j.Life, &pl)
 	if err != nil {
 		return err
 	}
-	return j.Record(j.result(pl, guests))
+	r := j.result(pl, guests)
+	if up, err := j.Tree.Uptime(); err == nil {
+		started := time.Now().Add(-up)
+		r.Down, r.Up = max(started.Sub(down.At), 0), max(begun.At.Sub(started), 0) // the clocks of two boots
+	}
+	return j.Record(r)
 }
 
 // Verify tells what is not as it should be.

@@ -67,7 +67,6 @@ func (j *Job) survey(ctx context.Context) (v maint.KexecPlan, pl plan, err error
 		pl.New.Cmdline = pl.Old.Cmdline
 	}
 	j.Tree.wayBack(&g, &pl.Old)
-	g.problems = append(g.problems, j.Tree.Missing(j.Dir)...)
 	j.Tree.fit(&g, &pl.New)
 	j.Tree.cmdline(&g, pl.Old.Cmdline, pl.New.Cmdline)
 	m, err := readManifest(j.dir())
@@ -87,6 +86,7 @@ func (j *Job) survey(ctx context.Context) (v maint.KexecPlan, pl plan, err error
 		v.Guests = append(v.Guests, maint.KexecGuest{Guest: m.Name, UUID: m.UUID, Bytes: Needs(m.Bytes)})
 		v.NeedBytes += Needs(m.Bytes)
 	}
+	g.problems = append(j.Tree.Missing(j.Dir, v.NeedBytes), g.problems...)
 	if v.FreeBytes, err = j.free(); err == nil && v.NeedBytes > v.FreeBytes {
 		g.add(maint.CodeNoRoom, host, "reserve more, or move guests away first (belay migrate)",
 			"%d MiB are free in %s, and the guests need %d MiB", v.FreeBytes>>20, j.Dir, v.NeedBytes>>20)
@@ -116,8 +116,9 @@ func (j *Job) free() (uint64, error) {
 	return n, nil
 }
 
-// Missing is what this host lacks for any new kernel under its guests.
-func (t Tree) Missing(dir string) []maint.Problem {
+// Missing is what this host lacks for any new kernel under its guests, which need so many
+// bytes of reserved memory.
+func (t Tree) Missing(dir string, need uint64) []maint.Problem {
 	var g judgement
 	cmdline, err := t.Cmdline()
 	if err != nil {
@@ -125,7 +126,7 @@ func (t Tree) Missing(dir string) []maint.Problem {
 	}
 	regions := Reserved(cmdline)
 	if len(regions) == 0 {
-		g.add(maint.CodeNoRegion, host, "see 'belay doctor' for what to put on the kernel's command line", "keeps no memory over a boot: its kernel was started without memmap=SIZE!START")
+		g.add(maint.CodeNoRegion, host, t.reserve(need), "keeps no memory over a boot: its kernel was started without memmap=SIZE!START; guests that run need %d MiB", need>>20)
 	}
 	ram := t.RAM()
 	for _, r := range regions {
@@ -135,9 +136,9 @@ func (t Tree) Missing(dir string) []maint.Problem {
 		}
 	}
 	if why := t.OnPmem(dir); why != "" && len(regions) > 0 {
-		g.add(maint.CodeNoRegion, host, fmt.Sprintf("once: mkfs.ext4 /dev/pmem0; in /etc/fstab: /dev/pmem0 %s ext4 dax,nofail,x-systemd.device-timeout=30s 0 0", dir), "%s", why)
+		g.add(maint.CodeNoRegion, host, fmt.Sprintf("mkdir -p -m 700 %s; in /etc/fstab: %s; systemctl daemon-reload; systemctl start '%s'", dir, fstabLine(dir), unitOf(dir)), "%s", why)
 	} else if fstab, _ := t.text("/etc/fstab"); len(regions) > 0 && !mounts(fstab, dir) && !t.exists("/etc/systemd/system/"+unitOf(dir)) {
-		g.add(maint.CodeNoRegion, host, fmt.Sprintf("in /etc/fstab: /dev/pmem0 %s ext4 dax,nofail,x-systemd.device-timeout=30s 0 0", dir),
+		g.add(maint.CodeNoRegion, host, "in /etc/fstab: "+fstabLine(dir),
 			"%s is mounted, but would not be after a boot", dir)
 	}
 	t.kexecs(&g)
@@ -149,6 +150,21 @@ func (t Tree) Missing(dir string) []maint.Problem {
 		g.add(maint.CodeGuestsUnit, host, "systemctl mask "+unit, "%s is enabled: it starts guests by itself when the host is up", unit)
 	}
 	return g.problems
+}
+
+// fstabLine has the reserved memory mounted, after a file system was made where there is none:
+// a power cut takes it along.
+func fstabLine(dir string) string {
+	return "/dev/pmem0 " + dir + " ext4 dax,nofail,x-systemd.makefs,x-systemd.device-timeout=30s 0 0"
+}
+
+// reserve tells how to reserve memory for so many bytes, and 10 % more: the file system takes some.
+func (t Tree) reserve(need uint64) string {
+	r, ok := Advise(t.RAM(), max(need+need/10, 1<<30))
+	if !ok {
+		return "add memory, or have fewer guests: no memory above 4 GiB is large enough, and below it machines have a hole"
+	}
+	return fmt.Sprintf(`in /etc/default/grub: GRUB_CMDLINE_LINUX="... memmap=%s", update-grub, and boot; then see docs/rung-b-kexec.md`, r)
 }
 
 func mounts(fstab, dir string) bool {

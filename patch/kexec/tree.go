@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -35,6 +36,16 @@ func (t Tree) Boot() (string, error) { return t.text("/proc/sys/kernel/random/bo
 
 // Release is uname -r (/proc/sys/kernel/osrelease).
 func (t Tree) Release() (string, error) { return t.text("/proc/sys/kernel/osrelease") }
+
+// Uptime is how long ago the kernel was started (/proc/uptime).
+func (t Tree) Uptime() (time.Duration, error) {
+	s, err := t.text("/proc/uptime")
+	if err != nil {
+		return 0, err
+	}
+	seconds, _, _ := strings.Cut(s, " ")
+	return time.ParseDuration(seconds + "s")
+}
 
 // Cmdline is /proc/cmdline without what the boot loader and kexec put there for themselves.
 func (t Tree) Cmdline() (string, error) {

@@ -128,6 +128,7 @@ func (m *Machine) Boots(release string) {
 	m.loaded, m.going = nil, false
 	m.Write("/sys/kernel/kexec_loaded", "0\n")
 	m.Write("/proc/sys/kernel/osrelease", release+"\n")
+	m.Write("/proc/uptime", "12.34 20.11\n")
 	m.Write("/proc/sys/kernel/random/boot_id", fmt.Sprintf("boot-%d\n", m.boots))
 	m.Mount(true)
 }
