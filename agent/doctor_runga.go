@@ -55,16 +55,16 @@ func (a *Agent) doctorA(ctx context.Context) []maint.Check {
 func (a *Agent) checkQEMU() maint.Check {
 	c := maint.Check{Rung: "A", Name: "QEMU", Result: maint.CheckOK, Text: "every guest's QEMU can be patched while it runs"}
 	ulp := live.Libpulp{Tree: a.preserve.Live.Host.Tree}
-	var first *maint.Problem
+	var first string
 	n, names := a.running(func(g maint.Guest) bool {
-		p := live.QEMUVerdict(ulp, g.Name, a.preserve.Live.QEMU(g.Name))
-		if first == nil {
-			first = p
+		why := ulp.Ready(a.preserve.Live.QEMU(g.Name))
+		if first == "" {
+			first = why
 		}
-		return p != nil
+		return why != ""
 	})
 	if n > 0 {
-		c.Result, c.Text = maint.CheckNA, fmt.Sprintf("the QEMU of %d guests cannot be patched while it runs, use rung B2 (belay replace-vmm): %s; %s", n, names, first.Reason)
+		c.Result, c.Text = maint.CheckNA, fmt.Sprintf("the QEMU of %d guests cannot be patched while it runs, use rung B2 (belay replace-vmm): %s; %s", n, names, first)
 	}
 	return c
 }

@@ -24,21 +24,28 @@ type Live struct {
 	Host      live.Host
 	Microcode live.Microcode
 	BootID    string
-	// QEMU gives the process of a guest, 0 if it cannot be told.
-	QEMU func(guest string) int
+	// QEMU gives the process of a guest, 0 if it cannot be told; Process tells it from
+	// another of that number.
+	QEMU    func(guest string) int
+	Process func(guest string) (live.QEMU, error)
+	// UserSpace patches QEMUs, and Containers keeps copies of what with.
+	UserSpace  live.UserSpace
+	Containers live.Store
 }
 
 // newLive is the real host's.
 func newLive(cfg config.Config) Live {
 	timing := live.DefaultTiming
 	timing.Soak = cfg.Patch.Soak.Duration
-	l := Live{QEMU: qemuProcess, Host: live.Host{Store: live.Store{Dir: filepath.Join(cfg.StateDir, "live")}, Keys: cfg.Patch.Keys, Timing: timing}}
+	l := Live{QEMU: qemuProcess, Process: live.Tree{}.Process, Containers: live.Store{Dir: filepath.Join(cfg.StateDir, "qemu-live"), Ext: ".so"},
+		UserSpace: live.Libpulp{Keys: cfg.Patch.Keys, Dir: live.DefaultContainers}, Host: live.Host{Store: live.Store{Dir: filepath.Join(cfg.StateDir, "live")}, Keys: cfg.Patch.Keys, Timing: timing}}
 	if l.BootID, _ = boottime.ID(); l.BootID == "" {
 		l.BootID = "unknown" // no boot is told from another
 	}
 	var kernel remote.Host = live.Direct{Keys: cfg.Patch.Keys}
 	if cfg.Patch.Helper != "" {
-		kernel = remote.Client{Socket: cfg.Patch.Helper}
+		helper := remote.Client{Socket: cfg.Patch.Helper}
+		kernel, l.UserSpace = helper, helper
 	}
 	l.Host.Kernel, l.Host.Witness, l.Microcode = kernel, kernel, kernel
 	return l
@@ -56,6 +63,9 @@ func qemuProcess(guest string) int {
 
 // patchGrace is what a change of the running host has beside its soak and the transition.
 const patchGrace = 5 * time.Minute
+
+// qemuGrace is what there is for patching all QEMUs.
+const qemuGrace = time.Hour
 
 // Patches says what is changed of the running host.
 func (a *Agent) Patches(ctx context.Context) (maint.PatchView, error) {
@@ -111,6 +121,14 @@ func (a *Agent) Patch(ctx context.Context, by string, r maint.PatchRequest) (mai
 		if r.Name == "" {
 			return maint.Op{}, badRequest("name", "name a unit, such as libvirtd.service", "is not given")
 		}
+	case maint.PatchQEMU:
+		switch {
+		case !filepath.IsAbs(r.File):
+			return maint.Op{}, badRequest("file", "give the absolute path of a container on this host", "%q is no such path", r.File)
+		case r.All == (len(r.Guests) > 0):
+			return maint.Op{}, badRequest("guests", "name guests, or ask for all", "it is not clear which are meant")
+		}
+		r.Name = strings.TrimSuffix(filepath.Base(r.File), ".so")
 	default:
 		return maint.Op{}, badRequest("action", fmt.Sprintf("choose one of %v", maint.PatchActions), "%q is none", r.Action)
 	}
@@ -122,14 +140,15 @@ func (a *Agent) Patch(ctx context.Context, by string, r maint.PatchRequest) (mai
 	t := a.preserve.Live.Host.Timing
 	op := maint.Op{ID: newOpID("patch", now), Kind: maint.OpPatch, By: by, Reason: r.Reason, Patch: &r,
 		Deadline: now.Add(patchGrace + t.Limit + t.Soak)}
+	if r.Action == maint.PatchQEMU { // one after the other, of which each takes well below a second
+		op.Deadline = now.Add(qemuGrace)
+	}
 	return a.submit(ctx, what, op)
 }
 
 // patchSteps wires the phases of rung A to the runner.
 func (a *Agent) patchSteps(op maint.Op) []run.Step {
-	result := func(s *run.Scratch) func(maint.PatchResult) error {
-		return func(r maint.PatchResult) error { return s.Record(maint.RecPatched, r) }
-	}
+	result := patched
 	switch op.Patch.Action {
 	case maint.PatchMicrocode:
 		u := &live.MicrocodeUpdate{Host: a.preserve.Live.Host, Microcode: a.preserve.Live.Microcode}
@@ -145,6 +164,9 @@ func (a *Agent) patchSteps(op maint.Op) []run.Step {
 			{Name: live.PhaseRestart, Commit: true, Do: func(ctx context.Context, s *run.Scratch) error { return c.Restart(ctx, s) }},
 			{Name: live.PhaseProve, Do: func(ctx context.Context, s *run.Scratch) error { c.Record = result(s); return c.Prove(ctx, s) }},
 		}
+	}
+	if op.Patch.Action == maint.PatchQEMU {
+		return a.qemuSteps(op)
 	}
 	// with has a phase of a livepatch's job, which records through the step's scratch.
 	with := func(phase func(*live.Job, context.Context, live.Scratch) error) func(context.Context, *run.Scratch) error {
@@ -167,6 +189,39 @@ func (a *Agent) patchSteps(op maint.Op) []run.Step {
 		{Name: live.PhaseSoak, Do: with((*live.Job).Soak), Commit: true},
 		{Name: live.PhaseFinish, Do: with((*live.Job).Finish)},
 	}
+}
+
+// patched journals what was done.
+func patched(s *run.Scratch) func(maint.PatchResult) error {
+	return func(r maint.PatchResult) error { return s.Record(maint.RecPatched, r) }
+}
+
+// qemuSteps are those of a livepatch of QEMUs. A QEMU that may be inconsistent ends it as it
+// is: nothing more is touched.
+func (a *Agent) qemuSteps(op maint.Op) []run.Step {
+	l := a.preserve.Live
+	with := func(phase func(*live.QEMUPatch, context.Context, live.Scratch) error) func(context.Context, *run.Scratch) error {
+		return func(ctx context.Context, s *run.Scratch) error {
+			err := phase(&live.QEMUPatch{UserSpace: l.UserSpace, Store: l.Containers, Keys: l.Host.Keys, Request: *op.Patch, Guests: a.hyp.Guests,
+				Process: l.Process, Answers: a.qemuAnswers, Record: patched(s)}, ctx, s)
+			if live.Unsure(err) {
+				return &run.Stuck{Problem: maint.AsProblem(err, maint.CodeQEMUUnsure, "QEMU")}
+			}
+			return err
+		}
+	}
+	return []run.Step{
+		{Name: live.PhasePreflight, Do: with((*live.QEMUPatch).Preflight)},
+		{Name: live.PhaseQEMU, Do: with((*live.QEMUPatch).Perform), Undo: with((*live.QEMUPatch).Undo)},
+	}
+}
+
+// qemuAnswers asks a guest's QEMU for its state: its main loop runs.
+func (a *Agent) qemuAnswers(ctx context.Context, uuid string) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	_, err := a.hyp.QMP(ctx, uuid, "query-status", nil)
+	return err
 }
 
 // recordPatches journals what is kept from now on, and what was done for it, all or nothing.

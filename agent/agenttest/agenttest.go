@@ -64,6 +64,8 @@ type Node struct {
 	Boot string
 	// Kernel is the host's; it outlives the agent.
 	Kernel *livetest.Machine
+	// QEMUs are its guests', as far as they take livepatches; they outlive the agent.
+	QEMUs *livetest.Programs
 	// Timing is how livepatches are timed by agents that are started from then on.
 	Timing live.Timing
 
@@ -205,6 +207,7 @@ func NewOn(t testing.TB, log *slog.Logger, hosts map[string]hypervisortest.HostO
 		n.Clocks = preservetest.Clocks{}
 		n.Timing = live.Timing{Poll: time.Millisecond, Name: 20 * time.Millisecond, Limit: 20 * time.Second, Back: 20 * time.Second, Soak: 10 * time.Millisecond}
 		n.Kernel = livetest.New(t, filepath.Join(home, "kernel"), livetest.Debian12())
+		n.QEMUs = livetest.NewPrograms(n.Kernel.Keys)
 		n.Client = api.NewUnix(n.Config.API.Socket)
 		w.Nodes = append(w.Nodes, n)
 		n.Start(nil)
@@ -260,6 +263,7 @@ func (n *Node) Start(hook func(what string)) {
 func (n *Node) live() agent.Live {
 	k := mortalKernel{n.Kernel, n.life}
 	return agent.Live{BootID: n.Kernel.BootID(), Microcode: n.Kernel, QEMU: func(string) int { return 4711 },
+		Process: n.QEMUs.Process, UserSpace: mortalPrograms{n.QEMUs, n.life}, Containers: live.Store{Dir: filepath.Join(n.Config.StateDir, "qemu-live"), Ext: ".so"},
 		Host: live.Host{Tree: n.Kernel.Tree, Kernel: k, Witness: n.Kernel, Keys: n.Kernel.Keys, Timing: n.Timing,
 			Store: live.Store{Dir: filepath.Join(n.Config.StateDir, "live")}}}
 }

@@ -299,3 +299,28 @@ func (m mortalKernel) Unload(ctx context.Context, name string) error {
 	defer m.life.step("after Unload")
 	return m.Kernel.Unload(ctx, name)
 }
+
+// mortalPrograms are QEMUs whose agent can be killed before and after each thing that it has
+// done to them.
+type mortalPrograms struct {
+	live.UserSpace
+	life *life
+}
+
+func (m mortalPrograms) Patchable(ctx context.Context, q live.QEMU, a live.Artifact) error {
+	m.life.step("before Patchable")
+	defer m.life.step("after Patchable")
+	return m.UserSpace.Patchable(ctx, q, a)
+}
+
+func (m mortalPrograms) Applied(ctx context.Context, q live.QEMU, a live.Artifact) (bool, error) {
+	m.life.step("before Applied")
+	defer m.life.step("after Applied")
+	return m.UserSpace.Applied(ctx, q, a)
+}
+
+func (m mortalPrograms) Set(ctx context.Context, q live.QEMU, a live.Artifact, on bool) (time.Duration, error) {
+	m.life.step("before Set")
+	defer m.life.step("after Set")
+	return m.UserSpace.Set(ctx, q, a, on)
+}

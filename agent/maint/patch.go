@@ -15,23 +15,29 @@ const (
 	PatchReload    PatchAction = "reload"    // load the one that is kept again, after a boot
 	PatchMicrocode PatchAction = "microcode" // load CPU microcode late
 	PatchRestart   PatchAction = "restart"   // restart a component that guests do not touch
+	PatchQEMU      PatchAction = "qemu"      // patch libraries of guests' QEMUs, or take that back
 )
 
 // PatchActions are all of them.
-var PatchActions = []PatchAction{PatchApply, PatchRevert, PatchReload, PatchMicrocode, PatchRestart}
+var PatchActions = []PatchAction{PatchApply, PatchRevert, PatchReload, PatchMicrocode, PatchRestart, PatchQEMU}
 
 // PatchRequest asks for a change of the running host.
 type PatchRequest struct {
 	Action PatchAction `json:"action"`
 	// File is the livepatch's module on this host, an absolute path that ends in
 	// ".ko"; beside it are its manifest (.toml) and the manifest's signature
-	// (.toml.minisig).
+	// (.toml.minisig). Of a livepatch of QEMU it is libpulp's container, ".so".
 	File string `json:"file,omitempty"`
 	// Name is the livepatch to revert, or the unit to restart; Job "restart" (default)
 	// or "reload".
-	Name   string `json:"name,omitempty"`
-	Job    string `json:"job,omitempty"`
-	Reason string `json:"reason,omitempty"`
+	Name string `json:"name,omitempty"`
+	Job  string `json:"job,omitempty"`
+	// Guests are those whose QEMU is patched, names or UUIDs, All those that run; Revert
+	// takes it back.
+	Guests []string `json:"guests,omitempty"`
+	All    bool     `json:"all,omitempty"`
+	Revert bool     `json:"revert,omitempty"`
+	Reason string   `json:"reason,omitempty"`
 	// Boot is the boot in which it was asked for; belayd fills it in. What was begun
 	// before the host went down is not gone on with.
 	Boot string `json:"boot,omitempty"`
@@ -175,6 +181,25 @@ type PatchResult struct {
 	// Unwatched: libvirt or belayd was away meanwhile, so a pause may have been missed.
 	Unwatched bool         `json:"unwatched,omitempty"`
 	Guests    []GuestProof `json:"guests,omitempty"` // of a restart
+	// QEMUs are those that were patched, in turn.
+	QEMUs []PatchedQEMU `json:"qemus,omitempty"`
+}
+
+// PatchedQEMU is what was done to a guest's QEMU.
+type PatchedQEMU struct {
+	Guest string `json:"guest"`
+	UUID  string `json:"uuid"`
+	PID   int    `json:"pid"`
+	// Before and Applied are whether it had the livepatch before, and has it since; it was
+	// asked each time (ulp check).
+	Before  bool `json:"before"`
+	Applied bool `json:"applied"`
+	// Stopped is for how long its threads were stopped at most: as long as ulp was at
+	// work. 0: nothing was to be done, or belayd has died meanwhile.
+	Stopped time.Duration `json:"stopped_ns,omitempty"`
+	// Gone: it had ended before its turn.
+	Gone    bool     `json:"gone,omitempty"`
+	Problem *Problem `json:"problem,omitempty"`
 }
 
 // GuestProof is what shows that a guest felt nothing.
@@ -207,4 +232,6 @@ const (
 	CodeNeedsPause    Code = "needs-pause"      // rung B2
 	CodeComponent     Code = "component"        // of a unit
 	CodeGuestFelt     Code = "guest-felt-it"    // what no guest was to feel
+	CodeQEMURefused   Code = "qemu-refuses"     // a livepatch; it is as it was
+	CodeQEMUUnsure    Code = "qemu-unsure"      // it may be inconsistent since
 )

@@ -1,6 +1,7 @@
 // Command belay-kernel changes the running kernel for belayd, which has not the
 // capabilities to: it loads, disables and unloads livepatches that are signed by a key in
-// its own folder, loads microcode late, and tells what only the privileged can see. Systemd
+// its own folder, likewise patches guests' QEMUs, loads microcode late, and tells what only the
+// privileged can see. Systemd
 // starts it for each connection to its socket (Accept=yes); it answers one request and ends.
 package main
 
@@ -32,6 +33,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("belay-kernel", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	keys := flags.String("keys", live.DefaultKeys, "`folder` of the minisign public keys (*.pub) that livepatches are trusted by; root's alone to write")
+	containers := flags.String("containers", live.DefaultContainers, "`folder` for livepatches of QEMU, where QEMU can map them; root's alone to write")
 	name := flags.String("user", "", "a `user` beside root that may ask: belayd's, if that is another")
 	showVersion := flags.Bool("version", false, "print the version and exit")
 	if err := flags.Parse(args); err != nil {
@@ -55,7 +57,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "belay-kernel: %v (it is started by belay-kernel.socket)\n", err)
 		return 1
 	}
-	asked, err := remote.Serve(context.Background(), conn, host{live.Direct{Keys: *keys}, kexec.Direct{}}, users...)
+	asked, err := remote.Serve(context.Background(), conn, host{live.Direct{Keys: *keys}, kexec.Direct{}, live.Libpulp{Keys: *keys, Dir: *containers}}, users...)
 	if err != nil { // the asker has been told
 		fmt.Fprintf(stderr, "belay-kernel: %s: %v\n", asked, err)
 	}
@@ -66,6 +68,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 type host struct {
 	live.Direct
 	kexec.Loader
+	live.UserSpace
 }
 
 // accepted is the connection that systemd has accepted (sd_listen_fds(3)).

@@ -24,7 +24,7 @@ manifest's minisign signature NAME.toml.minisig. Before it is loaded all is chec
 be; its transition is watched and turned round when it does not come to its end; the host
 is watched for a while after that, and the livepatch taken back if it is not well. The one
 that is active is loaded again after a boot of the same kernel.`},
-		a.patchListCmd(), a.patchInspectCmd(), a.patchApplyCmd(), a.patchRevertCmd(), a.patchReloadCmd(), a.patchWatchCmd(), a.patchCoversCmd(), a.patchMicrocodeCmd(), a.patchRestartCmd())
+		a.patchListCmd(), a.patchInspectCmd(), a.patchApplyCmd(), a.patchRevertCmd(), a.patchReloadCmd(), a.patchWatchCmd(), a.patchCoversCmd(), a.patchMicrocodeCmd(), a.patchRestartCmd(), a.patchQEMUCmd())
 }
 
 func (a *app) patchListCmd() *cobra.Command {
@@ -234,6 +234,36 @@ state afterwards, and must not have been paused; exits with 4 if one has not.`,
 	return c
 }
 
+func (a *app) patchQEMUCmd() *cobra.Command {
+	var ask maint.PatchRequest
+	c := a.change(&cobra.Command{
+		Use: "qemu FILE.so {--all | --guest GUEST ...}", Short: "Patch a library of guests' QEMUs while they run", Args: exactly("a livepatch's FILE.so"),
+		Long: `Patch a library of guests' QEMUs while they run, by libpulp (ulp), or with --revert take
+that back. It is for a QEMU that was started with libpulp.so preloaded, and has mapped a library
+that was built for it; a stock QEMU is refused: use belay replace-vmm.
+
+The livepatch is three files side by side: libpulp's container NAME.so, its manifest NAME.toml,
+and the manifest's minisign signature NAME.toml.minisig. One QEMU is patched after the other, and
+asked whether it has it; each is stopped for that for some milliseconds. When one cannot be
+patched, those before it are put as they were. A QEMU that may have been left inconsistent ends
+it: nothing more is touched, and the guest should leave that process.`,
+		Example: "  belay patch qemu /root/slirp_fix_1.so --guest web-1\n  belay patch qemu /root/slirp_fix_1.so --all\n  belay patch qemu /root/slirp_fix_1.so --all --revert",
+	}, maint.PatchQEMU, func(r *maint.PatchRequest, args []string) (err error) {
+		if ask.All == (len(ask.Guests) > 0) {
+			return usage("belay patch qemu needs either --all or --guest")
+		}
+		r.Guests, r.All, r.Revert = ask.Guests, ask.All, ask.Revert
+		r.File, err = filepath.Abs(args[0])
+		return err
+	})
+	f := c.Flags()
+	f.StringArrayVar(&ask.Guests, "guest", nil, "patch this guest's QEMU (name or UUID); may be given more than once")
+	f.BoolVar(&ask.All, "all", false, "patch the QEMU of every guest that runs")
+	f.BoolVar(&ask.Revert, "revert", false, "take the livepatch back instead")
+	_ = c.RegisterFlagCompletionFunc("guest", a.completeGuests)
+	return c
+}
+
 func (a *app) patchCoversCmd() *cobra.Command {
 	return &cobra.Command{
 		Use: "covers CHANGE", Short: "Say whether the running kernel is mended of a change, such as a CVE", Args: exactly("a CHANGE, such as CVE-2024-1086"),
@@ -297,7 +327,11 @@ func printPatched(w io.Writer, op maint.Op) {
 	if op.Patch == nil {
 		return
 	}
-	row(w, "change", string(op.Patch.Action)+suffix(" ", op.Patch.Name))
+	back := ""
+	if op.Patch.Revert {
+		back = ", taken back"
+	}
+	row(w, "change", string(op.Patch.Action)+suffix(" ", op.Patch.Name)+back)
 	r := op.Patched
 	if r == nil {
 		return
@@ -321,7 +355,31 @@ func printPatched(w io.Writer, op maint.Op) {
 		}
 		row(w, "  "+g.Guest, text)
 	}
+	for _, q := range r.QEMUs {
+		row(w, "  "+q.Guest, qemuPatched(q))
+	}
 	if r.Unwatched {
 		row(w, "", "libvirt or belayd was away meanwhile: a pause would not have been seen")
 	}
+}
+
+// qemuPatched says what became of a guest's QEMU.
+func qemuPatched(q maint.PatchedQEMU) string {
+	text := "has not the livepatch"
+	if q.Applied {
+		text = "has the livepatch"
+	}
+	switch {
+	case q.Problem != nil:
+		text = q.Problem.Reason
+	case q.Gone:
+		text = "had ended"
+	case q.Before == q.Applied:
+		text += ", as before"
+	}
+	text = fmt.Sprintf("QEMU process %d %s", q.PID, text)
+	if q.Stopped > 0 {
+		text += "; stopped for at most " + span(q.Stopped)
+	}
+	return text
 }

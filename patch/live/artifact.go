@@ -1,6 +1,7 @@
 package live
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -17,10 +18,10 @@ import (
 	"belay/patch/internal/linux"
 )
 
-// Artifact is a livepatch as it comes, and as it goes to the kernel: what was judged is
-// these bytes, and these bytes are loaded.
+// Artifact is a livepatch as it comes, and as it goes to the kernel or into a QEMU: what was
+// judged is these bytes, and these bytes are loaded.
 type Artifact struct {
-	Module    []byte // ELF
+	Module    []byte // ELF: a kernel module, or libpulp's container
 	Manifest  []byte // TOML
 	Signature []byte // minisign, of Manifest
 }
@@ -51,6 +52,7 @@ const (
 // The endings of the manifest and of its signature, in the module's ".ko"'s place.
 const (
 	moduleExt    = ".ko"
+	containerExt = ".so"
 	manifestExt  = ".toml"
 	signatureExt = ".toml.minisig"
 )
@@ -60,15 +62,19 @@ func ReadArtifact(file string) (a Artifact, err error) {
 	if !filepath.IsAbs(file) || filepath.Ext(file) != moduleExt {
 		return a, maint.Problemf(maint.CodePatchFile, "livepatch "+file, "give the absolute path of an uncompressed module, FILE.ko", "is no path of a module")
 	}
-	base := strings.TrimSuffix(file, moduleExt)
+	return readFiles(file, moduleExt)
+}
+
+func readFiles(file, ext string) (a Artifact, err error) {
+	base := strings.TrimSuffix(file, ext)
 	for _, f := range []struct {
 		to  *[]byte
 		ext string
 		max int64
-	}{{&a.Module, moduleExt, maxModule}, {&a.Manifest, manifestExt, maxManifest}, {&a.Signature, signatureExt, maxManifest}} {
+	}{{&a.Module, ext, maxModule}, {&a.Manifest, manifestExt, maxManifest}, {&a.Signature, signatureExt, maxManifest}} {
 		if *f.to, err = linux.ReadFile(base+f.ext, f.max); err != nil {
 			return a, maint.Problemf(maint.CodePatchFile, "livepatch "+file,
-				"a livepatch is three files side by side: NAME.ko, NAME.toml and NAME.toml.minisig", "%v", err)
+				"a livepatch is three files side by side: NAME"+ext+", NAME.toml and NAME.toml.minisig", "%v", err)
 		}
 	}
 	return a, nil
@@ -136,6 +142,35 @@ func (a Artifact) Check(keys []Key) (m Manifest, info ModInfo, err error) {
 	bad := func(code maint.Code, remedy, format string, args ...any) (Manifest, ModInfo, error) {
 		return m, info, maint.Problemf(code, subject, remedy, format, args...)
 	}
+	if err := a.vouched(keys, &m); err != nil {
+		return m, info, err
+	}
+	if !IsModuleName(m.Name) || m.Release == "" || m.Version == "" {
+		return bad(maint.CodePatchFile, "see docs/rung-a-hot-patch.md for what a manifest has", "its manifest lacks a module's name, release or version")
+	}
+	subject += " " + m.Name
+	if err := a.whole(subject, m.Size, m.SHA256); err != nil {
+		return m, info, err
+	}
+	info, err = ReadModInfo(a.Module)
+	switch {
+	case err != nil:
+		return bad(maint.CodeNoLivepatch, "give an uncompressed kernel module", "%v", err)
+	case !info.Livepatch:
+		return bad(maint.CodeNoLivepatch, "build it as a livepatch: MODULE_INFO(livepatch, \"Y\")", "module %s is no livepatch", info.Name)
+	case info.SrcVersion == "":
+		return bad(maint.CodeNoLivepatch, "have it built with MODULE_VERSION, or linked with --build-id", "module %s bears neither srcversion nor build ID: nobody could tell it from another of its name", info.Name)
+	case info.Name != m.Name:
+		return bad(maint.CodePatchFile, "sign the manifest that is of this module", "the module is called %s", info.Name)
+	}
+	return m, info, nil
+}
+
+// vouched judges who has signed the manifest, and reads it.
+func (a Artifact) vouched(keys []Key, manifest any) error {
+	bad := func(code maint.Code, remedy, format string, args ...any) error {
+		return maint.Problemf(code, "livepatch", remedy, format, args...)
+	}
 	var s minisign.Signature
 	if err := s.UnmarshalText(a.Signature); err != nil {
 		return bad(maint.CodePatchSigned, "sign the manifest: minisign -Sm FILE.toml", "its signature cannot be read: %v", err)
@@ -152,31 +187,21 @@ func (a Artifact) Check(keys []Key) (m Manifest, info ModInfo, err error) {
 		return bad(maint.CodePatchSigned, "fetch it again, and have its manifest signed anew if it was edited", "the signature is not that of this manifest")
 	}
 	d := toml.NewDecoder(strings.NewReader(string(a.Manifest))).DisallowUnknownFields()
-	if err := d.Decode(&m); err != nil {
+	if err := d.Decode(manifest); err != nil {
 		return bad(maint.CodePatchFile, "see docs/rung-a-hot-patch.md for what a manifest has", "its manifest cannot be read: %v", err)
 	}
-	if !IsModuleName(m.Name) || m.Release == "" || m.Version == "" {
-		return bad(maint.CodePatchFile, "see docs/rung-a-hot-patch.md for what a manifest has", "its manifest lacks a module's name, release or version")
+	return nil
+}
+
+// whole judges whether the bytes are those that were signed.
+func (a Artifact) whole(subject string, size int64, sha256 string) error {
+	if n := int64(len(a.Module)); n < size {
+		return maint.Problemf(maint.CodePatchFile, subject, "fetch it again", "it is cut short: %d of %d bytes are there", n, size)
 	}
-	subject += " " + m.Name
-	if n := int64(len(a.Module)); n < m.Size {
-		return bad(maint.CodePatchFile, "fetch it again", "it is cut short: %d of %d bytes are there", n, m.Size)
+	if sum := a.SHA256(); sum != strings.ToLower(sha256) {
+		return maint.Problemf(maint.CodePatchHash, subject, "fetch it again", "its SHA-256 is %s, and was signed as %s", sum, sha256)
 	}
-	if sum := a.SHA256(); sum != strings.ToLower(m.SHA256) {
-		return bad(maint.CodePatchHash, "fetch it again", "its SHA-256 is %s, and was signed as %s", sum, m.SHA256)
-	}
-	info, err = ReadModInfo(a.Module)
-	switch {
-	case err != nil:
-		return bad(maint.CodeNoLivepatch, "give an uncompressed kernel module", "%v", err)
-	case !info.Livepatch:
-		return bad(maint.CodeNoLivepatch, "build it as a livepatch: MODULE_INFO(livepatch, \"Y\")", "module %s is no livepatch", info.Name)
-	case info.SrcVersion == "":
-		return bad(maint.CodeNoLivepatch, "have it built with MODULE_VERSION, or linked with --build-id", "module %s bears neither srcversion nor build ID: nobody could tell it from another of its name", info.Name)
-	case info.Name != m.Name:
-		return bad(maint.CodePatchFile, "sign the manifest that is of this module", "the module is called %s", info.Name)
-	}
-	return m, info, nil
+	return nil
 }
 
 // SHA256 is the module's, hexadecimal.
@@ -223,7 +248,12 @@ func Describe(m Manifest, info ModInfo) maint.KeptPatch {
 }
 
 // Store keeps copies of livepatches, a folder for each: NAME-SHA256.
-type Store struct{ Dir string }
+type Store struct {
+	Dir string
+	Ext string // of what is no kernel module: ".so"
+}
+
+func (s Store) ext() string { return cmp.Or(s.Ext, moduleExt) }
 
 func (s Store) folder(name, sha256 string) string {
 	return filepath.Join(s.Dir, name+"-"+sha256)
@@ -231,7 +261,7 @@ func (s Store) folder(name, sha256 string) string {
 
 // Read gives the copy of a livepatch.
 func (s Store) Read(k maint.KeptPatch) (Artifact, error) {
-	return ReadArtifact(filepath.Join(s.folder(k.Name, k.SHA256), "patch"+moduleExt))
+	return readFiles(filepath.Join(s.folder(k.Name, k.SHA256), "patch"+s.ext()), s.ext())
 }
 
 // Put keeps a copy, which is on disk when it returns.
@@ -240,7 +270,7 @@ func (s Store) Put(name string, a Artifact) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	for ext, b := range map[string][]byte{moduleExt: a.Module, manifestExt: a.Manifest, signatureExt: a.Signature} {
+	for ext, b := range map[string][]byte{s.ext(): a.Module, manifestExt: a.Manifest, signatureExt: a.Signature} {
 		if err := linux.WriteFile(filepath.Join(dir, "patch"+ext), b); err != nil {
 			return err
 		}

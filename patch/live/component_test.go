@@ -202,19 +202,12 @@ func TestQEMUVerdict(t *testing.T) {
 	t.Parallel()
 	b := newBench(t, livetest.Debian12())
 	for _, pid := range []int{0, 77} {
-		if p := live.QEMUVerdict(live.Libpulp{Tree: b.Host.Tree}, "web-1", pid); p == nil || p.Code != maint.CodeNeedsPause || !strings.Contains(p.Remedy, "replace-vmm web-1") {
-			t.Errorf("process %d: %v", pid, p)
+		why := live.Libpulp{Tree: b.Host.Tree}.Ready(pid)
+		if p := live.QEMUVerdict("web-1", why); why == "" || p.Code != maint.CodeNeedsPause || !strings.Contains(p.Remedy, "replace-vmm web-1") {
+			t.Errorf("process %d: %q, %v", pid, why, p)
 		}
 	}
-	if p := live.QEMUVerdict(patchable{}, "web-1", 77); p != nil {
-		t.Errorf("%v", p)
-	}
 }
-
-type patchable struct{}
-
-func (patchable) Name() string         { return "test" }
-func (patchable) Patchable(int) string { return "" }
 
 // TestAlarms: what the kernel says when something is wrong, and what it says all day.
 func TestAlarms(t *testing.T) {

@@ -117,12 +117,17 @@ func srcVersion(name string) string {
 // Write writes the three files of a livepatch into a folder and gives the module's path.
 func Write(t testing.TB, dir, name string, a live.Artifact) string {
 	t.Helper()
+	return write(t, dir, name, ".ko", a)
+}
+
+func write(t testing.TB, dir, name, ext string, a live.Artifact) string {
+	t.Helper()
 	check(t, os.MkdirAll(dir, 0o755))
 	base := filepath.Join(dir, name)
-	check(t, os.WriteFile(base+".ko", a.Module, 0o644))
+	check(t, os.WriteFile(base+ext, a.Module, 0o644))
 	check(t, os.WriteFile(base+".toml", a.Manifest, 0o644))
 	check(t, os.WriteFile(base+".toml.minisig", a.Signature, 0o644))
-	return base + ".ko"
+	return base + ext
 }
 
 func check(t testing.TB, err error) {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -21,21 +22,51 @@ type Client struct{ Socket string }
 var (
 	_ Host         = Client{}
 	_ kexec.Loader = Client{}
+
+	_ live.UserSpace = Client{}
 )
 
 // Load implements live.Kernel.
 func (c Client) Load(ctx context.Context, a live.Artifact) error {
+	_, err := c.send(ctx, request{Do: doLoad}, a)
+	return err
+}
+
+// send asks with a livepatch.
+func (c Client) send(ctx context.Context, r request, a live.Artifact) (answer, error) {
 	fd, err := unix.MemfdCreate("livepatch", unix.MFD_CLOEXEC)
 	if err != nil {
-		return os.NewSyscallError("memfd_create", err)
+		return answer{}, os.NewSyscallError("memfd_create", err)
 	}
 	f := os.NewFile(uintptr(fd), "livepatch")
 	defer f.Close()
 	if _, err := f.Write(a.Module); err != nil {
-		return err
+		return answer{}, err
 	}
-	_, err = c.ask(ctx, request{Do: doLoad, Manifest: a.Manifest, Signature: a.Signature}, f)
+	r.Manifest, r.Signature = a.Manifest, a.Signature
+	return c.ask(ctx, r, f)
+}
+
+// Patchable implements live.UserSpace.
+func (c Client) Patchable(ctx context.Context, q live.QEMU, a live.Artifact) error {
+	_, err := c.send(ctx, request{Do: doPatchable, QEMU: &q}, a)
 	return err
+}
+
+// Applied implements live.UserSpace.
+func (c Client) Applied(ctx context.Context, q live.QEMU, a live.Artifact) (bool, error) {
+	r, err := c.send(ctx, request{Do: doApplied, QEMU: &q}, a)
+	return r.Applied, err
+}
+
+// Set implements live.UserSpace.
+func (c Client) Set(ctx context.Context, q live.QEMU, a live.Artifact, on bool) (time.Duration, error) {
+	do := doUnpatch
+	if on {
+		do = doPatch
+	}
+	r, err := c.send(ctx, request{Do: do, QEMU: &q}, a)
+	return r.Stopped, err
 }
 
 // Enable implements live.Kernel.

@@ -1,15 +1,17 @@
 // Package remote is how belayd, which may load no module, has belay-kernel do so: one
 // request for each connection, a line of JSON, and a line of JSON back. A livepatch's
-// module goes along as a file descriptor.
+// module, or container, goes along as a file descriptor.
 //
 // The server knows no other actions than these, judges each livepatch itself by the keys
-// that are its own, and touches no module that is no livepatch.
+// that are its own, and touches no module that is no livepatch, and no process that is no
+// guest's QEMU.
 package remote
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -33,9 +35,17 @@ const (
 
 	doKexecLoad   = "kexec-load"
 	doKexecUnload = "kexec-unload"
+
+	doPatchable = "qemu-patchable"
+	doApplied   = "qemu-applied"
+	doPatch     = "qemu-patch"
+	doUnpatch   = "qemu-unpatch"
 )
 
-// request is what is asked. A load has one file descriptor with it, the module's.
+// withFile are the actions that have one file descriptor with them, a livepatch's.
+var withFile = []string{doLoad, doPatchable, doApplied, doPatch, doUnpatch}
+
+// request is what is asked.
 type request struct {
 	Do        string   `json:"do"`
 	Name      string   `json:"name,omitempty"`
@@ -45,6 +55,8 @@ type request struct {
 	After     uint64   `json:"after,omitempty"`
 	// Image is the kernel to keep, to be started in this one's place.
 	Image *maint.KernelImage `json:"image,omitempty"`
+	// QEMU is the process that a livepatch is for.
+	QEMU *live.QEMU `json:"qemu,omitempty"`
 }
 
 // maxRequest bounds a request, bytes; a manifest fits in well.
@@ -54,6 +66,8 @@ const maxRequest = 4 << 20
 type answer struct {
 	Tasks   []maint.KernelTask `json:"tasks,omitempty"`
 	Log     []live.Line        `json:"log,omitempty"`
+	Applied bool               `json:"applied,omitempty"`
+	Stopped time.Duration      `json:"stopped_ns,omitempty"`
 	Error   string             `json:"error,omitempty"`
 	Errno   unix.Errno         `json:"errno,omitempty"`
 	Problem *maint.Problem     `json:"problem,omitempty"`
@@ -110,11 +124,34 @@ func perform(ctx context.Context, h Host, r request, module []byte) (a answer) {
 		a.Log, err = h.KernelLog(ctx, r.After)
 	case doKexecLoad, doKexecUnload:
 		err = keep(ctx, h, r)
+	case doPatchable, doApplied, doPatch, doUnpatch:
+		err = a.ofQEMU(ctx, h, r, module)
 	default:
 		err = fmt.Errorf("there is no action %q", r.Do)
 	}
 	a.fail(err)
 	return a
+}
+
+// ofQEMU does what is asked of a QEMU, where the host can do that as well.
+func (a *answer) ofQEMU(ctx context.Context, h Host, r request, container []byte) (err error) {
+	u, ok := h.(live.UserSpace)
+	switch {
+	case !ok:
+		return fmt.Errorf("no process can be patched here: %w", unix.ENOSYS)
+	case r.QEMU == nil:
+		return fmt.Errorf("no process is named: %w", unix.EINVAL)
+	}
+	artifact := live.Artifact{Module: container, Manifest: r.Manifest, Signature: r.Signature}
+	switch r.Do {
+	case doPatchable:
+		return u.Patchable(ctx, *r.QEMU, artifact)
+	case doApplied:
+		a.Applied, err = u.Applied(ctx, *r.QEMU, artifact)
+	default:
+		a.Stopped, err = u.Set(ctx, *r.QEMU, artifact, r.Do == doPatch)
+	}
+	return err
 }
 
 // keep has the kernel keep another, where the host can do that as well.

@@ -73,6 +73,27 @@ func TestContract(t *testing.T) {
 		}})
 }
 
+// programs is a machine on which QEMUs can be patched as well.
+type programs struct {
+	*livetest.Machine
+	live.UserSpace
+}
+
+// TestUserContract: whoever has belay-kernel patch QEMUs finds what is relied on.
+func TestUserContract(t *testing.T) {
+	t.Parallel()
+	m := livetest.New(t, t.TempDir(), livetest.Newer())
+	v, p := livetest.NewVendor(t), livetest.NewPrograms(m.Keys)
+	v.Trust(m.Keys)
+	const build, other = "0123456789abcdef0123456789abcdef01234567", "fedcba9876543210fedcba9876543210fedcba98"
+	livetest.UserContract(t, livetest.UserSubject{UserSpace: listen(t, programs{m, p}), QEMU: p.Run("web-1", build), Stock: p.Run("web-2"),
+		Fits: v.Container("fix", build), Other: v.Container("other", other), Foreign: livetest.NewVendor(t).Container("fix", build),
+		End: func() { p.End("web-1") }})
+	if err := listen(t, m).Patchable(t.Context(), live.QEMU{Guest: "web-2"}, v.Container("fix", build)); !errors.Is(err, unix.ENOSYS) {
+		t.Errorf("where none can be patched: %v", err)
+	}
+}
+
 func TestWitness(t *testing.T) {
 	t.Parallel()
 	m := livetest.New(t, t.TempDir(), livetest.Newer())
@@ -124,6 +145,7 @@ func TestBadRequests(t *testing.T) {
 		"unknown action":  `{"do":"reboot"}` + "\n",
 		"unknown field":   `{"do":"tasks","force":true}` + "\n",
 		"load of no file": `{"do":"load","manifest":""}` + "\n",
+		"patch no QEMU":   `{"do":"qemu-patch","qemu":{"guest":"web-1","pid":1}}` + "\n",
 		"cut":             `{"do":"tas`,
 		"too long":        `{"do":"tasks","name":"` + strings.Repeat("a", 5<<20) + `"}` + "\n",
 	} {

@@ -45,7 +45,9 @@ func Serve(ctx context.Context, conn *net.UnixConn, h Host, users ...uint32) (as
 			a = perform(ctx, h, r, module)
 			err = a.err()
 		}
-		asked = r.Do + " " + r.Name
+		if asked = r.Do + " " + r.Name; r.QEMU != nil {
+			asked += r.QEMU.Guest
+		}
 	}
 	if e := conn.SetWriteDeadline(time.Now().Add(patience)); e != nil {
 		return asked, e
@@ -69,7 +71,7 @@ func peer(conn *net.UnixConn) (uid uint32, err error) {
 	return cred.Uid, nil
 }
 
-// read reads a request, and the module that comes with a load.
+// read reads a request, and the module or container that comes with a livepatch.
 func read(conn *net.UnixConn) (r request, module []byte, err error) {
 	var line []byte
 	var files []*os.File
@@ -95,10 +97,10 @@ func read(conn *net.UnixConn) (r request, module []byte, err error) {
 	if err := d.Decode(&r); err != nil {
 		return r, nil, fmt.Errorf("cannot read the request: %w", err)
 	}
-	if (r.Do == doLoad) != (len(files) == 1) {
-		return r, nil, errors.New("a load has one file with it, and nothing else has")
+	if slices.Contains(withFile, r.Do) != (len(files) == 1) {
+		return r, nil, errors.New("a livepatch has one file with it, and nothing else has")
 	}
-	if r.Do == doLoad {
+	if len(files) == 1 {
 		// A copy of its own: what is judged is what is loaded, whoever writes to the file.
 		if module, err = linux.ReadAll(files[0], maxModule); err != nil {
 			return r, nil, fmt.Errorf("cannot read the module: %w", err)

@@ -1,0 +1,424 @@
+package live_test
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"belay/agent/maint"
+	"belay/patch/live"
+	"belay/patch/live/livetest"
+)
+
+// target is a library that a QEMU has preloaded: a thread of its own writes into a file, over
+// and over, what answer() is, and how often it has asked.
+const target = `
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+__attribute__((noinline)) int answer(void) { asm volatile(""); return 1; }
+static volatile int *page;
+static void *ask(void *unused) {
+	for (;;) { page[0] = answer(); page[1]++; usleep(1000); }
+}
+__attribute__((constructor)) static void begin(void) {
+	int fd = open(getenv("ANSWER"), O_RDWR);
+	pthread_t t;
+	page = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	pthread_create(&t, 0, ask, 0);
+}
+`
+
+const patchedAnswer = "int new_answer(void) { return 2; }\n"
+
+// programBed has real QEMUs, and a livepatch of a library that one of them has preloaded.
+type programBed struct {
+	t      *testing.T
+	l      live.Libpulp
+	vendor *livetest.Vendor
+	dir    string
+	fits   live.Artifact
+}
+
+func newProgramBed(t *testing.T) *programBed {
+	t.Helper()
+	for _, program := range []string{"ulp", "gcc", "readelf", "qemu-system-x86_64"} {
+		if _, err := exec.LookPath(program); err != nil {
+			t.Skipf("%s is not in PATH (Debian has no package of libpulp)", program)
+		}
+	}
+	if os.Getuid() != 0 {
+		t.Skip("root alone may look into other users' processes")
+	}
+	root, err := os.MkdirTemp("", "qemus") // QEMU, another user, can look into it
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(root) })
+	if err := os.Chmod(root, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	b := &programBed{t: t, vendor: livetest.NewVendor(t), dir: filepath.Join(root, "lib")}
+	b.l = live.Libpulp{Tree: live.Tree{Root: filepath.Join(root, "host")}, Keys: filepath.Join(root, "keys"), Dir: filepath.Join(root, "containers")}
+	b.vendor.Trust(b.l.Keys)
+	for _, dir := range []string{b.dir, filepath.Join(b.l.Tree.Root, "run/libvirt/qemu")} {
+		b.must(os.MkdirAll(dir, 0o755))
+	}
+	b.must(os.Symlink("/proc", filepath.Join(b.l.Tree.Root, "proc")))
+	b.must(os.WriteFile(b.path("target.c"), []byte(target), 0o644))
+	b.must(os.WriteFile(b.path("patched.c"), []byte(patchedAnswer), 0o644))
+	b.must(os.WriteFile(b.path("fix.dsc"), []byte(b.path("fix.so")+"\n@"+b.path("libtarget.so")+"\nanswer:new_answer\n"), 0o644))
+	build := []string{"-O2", "-shared", "-fPIC", "-Wl,--build-id", "-Wl,--hash-style=sysv"}
+	b.run("gcc", append(build, "-fpatchable-function-entry=16,14", "-o", b.path("libtarget.so"), b.path("target.c"), "-pthread")...)
+	b.run("ulp", "post", b.path("libtarget.so"))
+	b.run("gcc", append(build, "-o", b.path("fix.so"), b.path("patched.c"))...)
+	b.run("ulp", "packer", b.path("fix.dsc"))
+	_, id, found := strings.Cut(b.run("readelf", "-n", b.path("libtarget.so")), "Build ID: ")
+	if !found {
+		t.Fatal("the library has no build ID")
+	}
+	b.fits = b.sign(b.vendor, strings.Fields(id)[0])
+	return b
+}
+
+func (b *programBed) path(name string) string { return filepath.Join(b.dir, name) }
+
+func (b *programBed) must(err error) {
+	b.t.Helper()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+func (b *programBed) run(name string, args ...string) string {
+	b.t.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		b.t.Fatalf("%s %v: %v: %s", name, args, err, out)
+	}
+	return string(out)
+}
+
+func (b *programBed) sign(v *livetest.Vendor, build string) live.Artifact {
+	b.t.Helper()
+	container, err := os.ReadFile(b.path("fix.so"))
+	b.must(err)
+	return v.VouchContainer(container, live.UserManifest{Name: "answer_fix", Library: "libtarget.so", BuildID: build})
+}
+
+// start starts a guest's QEMU as libvirt would, as a user of its own and in QEMU's sandbox. A
+// stock one has no libpulp.
+func (b *programBed) start(guest string, stock bool) live.QEMU {
+	b.t.Helper()
+	b.must(os.WriteFile(b.path(guest), make([]byte, 4096), 0o666))
+	b.must(os.Chmod(b.path(guest), 0o666))
+	c := exec.Command("qemu-system-x86_64", "-M", "none", "-accel", "tcg", "-S", "-display", "none", "-nodefaults", "-monitor", "none",
+		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+	c.Env, c.Dir, c.Stderr = append(os.Environ(), "ANSWER="+b.path(guest)), "/", os.Stderr
+	c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	preload := b.path("libtarget.so")
+	if !stock {
+		preload = libpulp() + ":" + preload
+	}
+	c.Env = append(c.Env, "LD_PRELOAD="+preload)
+	b.must(c.Start())
+	b.t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
+	b.must(os.WriteFile(filepath.Join(b.l.Tree.Root, "run/libvirt/qemu", guest+".pid"), []byte(strconv.Itoa(c.Process.Pid)), 0o644))
+	b.asked(guest)
+	q, err := b.l.Tree.Process(guest)
+	b.must(err)
+	return q
+}
+
+// libpulp is the library beside ulp, or where the linker looks.
+func libpulp() string {
+	ulp, _ := exec.LookPath("ulp")
+	if files, _ := filepath.Glob(filepath.Join(filepath.Dir(ulp), "../lib*/libpulp.so.0")); len(files) > 0 {
+		return files[0]
+	}
+	return "libpulp.so.0"
+}
+
+// asked waits until a guest's QEMU has asked twice more: it runs, and what it was answered last.
+func (b *programBed) asked(guest string) (answer uint32) {
+	b.t.Helper()
+	look := func() (answer, count uint32) {
+		page, err := os.ReadFile(b.path(guest))
+		b.must(err)
+		return binary.NativeEndian.Uint32(page), binary.NativeEndian.Uint32(page[4:])
+	}
+	_, begun := look()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for limit := time.After(time.Minute); ; {
+		if answer, count := look(); count >= begun+2 {
+			return answer
+		}
+		select {
+		case <-tick.C:
+		case <-limit:
+			b.t.Fatalf("guest %s's QEMU does not run any more", guest)
+		}
+	}
+}
+
+// TestUserContract: the fake, and libpulp in a real QEMU where there is one.
+func TestUserContract(t *testing.T) {
+	t.Parallel()
+	t.Run("fake", func(t *testing.T) {
+		t.Parallel()
+		v, p := livetest.NewVendor(t), livetest.NewPrograms(filepath.Join(t.TempDir(), "keys"))
+		v.Trust(p.Keys)
+		livetest.UserContract(t, livetest.UserSubject{UserSpace: background{p}, QEMU: p.Run("web-1", targetBuild), Stock: p.Run("web-2"),
+			Fits: v.Container("fix", targetBuild), Other: v.Container("other", otherBuild), Foreign: livetest.NewVendor(t).Container("fix", targetBuild),
+			End: func() { p.End("web-1") }})
+	})
+	t.Run("libpulp", func(t *testing.T) {
+		t.Parallel()
+		b := newProgramBed(t)
+		q := b.start("web-1", false)
+		livetest.UserContract(t, livetest.UserSubject{UserSpace: b.l, QEMU: q, Stock: b.start("web-2", true),
+			Fits: b.fits, Other: b.sign(b.vendor, otherBuild), Foreign: b.sign(livetest.NewVendor(t), targetBuild),
+			Effect: func() bool { return b.asked("web-1") == 2 },
+			End:    func() { b.must(os.Remove(filepath.Join(b.l.Tree.Root, "run/libvirt/qemu/web-1.pid"))) }})
+		if answer := b.asked("web-1"); answer != 1 {
+			t.Errorf("it goes on with %d", answer)
+		}
+	})
+}
+
+const (
+	targetBuild = "0123456789abcdef0123456789abcdef01234567"
+	otherBuild  = "fedcba9876543210fedcba9876543210fedcba98"
+)
+
+// background is Programs, which does not look at contexts, with those that do.
+type background struct{ *livetest.Programs }
+
+func (b background) Patchable(ctx context.Context, q live.QEMU, a live.Artifact) error {
+	return errors.Join(b.Programs.Patchable(ctx, q, a), ctx.Err())
+}
+
+// TestKilledWhileUlpWorks: whoever has started ulp is killed at any moment. The QEMU lives, and
+// who comes next is told the truth.
+func TestKilledWhileUlpWorks(t *testing.T) {
+	if guest := os.Getenv("BELAY_TEST_ULP"); guest != "" {
+		setOver(t, guest)
+		return
+	}
+	t.Parallel()
+	b := newProgramBed(t)
+	q := b.start("web-1", false)
+	file := livetest.WriteContainer(t, b.dir, "signed", b.fits)
+	on := false
+	for range 25 {
+		c := exec.Command(os.Args[0], "-test.run", "^TestKilledWhileUlpWorks$")
+		c.Env = append(os.Environ(), "BELAY_TEST_ULP=web-1", "BELAY_TEST_FILE="+file, "BELAY_TEST_ROOT="+filepath.Dir(b.dir))
+		out, err := c.StdoutPipe()
+		b.must(err)
+		b.must(c.Start())
+		_, err = out.Read(make([]byte, 1)) // it begins
+		b.must(err)
+		time.Sleep(time.Duration(rand.IntN(60_000)) * time.Microsecond)
+		_ = c.Process.Kill()
+		_ = c.Wait()
+		on, err = b.l.Applied(t.Context(), q, b.fits)
+		b.must(err)
+		if answer := b.asked("web-1"); (answer == 2) != on {
+			t.Fatalf("it is applied: %t, and it answers %d", on, answer)
+		}
+	}
+	if on {
+		_, err := b.l.Set(t.Context(), q, b.fits, false)
+		b.must(err)
+	}
+	if answer := b.asked("web-1"); answer != 1 {
+		t.Errorf("it answers %d", answer)
+	}
+}
+
+// setOver applies and takes back without end.
+func setOver(t *testing.T, guest string) {
+	root := os.Getenv("BELAY_TEST_ROOT")
+	l := live.Libpulp{Tree: live.Tree{Root: filepath.Join(root, "host")}, Keys: filepath.Join(root, "keys"), Dir: filepath.Join(root, "containers")}
+	a, err := live.ReadContainer(os.Getenv("BELAY_TEST_FILE"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	q, err := l.Tree.Process(guest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Println("begun")
+	for {
+		on, err := l.Applied(t.Context(), q, a)
+		if err == nil {
+			_, err = l.Set(t.Context(), q, a, !on)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestWhatUlpSays: what is made of ulp's words and exit codes, with an ulp that says them.
+func TestWhatUlpSays(t *testing.T) {
+	t.Parallel()
+	const enabled = "  Livepatching status: enabled"
+	for _, c := range []struct {
+		name, trigger, check, patches string
+		set, applied                  maint.Code // "": no error
+		on, sticks                    bool
+	}{
+		{name: "patched", trigger: "echo 'ulp: Processes patched: 1, Skipped: 0, Failed: 0.'", check: "echo 'ulp: patch already applied' >&2; exit 1", patches: enabled, on: true},
+		{name: "skipped, with exit code 0", trigger: "echo 'ulp: Processes patched: 0, Skipped: 1, Failed: 0.'", check: "echo 'ulp: patch not yet applied' >&2", patches: enabled, set: maint.CodeQEMURefused},
+		{name: "unknown error, which is 256, as exit code 0", trigger: "echo 'ulp: Processes patched: 0, Skipped: 0, Failed: 1.'", check: "echo 'ulp: patch not yet applied' >&2", patches: enabled, set: maint.CodeQEMURefused},
+		{name: "busy", trigger: "exit 11", check: "echo 'error extracting .ulp section' >&2; exit 1", patches: enabled, set: maint.CodeQEMURefused, applied: maint.CodeQEMURefused},
+		{name: "a check that fails", trigger: "exit 1", check: "exit 255", patches: enabled, set: maint.CodeQEMURefused, applied: maint.CodeQEMURefused},
+		{name: "libpulp out of order", trigger: "exit 1", check: "echo 'ulp: patch not yet applied' >&2", patches: "  Livepatching status: disabled (internal error)", set: maint.CodeQEMURefused, applied: maint.CodeQEMURefused},
+		{name: "fatal by code", trigger: "exit 255", set: maint.CodeQEMUUnsure, sticks: true},
+		{name: "fatal by word", trigger: "printf 'ulp: fatal error (restoring).\\nPROGRAM POTENTIALLY LEFT IN INCONSISTENT STATE.' >&2; exit 62", set: maint.CodeQEMUUnsure, sticks: true},
+		{name: "killed", trigger: "kill -9 $$", set: maint.CodeQEMUUnsure, sticks: true},
+		{name: "a check that is fatal", trigger: "exit 1", check: "printf 'PROGRAM POTENTIALLY LEFT IN INCONSISTENT STATE.' >&2; exit 255", patches: enabled, set: maint.CodeQEMURefused, applied: maint.CodeQEMUUnsure, sticks: true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			l, q, a := fixture(t, fmt.Sprintf("case $1 in trigger) %s;; check) %s;; patches) echo '%s';; esac", c.trigger, "true; "+c.check, c.patches))
+			code := func(err error) maint.Code {
+				if p := new(maint.Problem); errors.As(err, &p) {
+					return p.Code
+				}
+				if err != nil {
+					return maint.Code(err.Error())
+				}
+				return ""
+			}
+			_, err := l.Set(t.Context(), q, a, true)
+			if code(err) != c.set {
+				t.Errorf("to apply it: %v", err)
+			}
+			if !live.Unsure(err) {
+				on, err := l.Applied(t.Context(), q, a)
+				if code(err) != c.applied || on != c.on {
+					t.Errorf("it is applied: %t, %v", on, err)
+				}
+			}
+			if err := l.Patchable(t.Context(), q, a); live.Unsure(err) != c.sticks || err != nil && !c.sticks {
+				t.Errorf("afterwards: %v", err)
+			}
+		})
+	}
+}
+
+// fixture is a process that looks like a guest's QEMU with libpulp, and an ulp that is a script.
+func fixture(t *testing.T, script string) (live.Libpulp, live.QEMU, live.Artifact) {
+	t.Helper()
+	root := t.TempDir()
+	v := livetest.NewVendor(t)
+	l := live.Libpulp{Tree: live.Tree{Root: filepath.Join(root, "host")}, Keys: filepath.Join(root, "keys"), Dir: filepath.Join(root, "containers"), Program: filepath.Join(root, "ulp")}
+	v.Trust(l.Keys)
+	pid := strconv.Itoa(os.Getpid())
+	proc := filepath.Join(l.Tree.Root, "proc", pid)
+	files := map[string]string{
+		filepath.Join(l.Tree.Root, "run/libvirt/qemu/web-1.pid"): pid + "\n",
+		filepath.Join(proc, "stat"):                              pid + " (qemu) system (x) S" + strings.Repeat(" 1", 18) + " 4711 0 0",
+		filepath.Join(proc, "status"):                            "Name:\tqemu\nState:\tS (sleeping)\nPid:\t" + pid + "\nTracerPid:\t0\n",
+		filepath.Join(proc, "maps"): "1000-2000 r--p 00000000 fe:01 7 /lib/libtarget.so (deleted)\n2000-3000 r-xp 00001000 fe:01 7 /lib/libtarget.so (deleted)\n" +
+			"4000-5000 rw-p 00000000 00:00 0\n5000-6000 r--p 00000000 fe:01 8 /lib/libpulp.so.0\n",
+		filepath.Join(proc, "task", pid, "status"): "State:\tS (sleeping)\n",
+		l.Program: "#!/bin/sh\n" + script + "\n",
+	}
+	for name, text := range files {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, []byte(text), 0o755)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(os.Symlink("/usr/bin/qemu-system-x86_64 (deleted)", filepath.Join(proc, "exe")), os.Symlink("/", filepath.Join(proc, "root")),
+		os.MkdirAll(filepath.Join(proc, "map_files"), 0o755), os.WriteFile(filepath.Join(proc, "map_files/1000-2000"), livetest.Library(targetBuild), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	q, err := l.Tree.Process("web-1")
+	if err != nil || q.Start != 4711 {
+		t.Fatalf("%+v, %v", q, err)
+	}
+	return l, q, v.Container("fix", targetBuild)
+}
+
+// TestUnfitProcesses: what is no guest's QEMU, or cannot be stopped, is not touched.
+func TestUnfitProcesses(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name  string
+		spoil func(proc string) error
+		want  string
+	}{
+		{"another program", func(proc string) error {
+			return errors.Join(os.Remove(filepath.Join(proc, "exe")), os.Symlink("/usr/bin/sleep", filepath.Join(proc, "exe")))
+		}, "is no QEMU"},
+		{"traced", func(proc string) error {
+			return os.WriteFile(filepath.Join(proc, "status"), []byte("TracerPid:\t77\n"), 0o644)
+		}, "traced by process 77"},
+		{"a thread that hangs", func(proc string) error {
+			return os.WriteFile(filepath.Join(proc, "task", filepath.Base(proc), "status"), []byte("Name:\tworker\nState:\tD (disk sleep)\nPid:\t9\nvoluntary_ctxt_switches:\t3\n"), 0o644)
+		}, "worker (task 9"},
+		{"another root folder", func(proc string) error {
+			return errors.Join(os.Remove(filepath.Join(proc, "root")), os.Symlink(proc, filepath.Join(proc, "root")))
+		}, "does not see"},
+		{"no libpulp", func(proc string) error {
+			return os.WriteFile(filepath.Join(proc, "maps"), nil, 0o644)
+		}, "libpulp.so preloaded"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			l, q, a := fixture(t, "echo touched >&2; exit 255")
+			if err := c.spoil(filepath.Join(l.Tree.Root, "proc", strconv.Itoa(q.PID))); err != nil {
+				t.Fatal(err)
+			}
+			p := new(maint.Problem)
+			if _, err := l.Set(t.Context(), q, a, true); !errors.As(err, &p) || !strings.Contains(p.Reason, c.want) {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+}
+
+// TestUlpAtWork: who comes while ulp is at work waits, and no longer than there is time.
+func TestUlpAtWork(t *testing.T) {
+	t.Parallel()
+	l, q, a := fixture(t, "true")
+	if err := l.Patchable(t.Context(), q, a); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(filepath.Join(l.Dir, "lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	p := new(maint.Problem)
+	if err := l.Patchable(ctx, q, a); !errors.As(err, &p) || p.Code != maint.CodeBusy {
+		t.Errorf("%v", err)
+	}
+	f.Close()
+	if err := l.Patchable(t.Context(), q, a); err != nil {
+		t.Errorf("when the lock is free: %v", err)
+	}
+}
