@@ -13,7 +13,7 @@ BENCHFLAGS ?=
 LABS = $(sort $(dir $(shell grep -rlE --include='*_test.go' 'BELAY_LAB|"belay/vmtests/(lab|guest|cluster)"' [a-z]* | sed 's,^,./,')))
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo test test-unit test-long image vmtest box lint bench man completion package clean clean-cache
+.PHONY: help deps build demo test test-unit test-page test-long image vmtest box lint bench man completion package clean clean-cache
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -34,6 +34,10 @@ test: test-unit deps ## all tests, with real libvirt and QEMU in labs (needs roo
 
 test-unit: build ## only the tests that need no lab
 	BELAY_LAB=skip $(GO) test -timeout 20m -parallel 8 $(TESTFLAGS) ./...
+
+test-page: build ## the status page in a headless Chromium, with JavaScript and without (under 2 minutes)
+	@scripts/deps page
+	BELAY_BROWSER=$$(command -v chromium-headless-shell || command -v chromium) $(GO) test -count=1 -timeout 5m -run TestInABrowser -v ./agent/page
 
 test-long: deps build ## the long campaigns (two hours)
 	BELAY_BIN=$(CURDIR)/$(BIN) BELAY_LONG=1 $(GO) test -timeout 180m -count=1 -v -run '^Test' ./vmtests/ ./vmtests/guest ./vmtests/lab ./agent/ ./notify/...

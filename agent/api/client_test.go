@@ -281,6 +281,7 @@ func TestBadAddresses(t *testing.T) {
 	for want, err := range map[string]error{
 		"api.listen " + addr:                 s.ListenTLS(addr, Identity{}, &fakeAgent{}, Access{}),
 		"api.metrics " + addr:                s.ListenMetrics(addr, http.NotFoundHandler()),
+		"page.listen " + addr:                s.ListenPage(addr, http.NotFoundHandler()),
 		"api.socket " + file + "/belay/sock": s.ListenUnix(file+"/belay/sock", &fakeAgent{}, Access{}),
 	} {
 		if err == nil || !strings.Contains(err.Error(), want) {

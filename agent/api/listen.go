@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"golang.org/x/net/netutil"
 	"golang.org/x/sys/unix"
 )
 
@@ -112,6 +113,20 @@ func (s *Servers) ListenMetrics(address string, h http.Handler) error {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", h)
 	s.add(l, mux).WriteTimeout = writeTimeout
+	return nil
+}
+
+// maxReaders is how many connections the status page has at a time: whoever is on this host
+// may open them.
+const maxReaders = 32
+
+// ListenPage opens the address (host:port, on loopback) for browsers.
+func (s *Servers) ListenPage(address string, h http.Handler) error {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return fmt.Errorf("cannot listen for browsers on page.listen %s: %w", address, err)
+	}
+	s.add(netutil.LimitListener(l, maxReaders), h).WriteTimeout = writeTimeout
 	return nil
 }
 

@@ -35,6 +35,7 @@ type Config struct {
 	RunDir string `toml:"run_dir"`
 
 	API       API             `toml:"api"`
+	Page      Page            `toml:"page"`
 	TLS       TLS             `toml:"tls"`
 	Access    Access          `toml:"access"`
 	Libvirt   Libvirt         `toml:"libvirt"`
@@ -329,6 +330,7 @@ func (c *Config) check() error {
 	if c.Limits.MigrationsIn < 1 || c.Limits.MigrationsIn > 8 {
 		bad("limits.migrations_in", "%d is not between 1 and 8", c.Limits.MigrationsIn)
 	}
+	c.Page.check(c.Access.Viewers, bad)
 	c.Migration.check(bad)
 	c.Patch.check(bad)
 	c.Kexec.check(bad)

@@ -79,13 +79,15 @@ run_dir = "/run/b"
 socket = "/sock"
 listen = "[::]:7443"
 metrics = "127.0.0.1:9100"
+[page]
+listen = "[::1]:9478"
 [tls]
 ca = "/ca.pem"
 cert = "/cert.pem"
 key = "/key.pem"
 [access]
 operators = ["ada", "@ops"]
-viewers = []
+viewers = ["*", "eyes"]
 operator_certs = ["ops-laptop"]
 viewer_certs = ["wall"]
 [libvirt]
@@ -160,9 +162,10 @@ libvirt_uri = "qemu+ssh://root@host-c/system"
 	}
 	want := Config{
 		Host: "host-a", StateDir: "/state", RunDir: "/run/b",
-		API: API{Socket: "/sock", Listen: "[::]:7443", Metrics: "127.0.0.1:9100"},
-		TLS: TLS{CA: "/ca.pem", Cert: "/cert.pem", Key: "/key.pem"},
-		Access: Access{Operators: []string{"ada", "@ops"}, Viewers: []string{},
+		API:  API{Socket: "/sock", Listen: "[::]:7443", Metrics: "127.0.0.1:9100"},
+		Page: Page{Listen: "[::1]:9478"},
+		TLS:  TLS{CA: "/ca.pem", Cert: "/cert.pem", Key: "/key.pem"},
+		Access: Access{Operators: []string{"ada", "@ops"}, Viewers: []string{"*", "eyes"},
 			OperatorCerts: []string{"ops-laptop"}, ViewerCerts: []string{"wall"}},
 		Libvirt: Libvirt{Socket: "/run/libvirt/virtqemud-sock", URI: "qemu:///session", StateDir: "/qemu"},
 		Limits:  Limits{GuestMemory: Size{64 << 30}, MemoryReserve: Size{1 << 40}, MigrationsOut: 1, MigrationsIn: 8},
@@ -397,6 +400,11 @@ func TestRefusals(t *testing.T) {
 		{"metrics without port", "[api]\nmetrics='9100'", `configuration: api.metrics: "9100" is not host:port`},
 		{"no such port", tlsFiles + "[api]\nlisten=':65536'", `configuration: api.listen: ":65536" is not host:port`},
 		{"negative port", "[api]\nmetrics='localhost:-1'", `configuration: api.metrics: "localhost:-1" is not host:port`},
+		{"page without port", "[page]\nlisten='127.0.0.1'", `configuration: page.listen: "127.0.0.1" is not host:port`},
+		{"page for the network", "[page]\nlisten='0.0.0.0:9478'", `configuration: page.listen: "0.0.0.0:9478" is not on loopback`},
+		{"page for everybody", "[page]\nlisten=':9478'", `configuration: page.listen: ":9478" is not on loopback`},
+		{"page by a name", "[page]\nlisten='localhost:9478'", `configuration: page.listen: "localhost:9478" is not on loopback`},
+		{"page past the viewers", "[access]\nviewers=['ada']\n[page]\nlisten='127.0.0.1:9478'", `access.viewers is not for all; have "*" among them, or serve no page`},
 		{"long socket", "[api]\nsocket='/" + strings.Repeat("x", 107) + "'", "has 108 bytes, a unix socket's path can have 107"},
 		{"host with a line end", `host="a\nb"`, `configuration: host: "a\nb" has spaces or control characters`},
 		{"long pause", "[migration]\nmax_pause='2m'", "configuration: migration.max_pause: 2m0s is not between 1ms and 1m0s"},

@@ -37,7 +37,7 @@ type GuestReport struct {
 	// not known. See Fate.
 	Felt *Standstill `json:"felt,omitempty"`
 	// Expected is what was predicted beforehand; nil: nothing was.
-	Expected *Expected `json:"expected,omitempty"`
+	Expected *Estimate `json:"expected,omitempty"`
 	// Limit is how long it was to stand still at most; 0: no limit was set.
 	Limit    time.Duration `json:"limit_ns,omitempty"`
 	Clock    *ClockReport  `json:"clock,omitempty"`
@@ -57,14 +57,6 @@ type Standstill struct {
 
 // Known reports whether it is known how long it was.
 func (s Standstill) Known() bool { return s.Times == 0 || s.Longest > 0 }
-
-// Expected is how long a guest was expected to stand still at one time.
-type Expected struct {
-	Low     time.Duration `json:"low_ns"`
-	Typical time.Duration `json:"typical_ns"`
-	High    time.Duration `json:"high_ns"`
-	From    string        `json:"from,omitempty"` // what it was taken from
-}
 
 // StepReport is how long a step took.
 type StepReport struct {

@@ -98,7 +98,7 @@ func replaced(op maint.Op) maint.GuestReport {
 	g.Felt = &maint.Standstill{Longest: v.Pause, Times: max(v.Pauses, 1)}
 	for _, c := range v.Choices {
 		if c.Method == v.Method && c.Pause > 0 {
-			g.Expected = &maint.Expected{Typical: c.Pause, From: "the choice of its method"}
+			g.Expected = &maint.Estimate{Typical: c.Pause, From: "the choice of its method"}
 		}
 	}
 	if v.Attempts > 1 {

@@ -162,11 +162,9 @@ func (m *markdown) problems(r maint.Report) {
 // cell or line, and nothing that a terminal obeys.
 func cell(text string) string {
 	var b strings.Builder
-	all := []rune(text)
+	all := []rune(Plain(text))
 	for i, r := range all {
 		switch {
-		case !unicode.IsPrint(r):
-			fmt.Fprintf(&b, `\\u%04x`, r)
 		case strings.ContainsRune("\\`*|<>[]~&", r), r == '_' && !within(all, i):
 			b.WriteByte('\\')
 			b.WriteRune(r)

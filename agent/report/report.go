@@ -22,13 +22,13 @@ type Source struct {
 	// Arrived are guests that have come to this host: a restore's.
 	Arrived []maint.Arrived
 	// Expected is what was predicted for each guest, by UUID.
-	Expected map[string]maint.Expected
+	Expected map[string]maint.Estimate
 }
 
 // Make makes the report.
 func Make(s Source) maint.Report {
 	op := s.Op
-	r := maint.Report{Host: s.Host, Op: op.ID, Kind: op.Kind, What: what(op), By: op.By, Reason: op.Reason, State: op.State, Step: op.Step,
+	r := maint.Report{Host: s.Host, Op: op.ID, Kind: op.Kind, What: What(op), By: op.By, Reason: op.Reason, State: op.State, Step: op.Step,
 		Outcome: op.Outcome, Started: op.Started, Ended: op.Ended, Resumed: op.Resumed, Took: took(op.Started, op.Ended, s.Now),
 		Guests: guests(s), HostDone: hostDone(op), Decisions: decisions(s), Timeline: timeline(s),
 		Steps: []maint.StepReport{}, Problems: append([]maint.Problem{}, op.Problems...)}
@@ -63,8 +63,8 @@ func took(from, to, now time.Time) time.Duration {
 	return max(0, to.Sub(from))
 }
 
-// what says what an operation does.
-func what(op maint.Op) string {
+// What says what an operation does: "moves guest web-1 to host-b".
+func What(op maint.Op) string {
 	switch op.Kind {
 	case maint.OpMigrate:
 		return "moves guest " + op.Guest + " to " + op.Peer

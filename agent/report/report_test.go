@@ -68,7 +68,7 @@ func migration() Source {
 		Events: []maint.ScheduledEvent{
 			{Op: "mig-1", State: maint.EventCompleted, Guests: []maint.EventGuest{{Name: "web-1"}}, Announced: at(10), NotBefore: at(900010), Approval: &maint.EventApproval{By: "guest web-1", At: at(60)}, Started: at(200), Ended: at(500)},
 			{Op: "another", Guests: []maint.EventGuest{{Name: "db-1"}}, Announced: at(10)}},
-		Expected: map[string]maint.Expected{"u1": {Low: ms(20), Typical: ms(35), High: ms(80), From: "7 moves of this guest"}}}
+		Expected: map[string]maint.Estimate{"u1": {Low: ms(20), Typical: ms(35), High: ms(80), From: "7 moves of this guest"}}}
 }
 
 func hold() Source {

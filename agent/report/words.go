@@ -3,7 +3,9 @@ package report
 import (
 	"cmp"
 	"fmt"
+	"strings"
 	"time"
+	"unicode"
 
 	"belay/agent/maint"
 )
@@ -143,4 +145,40 @@ func Ending(r maint.Report) string {
 		return "running: " + r.Step
 	}
 	return string(r.Outcome)
+}
+
+// Progress is how much of an operation is done; of is 0 where that is not known.
+func Progress(op maint.Op) (done, of uint64) {
+	part := func(left, all uint64) (uint64, uint64) { return all - min(left, all), all }
+	switch p := op.Progress; {
+	case len(op.Moves) > 0:
+		for _, m := range op.Moves {
+			if m.State == maint.MoveMoved {
+				done++
+			}
+		}
+		return done, uint64(len(op.Moves))
+	case p == nil || op.State != maint.OpRunning:
+		return 0, 0
+	case p.DiskTotal > 0 && (p.MemoryTotal == 0 || p.Iteration == 0): // disks first
+		return part(p.DiskLeft, p.DiskTotal)
+	}
+	return part(op.Progress.MemoryLeft, op.Progress.MemoryTotal)
+}
+
+// Plain is a text in which everything can be seen: what has no form of its own, or turns
+// what follows around, is escaped as in JSON.
+func Plain(text string) string {
+	if strings.IndexFunc(text, func(r rune) bool { return !unicode.IsPrint(r) }) < 0 {
+		return text
+	}
+	var b strings.Builder
+	for _, r := range text {
+		if unicode.IsPrint(r) {
+			b.WriteRune(r)
+		} else {
+			fmt.Fprintf(&b, `\u%04x`, r)
+		}
+	}
+	return b.String()
 }

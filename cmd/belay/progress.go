@@ -11,6 +11,7 @@ import (
 	"golang.org/x/term"
 
 	"belay/agent/maint"
+	"belay/agent/report"
 )
 
 // progress shows how an operation gets on.
@@ -93,20 +94,8 @@ func newBar(w io.Writer) *bar {
 
 func (b *bar) update(op maint.Op) {
 	b.text.Store(describe(op))
-	if n := len(op.Moves); n > 0 {
-		moved := 0
-		for _, m := range op.Moves {
-			if m.State == maint.MoveMoved {
-				moved++
-			}
-		}
-		b.bar.SetCurrent(int64(99 * moved / n))
-	}
-	switch p := op.Progress; {
-	case p != nil && describeDisks(p) != "":
-		b.bar.SetCurrent(int64(100 * (p.DiskTotal - min(p.DiskLeft, p.DiskTotal)) / p.DiskTotal * 99 / 100))
-	case p != nil && p.MemoryTotal > 0:
-		b.bar.SetCurrent(int64(100 * (p.MemoryTotal - min(p.MemoryLeft, p.MemoryTotal)) / p.MemoryTotal * 99 / 100))
+	if done, of := report.Progress(op); of > 0 {
+		b.bar.SetCurrent(int64(float64(done) / float64(of) * 99)) // at 100 it would go away
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/term"
 
 	"belay/agent/maint"
+	"belay/agent/report"
 )
 
 // topEvery is how often the view of a host is drawn, unless it is told otherwise, and
@@ -167,21 +168,7 @@ func (v hostView) operations(w io.Writer) {
 
 // gauge draws how much of an operation is done, "" where that is not known.
 func gauge(op maint.Op) string {
-	done, of := uint64(0), uint64(0)
-	switch p := op.Progress; {
-	case len(op.Moves) > 0:
-		of = uint64(len(op.Moves))
-		for _, m := range op.Moves {
-			if m.State == maint.MoveMoved {
-				done++
-			}
-		}
-	case p == nil:
-	case describeDisks(p) != "":
-		done, of = p.DiskTotal-min(p.DiskLeft, p.DiskTotal), p.DiskTotal
-	case p.MemoryTotal > 0:
-		done, of = p.MemoryTotal-min(p.MemoryLeft, p.MemoryTotal), p.MemoryTotal
-	}
+	done, of := report.Progress(op)
 	if of == 0 {
 		return ""
 	}

@@ -188,6 +188,8 @@ func TestCannotServe(t *testing.T) {
 			`cannot listen for peers on api.listen 127.0.0.1:\d+: .*address already in use`},
 		{"the metrics' port is another's", "api.metrics = '" + busy.Addr().String() + "'", nil,
 			`cannot listen for Prometheus on api.metrics 127.0.0.1:\d+: .*address already in use`},
+		{"the page's port is another's", "page.listen = '" + busy.Addr().String() + "'", nil,
+			`cannot listen for browsers on page.listen 127.0.0.1:\d+: .*address already in use`},
 		{"absent CA", tls, remove("ca.pem"), `cannot read tls.ca: open DIR/ca.pem: no such file or directory \(put a PEM file there`},
 		{"bad CA", tls, spoil("ca.pem"), `cannot read tls.ca: DIR/ca.pem has no certificate \(put`},
 		{"absent certificate", tls, remove("host-a.pem"), `cannot read tls.cert DIR/host-a.pem and tls.key DIR/host-a-key.pem: open DIR/host-a.pem: no such file`},
@@ -280,16 +282,36 @@ func hears(t *testing.T, told <-chan string, want string) string {
 	}
 }
 
-// TestServesWithoutLibvirt is belayd's life under systemd, on a host whose
-// libvirt is down.
-func TestServesWithoutLibvirt(t *testing.T) { // not parallel: it sets the environment
-	free, err := net.Listen("tcp", "127.0.0.1:0")
+// freePort is an address that nobody listens on.
+func freePort(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	metrics := free.Addr().String()
-	free.Close()
-	h := newHost(t, "api.metrics = '"+metrics+"'")
+	defer l.Close()
+	return l.Addr().String()
+}
+
+func get(t *testing.T, url string) string {
+	t.Helper()
+	resp, err := http.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(body)
+}
+
+// TestServesWithoutLibvirt is belayd's life under systemd, on a host whose
+// libvirt is down.
+func TestServesWithoutLibvirt(t *testing.T) { // not parallel: it sets the environment
+	metrics, browsers := freePort(t), freePort(t)
+	h := newHost(t, "api.metrics = '"+metrics+"'\npage.listen = '"+browsers+"'")
 	told := systemd(t, h)
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
@@ -327,19 +349,17 @@ func TestServesWithoutLibvirt(t *testing.T) { // not parallel: it sets the envir
 		t.Errorf("the inventory is %+v, %v", inv, err)
 	}
 
-	resp, err := http.Get("http://" + metrics + "/metrics")
-	if err != nil {
-		t.Fatal(err)
-	}
-	page, err := io.ReadAll(resp.Body)
-	resp.Body.Close()
-	if err != nil {
-		t.Fatal(err)
-	}
+	page := get(t, "http://"+metrics+"/metrics")
 	for _, want := range []string{`belay_build_info{version="devel"} 1`, "belay_libvirt_up 0", "belay_journal_writable 1",
 		"belay_operations_running 0", "belay_reservations 0", "belay_conditions 1", "belay_migration_downtime_seconds_count 0"} {
-		if !strings.Contains(string(page), "\n"+want+"\n") {
+		if !strings.Contains(page, "\n"+want+"\n") {
 			t.Errorf("the metrics do not have %s:\n%s", want, page)
+		}
+	}
+	page = get(t, "http://"+browsers+"/")
+	for _, want := range []string{"<h1>host-a</h1>", "libvirt cannot be asked: ", `<td class="bad">fail</td>`} {
+		if !strings.Contains(page, want) {
+			t.Errorf("the page does not have %s:\n%s", want, page)
 		}
 	}
 

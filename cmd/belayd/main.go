@@ -20,6 +20,7 @@ import (
 	"belay/agent/api"
 	"belay/agent/config"
 	"belay/agent/journal"
+	"belay/agent/page"
 	"belay/hypervisor"
 	"belay/patch/hoststep"
 )
@@ -156,7 +157,7 @@ func run(ctx context.Context, cfg config.Config, id api.Identity, log *slog.Logg
 	a := agent.New(cfg, version, hyp, j, agent.NewPreserve(cfg, hyp, log), id.Client, log)
 	servers := api.NewServers(log)
 	defer stopServing(servers)
-	if err := listen(cfg, servers, a, id); err != nil {
+	if err := listen(cfg, servers, a, id, log); err != nil {
 		return err
 	}
 
@@ -164,7 +165,7 @@ func run(ctx context.Context, cfg config.Config, id api.Identity, log *slog.Logg
 	// agent that is going down; what the agent leaves open is in its journal.
 	life, end := context.WithCancel(context.Background())
 	defer end()
-	failed := make(chan error, 7)
+	failed := make(chan error, 8)
 	var parts sync.WaitGroup
 	parts.Go(func() { failed <- hyp.Run(life) })
 	parts.Go(func() { failed <- a.Run(life) })
@@ -200,7 +201,7 @@ func giveWay(life context.Context, again <-chan os.Signal, a *agent.Agent, faile
 }
 
 // listen opens everything that belayd serves on.
-func listen(cfg config.Config, s *api.Servers, a *agent.Agent, id api.Identity) error {
+func listen(cfg config.Config, s *api.Servers, a *agent.Agent, id api.Identity, log *slog.Logger) error {
 	who := api.Access{Operators: cfg.Access.Operators, Viewers: cfg.Access.Viewers,
 		OperatorCerts: cfg.Access.OperatorCerts, ViewerCerts: cfg.Access.ViewerCerts}
 	for _, p := range cfg.Peers {
@@ -215,7 +216,12 @@ func listen(cfg config.Config, s *api.Servers, a *agent.Agent, id api.Identity) 
 		}
 	}
 	if cfg.API.Metrics != "" {
-		return s.ListenMetrics(cfg.API.Metrics, a.Metrics())
+		if err := s.ListenMetrics(cfg.API.Metrics, a.Metrics()); err != nil {
+			return err
+		}
+	}
+	if cfg.Page.Listen != "" {
+		return s.ListenPage(cfg.Page.Listen, page.Handler(a, log))
 	}
 	return nil
 }

@@ -100,6 +100,7 @@ var alone = []struct {
 	{"notify", []string{"agent/maint"}, "guests are told of any rung alike"},
 	{"cmd/belay-guest", []string{"notify/channel/wire"}, "it runs in guests, and shares with the host nothing but what goes between them"},
 	{"cmd/belay-kernel", []string{"patch/kexec", "patch/live", "patch/live/remote", "agent/maint"}, "it has the capabilities that nobody else has, and so is small"},
+	{"agent/page", []string{"agent/maint", "agent/report"}, "the status page is served for an interface that has nothing to change"},
 	{"agent/report", []string{"agent/maint"}, "a report is a pure function of what was written down, also in belay"},
 	{"cmd/belay", []string{"agent/api", "agent/maint", "agent/report"}, "belay runs as whoever calls it: what it may do is what the API lets it"},
 }
