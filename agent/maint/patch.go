@@ -151,7 +151,8 @@ type Coverage struct {
 
 // Cover is the verdict on a change, from what is loaded and who vouches for it. It is
 // covered only where a manifest that was signed says so of a livepatch that is loaded,
-// is the very one, and is through with its transition.
+// is the very one, and is through with its transition, and where none that Belay does not know
+// changes the same functions.
 func Cover(v PatchView, change string) Coverage {
 	c := Coverage{Change: change, Verdict: CoverageUnsure, Reason: "no livepatch that is loaded here, and that Belay knows, is said to cover it"}
 	for _, p := range v.Loaded {
@@ -159,6 +160,8 @@ func Cover(v PatchView, change string) Coverage {
 		switch {
 		case k == nil:
 		case k.Release != v.Release || k.Version != v.Version:
+		case slices.Contains(k.Covers, change) && overlaps(p, v.Loaded) != "":
+			c.Reason = "livepatch " + p.Name + " is to cover it, and livepatch " + overlaps(p, v.Loaded) + ", which Belay does not know, changes the same functions"
 		case slices.Contains(k.Covers, change) && p.Whole() && p.SrcVersion == k.SrcVersion:
 			return Coverage{change, Covered, p.Name, "livepatch " + p.Name + " covers it, and every task runs it"}
 		case slices.Contains(k.Covers, change):
@@ -168,6 +171,25 @@ func Cover(v PatchView, change string) Coverage {
 		}
 	}
 	return c
+}
+
+// overlaps names a livepatch of somebody else's that changes a function which p changes, too:
+// whose code runs depends on which was loaded last. "" is none.
+func overlaps(p LivePatch, loaded []LivePatch) string {
+	changed := make(map[string]bool)
+	for _, o := range p.Objects {
+		for _, f := range o.Functions {
+			changed[o.Name+"/"+f] = true
+		}
+	}
+	for _, q := range loaded {
+		for _, o := range q.Objects {
+			if q.Kept == nil && slices.ContainsFunc(o.Functions, func(f string) bool { return changed[o.Name+"/"+f] }) {
+				return q.Name
+			}
+		}
+	}
+	return ""
 }
 
 // PatchResult is what a change of the running host did.

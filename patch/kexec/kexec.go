@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"belay/agent/maint"
+	"belay/patch/internal/linux"
 )
 
 // Guests sees the host's guests.
@@ -199,34 +200,16 @@ func (Direct) KexecUnload(context.Context) error {
 
 // trusted opens a file that nobody but root can have changed.
 func trusted(path string) (*os.File, error) {
-	refused := func(what, why string) error {
-		return maint.Problemf(maint.CodeImage, "file "+path, "chown root and chmod go-w what it is about", "%s %s", what, why)
+	refused := func(why any) error {
+		return maint.Problemf(maint.CodeImage, "file "+path, "name a file that belay-kernel can see (not in /home, /root or /tmp), which is root's and in root's folders (chown root, chmod go-w)", "%v", why)
 	}
-	if !filepath.IsAbs(path) {
-		return nil, refused(path, "is no absolute path")
-	}
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	f, err := linux.OpenTrusted(path)
 	if err != nil {
-		return nil, err
+		return nil, refused(err)
 	}
-	real, err := filepath.EvalSymlinks(path)
-	for at := real; err == nil; at = filepath.Dir(at) {
-		var st unix.Stat_t
-		if err = unix.Stat(at, &st); err != nil {
-			break
-		}
-		if st.Uid != 0 || st.Mode&0o022 != 0 {
-			err = refused(at, "can be written by others than root")
-			break
-		}
-		if at == real && st.Mode&unix.S_IFMT != unix.S_IFREG {
-			err = refused(at, "is not a file")
-			break
-		}
-		if at == "/" {
-			return f, nil
-		}
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		f.Close()
+		return nil, refused("is not a file")
 	}
-	f.Close()
-	return nil, err
+	return f, nil
 }

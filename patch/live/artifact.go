@@ -5,17 +5,15 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"aead.dev/minisign"
-	"github.com/pelletier/go-toml/v2"
-	"golang.org/x/sys/unix"
-
 	"belay/agent/maint"
 	"belay/patch/internal/linux"
+	"github.com/pelletier/go-toml/v2"
 )
 
 // Artifact is a livepatch as it comes, and as it goes to the kernel or into a QEMU: what was
@@ -96,19 +94,23 @@ func ReadKeys(dir string) ([]Key, error) {
 	bad := func(format string, args ...any) ([]Key, error) {
 		return nil, maint.Problemf(maint.CodePatchSigned, "keys "+dir, remedy, format, args...)
 	}
-	if err := rootsAlone(dir); err != nil {
-		return bad("%v", err)
-	}
-	files, err := filepath.Glob(filepath.Join(dir, "*.pub"))
+	folder, err := linux.OpenTrusted(dir)
 	if err != nil {
 		return bad("%v", err)
 	}
+	defer folder.Close()
+	names, err := folder.Readdirnames(-1)
+	if err != nil {
+		return bad("%v", err)
+	}
+	slices.Sort(names)
 	var keys []Key
-	for _, f := range files {
-		if err := rootsAlone(f); err != nil {
-			return bad("%v", err)
+	for _, name := range names {
+		if filepath.Ext(name) != ".pub" {
+			continue
 		}
-		b, err := linux.ReadFile(f, maxManifest)
+		f := filepath.Join(dir, name)
+		b, err := readTrusted(f)
 		if err != nil {
 			return bad("%v", err)
 		}
@@ -124,15 +126,13 @@ func ReadKeys(dir string) ([]Key, error) {
 	return keys, nil
 }
 
-func rootsAlone(name string) error {
-	var st unix.Stat_t
-	if err := unix.Stat(name, &st); err != nil {
-		return &os.PathError{Op: "stat", Path: name, Err: err}
+func readTrusted(name string) ([]byte, error) {
+	f, err := linux.OpenTrusted(name)
+	if err != nil {
+		return nil, err
 	}
-	if int(st.Uid) != 0 && int(st.Uid) != os.Geteuid() || st.Mode&0o022 != 0 {
-		return fmt.Errorf("%s can be written by others than root", name)
-	}
-	return nil
+	defer f.Close()
+	return linux.ReadAll(f, maxManifest)
 }
 
 // Check judges an artifact by itself: who signed it, whether it is whole, and what it is.

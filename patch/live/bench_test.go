@@ -110,6 +110,13 @@ func (b *bench) loadModule(name, srcversion string) {
 	}
 }
 
+func (b *bench) write(name, text string) {
+	b.t.Helper()
+	if err := os.WriteFile(filepath.Join(b.Root(), name), []byte(text), 0o644); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
 func (b *bench) remove(name string) {
 	b.t.Helper()
 	if err := os.RemoveAll(filepath.Join(b.Root(), name)); err != nil {

@@ -65,9 +65,10 @@ func (h Host) View(ctx context.Context, known maint.Patches) (v maint.PatchView,
 	return v, nil
 }
 
-// is reports whether a livepatch is the very one that is kept.
+// is reports whether a livepatch is the very one that is kept. Of one that bears nothing to be
+// told by nobody knows.
 func is(p maint.LivePatch, k *maint.KeptPatch) bool {
-	return k != nil && p.Name == k.Name && p.SrcVersion == k.SrcVersion
+	return k != nil && p.Name == k.Name && p.SrcVersion == k.SrcVersion && p.SrcVersion != ""
 }
 
 // Inspect judges a livepatch's files as Preflight would.

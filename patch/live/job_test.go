@@ -299,3 +299,46 @@ func TestCover(t *testing.T) {
 		t.Errorf("after a boot: %s", got)
 	}
 }
+
+// Of a livepatch of the same name that is another build, and of one whose functions somebody
+// else's changes as well, nobody knows what it covers.
+func TestCoveredByThisOneAlone(t *testing.T) {
+	t.Parallel()
+	const module = "sys/module/fix_1/"
+	for name, c := range map[string]struct {
+		do   func(b *bench)
+		want maint.CoverageVerdict
+	}{
+		"itself":                {func(*bench) {}, maint.Covered},
+		"nothing to be told by": {func(b *bench) { b.remove(module + "srcversion") }, maint.CoverageUnsure},
+		"another srcversion":    {func(b *bench) { b.write(module+"srcversion", "ABCD") }, maint.CoverageUnsure},
+		"stacked upon": {func(b *bench) {
+			a := b.vendor.Make("other", b.Release, b.Version, func(s *livetest.Spec) { s.Cumulative = false })
+			if err := b.Machine.Load(t.Context(), a); err != nil {
+				t.Fatal(err)
+			}
+		}, maint.CoverageUnsure},
+		"beside another": {func(b *bench) {
+			a := b.vendor.Make("other", b.Release, b.Version, func(s *livetest.Spec) { s.Cumulative, s.Functions = false, []string{"vmlinux/f"} })
+			if err := b.Machine.Load(t.Context(), a); err != nil {
+				t.Fatal(err)
+			}
+		}, maint.Covered},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newBench(t, livetest.Debian12())
+			if err := b.run(b.begin(b.vendor.Make("fix_1", b.Release, b.Version, func(s *livetest.Spec) { s.Covers = []string{"CVE-1"} }))); err != nil {
+				t.Fatal(err)
+			}
+			c.do(b)
+			v, err := b.View(t.Context(), b.known)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := maint.Cover(v, "CVE-1"); got.Verdict != c.want {
+				t.Errorf("%+v, want %s", got, c.want)
+			}
+		})
+	}
+}
