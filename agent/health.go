@@ -42,11 +42,7 @@ func (a *Agent) healthBefore(ctx context.Context, op maint.Op, s *run.Scratch) e
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	r := maint.HealthReport{Check: c.String(), Healthy: err == nil, Tries: 1, Took: time.Since(began)}
-	if err != nil {
-		r.Reason = err.Error()
-	}
-	return s.Record(maint.RecHealth, r)
+	return s.Record(maint.RecHealth, maint.HealthReport{Check: c.String(), Healthy: err == nil, Reason: health.Reason(err), Tries: 1, Took: time.Since(began)})
 }
 
 // healthOfArrival asks a guest that has come here, until it is well.

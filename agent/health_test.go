@@ -11,6 +11,7 @@ import (
 	"belay/agent/agenttest"
 	"belay/agent/config"
 	"belay/agent/maint"
+	"belay/hypervisor"
 	"belay/hypervisor/hypervisortest"
 )
 
@@ -36,6 +37,7 @@ func TestHealthOfAMove(t *testing.T) {
 		{"ill since", config.Health{TCP: open}, config.Health{TCP: closed}, "", "refused"},
 		{"ill before", config.Health{TCP: closed}, config.Health{TCP: closed}, "refused", "refused"},
 		{"by its agent", config.Health{Command: []string{"/bin/well"}}, config.Health{Command: []string{"/bin/ill"}}, "", "exit code 1"},
+		{"talkative", config.Health{Command: []string{"/bin/talk"}}, config.Health{Command: []string{"/bin/talk"}}, "no such", "no such"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
@@ -63,7 +65,7 @@ func TestHealthOfAMove(t *testing.T) {
 
 func says(t *testing.T, when string, r *maint.HealthReport, why string) {
 	t.Helper()
-	if r == nil || r.Healthy != (why == "") || !strings.Contains(r.Reason, why) || r.Tries == 0 || r.Check == "" {
+	if r == nil || r.Healthy != (why == "") || !strings.Contains(r.Reason, why) || len(r.Reason) > 300 || r.Tries == 0 || r.Check == "" {
 		t.Errorf("%s the move: %+v, want %q", when, r, why)
 	}
 }
@@ -73,6 +75,9 @@ func runsCommands() hypervisortest.Answer {
 	return func(_, command string, args json.RawMessage) (any, bool, error) {
 		switch command {
 		case "guest-exec":
+			if strings.Contains(string(args), "/bin/talk") {
+				return nil, true, &hypervisor.AgentError{Class: "GenericError", Desc: "no such" + strings.Repeat(" and no such", 100_000)}
+			}
 			pid := 1
 			if strings.Contains(string(args), "/bin/ill") {
 				pid = 2

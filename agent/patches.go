@@ -5,9 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
-	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"time"
 
@@ -15,6 +13,7 @@ import (
 	"belay/agent/config"
 	"belay/agent/maint"
 	"belay/agent/run"
+	"belay/hypervisor"
 	"belay/patch/live"
 	"belay/patch/live/remote"
 )
@@ -34,10 +33,10 @@ type Live struct {
 }
 
 // newLive is the real host's.
-func newLive(cfg config.Config) Live {
+func newLive(cfg config.Config, hyp *hypervisor.Host) Live {
 	timing := live.DefaultTiming
 	timing.Soak = cfg.Patch.Soak.Duration
-	l := Live{QEMU: qemuProcess, Process: live.Tree{}.Process, Containers: live.Store{Dir: filepath.Join(cfg.StateDir, "qemu-live"), Ext: ".so"},
+	l := Live{QEMU: hyp.QEMUProcess, Process: live.Tree{}.Process, Containers: live.Store{Dir: filepath.Join(cfg.StateDir, "qemu-live"), Ext: ".so"},
 		UserSpace: live.Libpulp{Keys: cfg.Patch.Keys, Dir: live.DefaultContainers}, Host: live.Host{Store: live.Store{Dir: filepath.Join(cfg.StateDir, "live")}, Keys: cfg.Patch.Keys, Timing: timing}}
 	if l.BootID, _ = boottime.ID(); l.BootID == "" {
 		l.BootID = "unknown" // no boot is told from another
@@ -49,16 +48,6 @@ func newLive(cfg config.Config) Live {
 	}
 	l.Host.Kernel, l.Host.Witness, l.Microcode = kernel, kernel, kernel
 	return l
-}
-
-// qemuProcess reads the file that libvirt keeps for each guest that runs.
-func qemuProcess(guest string) int {
-	b, err := os.ReadFile(filepath.Join("/run/libvirt/qemu", filepath.Base(guest)+".pid"))
-	if err != nil {
-		return 0
-	}
-	pid, _ := strconv.Atoi(strings.TrimSpace(string(b)))
-	return pid
 }
 
 // patchGrace is what a change of the running host has beside its soak and the transition.

@@ -50,7 +50,7 @@ func NewPreserve(cfg config.Config, hyp *hypervisor.Host, log *slog.Logger) Pres
 		Steps:  steps{hoststep.New(hoststep.Config{Dir: filepath.Join(cfg.RunDir, "steps"), Systemd: hoststep.ThisSystemd(), Log: log})},
 		Clocks: clocks{guestclock.New(hyp, clocksAtOnce)},
 		Places: vmm.Places{Lib: cfg.Libvirt.StateDir}, // the hook knows the other folders by their names
-		Live:   newLive(cfg),
+		Live:   newLive(cfg, hyp),
 		Kexec:  newKexec(cfg),
 
 		Shutdown: logind.Host{},

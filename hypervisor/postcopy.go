@@ -131,12 +131,28 @@ func (h *Host) connections(ctx context.Context, uuid string, meant func(local, r
 }
 
 // qemuPID is the process ID of the QEMU of the guest of that name, which a handle has not.
-func qemuPID(s *session, name string) (int, error) {
-	text, err := os.ReadFile(filepath.Join(filepath.Dir(s.conn.socket), "qemu", name+".pid"))
+func qemuPID(s *session, name string) (int, error) { return pidBeside(s.conn.socket, name) }
+
+// pidBeside reads the file that the daemon of a socket keeps for each guest that runs.
+func pidBeside(socket, name string) (int, error) {
+	text, err := os.ReadFile(filepath.Join(filepath.Dir(socket), "qemu", filepath.Base(name)+".pid"))
 	if err != nil {
 		return 0, err
 	}
 	return strconv.Atoi(strings.TrimSpace(string(text)))
+}
+
+// QEMUProcess is the process ID of the QEMU of the guest of that name; 0: it is not to be seen.
+// It asks nobody, and works while libvirt is away.
+//
+// Source: the pid files beside libvirt's socket.
+func (h *Host) QEMUProcess(name string) int {
+	for _, socket := range h.sockets {
+		if pid, err := pidBeside(socket, name); err == nil {
+			return pid
+		}
+	}
+	return 0
 }
 
 // connectionsOf does something to those TCP connections of a process that are meant.

@@ -93,7 +93,7 @@ func Until(ctx context.Context, a Agent, uuid string, c Check, within time.Durat
 		err := Once(ctx, a, uuid, c)
 		// What the end of the time has cut off says less than the try before it.
 		if r.Tries == 0 || time.Since(began) < within && ctx.Err() == nil {
-			r.Healthy, r.Reason = err == nil, reason(err)
+			r.Healthy, r.Reason = err == nil, Reason(err)
 		}
 		r.Tries++
 		select {
@@ -107,7 +107,8 @@ func Until(ctx context.Context, a Agent, uuid string, c Check, within time.Durat
 	}
 }
 
-func reason(err error) string {
+// Reason is what a guest says is wrong, cut to what is kept of it; "" for nil.
+func Reason(err error) string {
 	if err == nil {
 		return ""
 	}

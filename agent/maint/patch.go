@@ -229,6 +229,7 @@ type GuestProof struct {
 	Guest   string     `json:"guest"`
 	UUID    string     `json:"uuid"`
 	QEMU    int        `json:"qemu_pid"` // before and after; 0: not to be seen
+	ID      int        `json:"id"`       // libvirt's number of the running domain, likewise
 	State   GuestState `json:"state"`    // before and after
 	Pauses  int        `json:"pauses"`   // of it, that were seen meanwhile
 	Problem *Problem   `json:"problem,omitempty"`

@@ -350,6 +350,9 @@ func printPatched(w io.Writer, op maint.Op) {
 	}
 	for _, g := range r.Guests {
 		text := fmt.Sprintf("%s, QEMU process %d, as before; pauses seen: %d", g.State, g.QEMU, g.Pauses)
+		if g.QEMU == 0 {
+			text = fmt.Sprintf("%s, as before, as far as libvirt says: its QEMU process is not to be seen; pauses seen: %d", g.State, g.Pauses)
+		}
 		if g.Problem != nil {
 			text = g.Problem.Reason
 		}

@@ -71,7 +71,7 @@ func (c *Component) Preflight(ctx context.Context, s Scratch) error {
 func (c *Component) look(guests []maint.Guest) (now []maint.GuestProof) {
 	for _, g := range guests {
 		if g.State.Active() {
-			now = append(now, maint.GuestProof{Guest: g.Name, UUID: g.UUID, State: g.State, QEMU: c.QEMU(g.Name)})
+			now = append(now, maint.GuestProof{Guest: g.Name, UUID: g.UUID, State: g.State, QEMU: c.QEMU(g.Name), ID: g.ID})
 		}
 	}
 	return now
@@ -142,7 +142,11 @@ func differs(was maint.GuestProof, now []maint.GuestProof) string {
 	switch {
 	case i < 0:
 		return "it runs no more"
-	case now[i].QEMU != was.QEMU:
+	case now[i].QEMU == 0 && was.QEMU != 0:
+		return "its QEMU is not to be seen"
+	case now[i].ID != was.ID:
+		return "it was started anew"
+	case now[i].QEMU != was.QEMU && was.QEMU != 0:
 		return fmt.Sprintf("its QEMU is process %d, and was %d", now[i].QEMU, was.QEMU)
 	case now[i].State != was.State:
 		return fmt.Sprintf("it is %s, and was %s", now[i].State, was.State)

@@ -77,6 +77,8 @@ func TestComponent(t *testing.T) {
 			b.events <- maint.Event{Kind: maint.EventLifecycle, UUID: "u1", Change: "resumed"}
 		}},
 		{name: "a guest is rebooted into another process", unit: "libvirtd.service", felt: "process 8, and was 7", during: func(b *bed) { b.pid = 8 }},
+		{name: "a guest was started anew", unit: "libvirtd.service", felt: "started anew", during: func(b *bed) { b.guests[0].ID = 2 }},
+		{name: "a guest's QEMU is not to be seen any more", unit: "libvirtd.service", felt: "not to be seen", during: func(b *bed) { b.pid = 0 }},
 		{name: "a guest is lost", unit: "libvirtd.service", felt: "runs no more", during: func(b *bed) { b.guests[0].State = maint.GuestShutoff }},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -169,9 +169,11 @@ func (l Libpulp) take(ctx context.Context, q QEMU, a Artifact) (_ *turn, err err
 	if err := errors.Join(os.MkdirAll(l.Dir, 0o755), os.Chmod(l.Dir, 0o755)); err != nil {
 		return nil, err
 	}
-	if err := rootsAlone(l.Dir); err != nil {
+	folder, err := linux.OpenTrusted(l.Dir)
+	if err != nil {
 		return nil, err
 	}
+	defer folder.Close()
 	if t.lock, err = lockFile(ctx, filepath.Join(l.Dir, "lock")); err != nil {
 		return nil, maint.Problemf(maint.CodeBusy, "libpulp", "wait for it, and never kill it: that would end a QEMU (ps -C ulp)", "ulp is at work: %v", err)
 	}
