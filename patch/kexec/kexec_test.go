@@ -30,6 +30,7 @@ func TestReserved(t *testing.T) {
 		"memmap=1G!8G,2g!16g":                   {{8 << 30, 1 << 30}, {16 << 30, 2 << 30}},
 		"memmap=64K$0x18690000 memmap=1G@4G":    nil, // reserved in other ways
 		"memmap=x!4G memmap=!  memmap=exactmap": nil,
+		"memmap=1G!99999999999G":                nil, // no number of the kernel's
 	} {
 		if got := kexec.Reserved(cmdline); !cmp.Equal(got, want) {
 			t.Errorf("%q: %v, want %v", cmdline, got, want)
@@ -59,6 +60,9 @@ func TestAdvise(t *testing.T) {
 	}
 	if kexec.Within(ram, kexec.Region{Start: 2 << 30, Size: 512 << 20}) || !kexec.Within(ram, kexec.Region{Start: 4 << 30, Size: 512 << 20}) {
 		t.Error("the machine's hole is not told from memory")
+	}
+	if kexec.Within(ram, kexec.Region{Start: 4 << 30, Size: 1<<64 - 4<<30}) {
+		t.Error("a region is within memory that goes round")
 	}
 }
 

@@ -103,6 +103,9 @@ func memparse(s string) (uint64, error) {
 		s = s[:i]
 	}
 	n, err := strconv.ParseUint(s, 0, 64)
+	if err == nil && n<<shift>>shift != n {
+		err = strconv.ErrRange
+	}
 	return n << shift, err
 }
 
@@ -140,7 +143,7 @@ func Advise(ram []Region, bytes uint64) (r Region, ok bool) {
 // Within reports whether a region is memory; true where nothing is known.
 func Within(ram []Region, r Region) bool {
 	return len(ram) == 0 || slices.ContainsFunc(ram, func(m Region) bool {
-		return r.Start >= m.Start && r.Start+r.Size <= m.Start+m.Size
+		return r.Start >= m.Start && r.Start-m.Start <= m.Size && r.Size <= m.Size-(r.Start-m.Start)
 	})
 }
 
