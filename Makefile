@@ -62,7 +62,7 @@ bench: deps build ## the benchmarks of docs/benchmarks.md (needs root and a quie
 	@BELAY_BIN=$(CURDIR)/$(BIN) exec $(BIN)/bench $(BENCHFLAGS)
 
 man: build ## man pages into bin/man
-	@mkdir -p $(BIN)/man && $(BIN)/belay man $(BIN)/man && ls $(BIN)/man
+	@mkdir -p $(BIN)/man && $(BIN)/belay man $(BIN)/man && dist/package/pages $(BIN) $(BIN)/man && ls $(BIN)/man
 
 completion: build ## shell completions into bin/completion
 	@mkdir -p $(BIN)/completion && for s in bash zsh fish; do $(BIN)/belay completion $$s >$(BIN)/completion/belay.$$s; done && ls $(BIN)/completion

@@ -139,6 +139,9 @@ var content = []string{
 	"-rw-r--r-- /usr/share/fish/vendor_completions.d/belay.fish",
 	"-rw-r--r-- /usr/share/man/man8/belay.8.gz",
 	"-rw-r--r-- /usr/share/man/man8/belay-hold.8.gz",
+	"-rw-r--r-- /usr/share/man/man8/belayd.8.gz",
+	"-rw-r--r-- /usr/share/man/man8/belay-leash.8.gz",
+	"-rw-r--r-- /usr/share/man/man8/belay-kernel.8.gz",
 	"-rw-r--r-- /usr/share/doc/belay/copyright",
 	"-rw-r--r-- /usr/share/doc/belay/LICENSE",
 	"-rw-r--r-- /usr/share/doc/belay/THIRD-PARTY.gz",
@@ -306,6 +309,33 @@ func TestPrograms(t *testing.T) {
 	}
 	if out := must(t, root+"/usr/sbin/belayd", "-config", root+"/etc/belay/belayd.toml", "-check"); !strings.Contains(out, ": ok, ") {
 		t.Errorf("the configuration of the package: %s", out)
+	}
+}
+
+// TestPages: the page of each program that people do not speak to has each of its flags, and
+// reads as a page.
+func TestPages(t *testing.T) {
+	t.Parallel()
+	root := unpacked(t, "belay_*.deb")
+	for _, program := range []string{"belayd", "belay-leash", "belay-kernel"} {
+		file := root + "/usr/share/man/man8/" + program + ".8.gz"
+		text := strings.ReplaceAll(must(t, "zcat", file), `\-`, "-")
+		help, _ := output(t, nil, root+"/usr/sbin/"+program, "-help")
+		flags := regexp.MustCompile(`(?m)^  (-[a-z-]+)`).FindAllStringSubmatch(help, -1)
+		if len(flags) < 2 {
+			t.Fatalf("%s -help: %s", program, help)
+		}
+		for _, f := range flags {
+			if !strings.Contains(text, "\n.TP\n.B "+f[1]) {
+				t.Errorf("%s(8) has not %s", program, f[1])
+			}
+		}
+		if _, err := exec.LookPath("groff"); err != nil {
+			continue
+		}
+		if out, err := output(t, nil, "sh", "-c", "zcat "+file+" | groff -man -ww -z"); err != nil || out != "" {
+			t.Errorf("%s(8): %v\n%s", program, err, out)
+		}
 	}
 }
 
