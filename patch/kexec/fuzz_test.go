@@ -82,7 +82,7 @@ func FuzzTree(f *testing.F) {
 				t.Errorf("%q: %v is within memory", cmdline, r)
 			}
 		}
-		_ = tree.Missing(DefaultDir)
+		_ = tree.Missing(DefaultDir, 1<<30)
 		if release, err := tree.release("/boot/vmlinuz"); err == nil && (release == "" || strings.ContainsAny(release, " \x00")) {
 			t.Errorf("the release is %q", release)
 		}
