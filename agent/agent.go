@@ -79,6 +79,7 @@ type Definer interface {
 type Noter interface {
 	SetNote(ctx context.Context, uuid, text string) error
 	Note(ctx context.Context, uuid string) (string, error)
+	SetPolicy(ctx context.Context, uuid, text string) error
 }
 
 // Follower follows jobs and events.

@@ -11,9 +11,9 @@ import (
 )
 
 // groupsOf are the anti-affinity groups that a guest is in, sorted: those of its
-// <metadata>, and those of the configuration. nil is none.
+// <metadata>, those of the configuration, and of policies in both. nil is none.
 func (a *Agent) groupsOf(g maint.Guest) []string {
-	groups := slices.Clone(g.AntiAffinity)
+	groups := append(slices.Clone(g.AntiAffinity), a.policyGroups(g)...)
 	for _, name := range slices.Sorted(maps.Keys(a.cfg.AntiAffinity)) {
 		if matches(a.cfg.AntiAffinity[name], maint.EventGuest{UUID: g.UUID, Name: g.Name}) {
 			groups = append(groups, name)

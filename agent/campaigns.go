@@ -72,6 +72,14 @@ func CheckWindows(cfg config.Config) error {
 			return fmt.Errorf("configuration: events.windows, number %d: %w", i+1, err)
 		}
 	}
+	if _, err := window.Parse(cfg.Policy.Policy().Windows...); err != nil {
+		return fmt.Errorf("configuration: policy: %w", err)
+	}
+	for i, g := range cfg.Policy.Guests {
+		if _, err := window.Parse(g.Policy().Windows...); err != nil {
+			return fmt.Errorf("configuration: policy.guests, number %d: %w", i+1, err)
+		}
+	}
 	return nil
 }
 

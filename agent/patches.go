@@ -188,11 +188,11 @@ func patched(s *run.Scratch) func(maint.PatchResult) error {
 // qemuSteps are those of a livepatch of QEMUs. A QEMU that may be inconsistent ends it as it
 // is: nothing more is touched.
 func (a *Agent) qemuSteps(op maint.Op) []run.Step {
-	l := a.preserve.Live
 	with := func(phase func(*live.QEMUPatch, context.Context, live.Scratch) error) func(context.Context, *run.Scratch) error {
 		return func(ctx context.Context, s *run.Scratch) error {
-			err := phase(&live.QEMUPatch{UserSpace: l.UserSpace, Store: l.Containers, Keys: l.Host.Keys, Request: *op.Patch, Guests: a.hyp.Guests,
-				Process: l.Process, Answers: a.qemuAnswers, Record: patched(s)}, ctx, s)
+			j := a.qemuPatch(*op.Patch)
+			j.Record = patched(s)
+			err := phase(j, ctx, s)
 			if live.Unsure(err) {
 				return &run.Stuck{Problem: maint.AsProblem(err, maint.CodeQEMUUnsure, "QEMU")}
 			}
@@ -203,6 +203,12 @@ func (a *Agent) qemuSteps(op maint.Op) []run.Step {
 		{Name: live.PhasePreflight, Do: with((*live.QEMUPatch).Preflight)},
 		{Name: live.PhaseQEMU, Do: with((*live.QEMUPatch).Perform), Undo: with((*live.QEMUPatch).Undo)},
 	}
+}
+
+// qemuPatch is a livepatch of QEMUs as it is asked for.
+func (a *Agent) qemuPatch(r maint.PatchRequest) *live.QEMUPatch {
+	l := a.preserve.Live
+	return &live.QEMUPatch{UserSpace: l.UserSpace, Store: l.Containers, Keys: l.Host.Keys, Request: r, Guests: a.hyp.Guests, Process: l.Process, Answers: a.qemuAnswers}
 }
 
 // qemuAnswers asks a guest's QEMU for its state: its main loop runs.

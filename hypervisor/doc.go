@@ -6,7 +6,7 @@
 //	 │     Ping Info Guests Guest GuestXML CompareCPU DryRun QMP
 //	 │     QuitMigrated QuitIncoming
 //	 │     AbortJob Job CompletedJob SetAutostart Define UndefineInactive Launch SavedXML
-//	 │     SetNote Note
+//	 │     SetNote Note SetPolicy
 //	 ├─ fan of up to 24 more, see Warm           the same, for many guests at once
 //	 │     Suspend Resume State GuestTime SetGuestTime AgentCommand
 //	 ├─ events connection, kept by Run           lifecycle, agent state

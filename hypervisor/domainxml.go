@@ -26,6 +26,7 @@ type domainXML struct {
 		Placement struct {
 			AntiAffinity string `xml:"anti-affinity,attr"`
 		} `xml:"urn:belay:placement:1 placement"`
+		Policy string `xml:"urn:belay:policy:1 policy"`
 	} `xml:"metadata"`
 	MemoryBacking struct {
 		HugePages *struct {
@@ -163,6 +164,7 @@ func fill(g *maint.Guest, text string) error {
 		}
 	}
 	slices.Sort(g.AntiAffinity)
+	g.Policy = d.Metadata.Policy
 	g.Agent = maint.AgentNone
 	g.Disks, g.Devices = []maint.Disk{}, []maint.Device{}
 	for i := range d.Devices.All {

@@ -10,19 +10,21 @@ import (
 )
 
 const (
-	// metadataURI names the element that is Belay's in a domain's <metadata>,
-	// and metadataKey is its prefix there.
-	metadataURI = "urn:belay:events:1"
-	metadataKey = "belay"
+	// noteURI and policyURI name the elements that are Belay's in a domain's <metadata>, and
+	// noteKey and policyKey are their prefixes there.
+	noteURI   = "urn:belay:events:1"
+	noteKey   = "belay"
+	policyURI = "urn:belay:policy:1"
+	policyKey = "belay-policy"
 )
 
 // errNoMetadata is VIR_ERR_NO_DOMAIN_METADATA.
 const errNoMetadata = libvirt.ErrNoDomainMetadata
 
-// note is Belay's element.
+// note is an element of Belay's; its name is events or policy.
 type note struct {
-	XMLName xml.Name `xml:"events"`
-	Text    string   `xml:",chardata"`
+	XMLName xml.Name
+	Text    string `xml:",chardata"`
 }
 
 // SetNote keeps a text with a guest: it goes with it wherever it is migrated, and
@@ -31,11 +33,23 @@ type note struct {
 //
 // Source: virDomainSetMetadata with VIR_DOMAIN_METADATA_ELEMENT.
 func (h *Host) SetNote(ctx context.Context, uuid, text string) error {
+	return h.setElement(ctx, uuid, "events", noteKey, noteURI, text)
+}
+
+// SetPolicy keeps the text of a policy with a guest, as SetNote does a note: maint.Guest has
+// it. "" removes it.
+//
+// Source: virDomainSetMetadata with VIR_DOMAIN_METADATA_ELEMENT.
+func (h *Host) SetPolicy(ctx context.Context, uuid, text string) error {
+	return h.setElement(ctx, uuid, "policy", policyKey, policyURI, text)
+}
+
+func (h *Host) setElement(ctx context.Context, uuid, name, key, uri, text string) error {
 	var element libvirt.OptString // none removes it
 	if text != "" {
-		b, err := xml.Marshal(note{Text: text})
+		b, err := xml.Marshal(note{XMLName: xml.Name{Local: name}, Text: text})
 		if err != nil {
-			return fmt.Errorf("cannot write a note of guest %s: %w", uuid, err)
+			return fmt.Errorf("cannot write <%s> of guest %s: %w", name, uuid, err)
 		}
 		element = libvirt.OptString{string(b)}
 	}
@@ -46,7 +60,7 @@ func (h *Host) SetNote(ctx context.Context, uuid, text string) error {
 		}
 		_, err = call(s, "DomainSetMetadata", func(l *libvirt.Libvirt) (struct{}, error) {
 			return struct{}{}, l.DomainSetMetadata(d, int32(libvirt.DomainMetadataElement), element,
-				libvirt.OptString{metadataKey}, libvirt.OptString{metadataURI}, flags)
+				libvirt.OptString{key}, libvirt.OptString{uri}, flags)
 		})
 		if text == "" && isCode(err, errNoMetadata) {
 			return nil
@@ -81,7 +95,7 @@ func (s *session) places(d libvirt.Domain) (flags libvirt.DomainModificationImpa
 func (h *Host) Note(ctx context.Context, uuid string) (text string, err error) {
 	err = h.onDomain(ctx, uuid, func(s *session, d libvirt.Domain) error {
 		element, err := call(s, "DomainGetMetadata", func(l *libvirt.Libvirt) (string, error) {
-			return l.DomainGetMetadata(d, int32(libvirt.DomainMetadataElement), libvirt.OptString{metadataURI}, libvirt.DomainAffectCurrent)
+			return l.DomainGetMetadata(d, int32(libvirt.DomainMetadataElement), libvirt.OptString{noteURI}, libvirt.DomainAffectCurrent)
 		})
 		if isCode(err, errNoMetadata) {
 			return nil

@@ -151,6 +151,11 @@ func (m mortalHost) SetNote(ctx context.Context, uuid, text string) error {
 	return m.Hypervisor.SetNote(ctx, uuid, text)
 }
 
+func (m mortalHost) SetPolicy(ctx context.Context, uuid, text string) error {
+	defer m.around("SetPolicy")()
+	return m.Hypervisor.SetPolicy(ctx, uuid, text)
+}
+
 func (m mortalHost) Note(ctx context.Context, uuid string) (string, error) {
 	defer m.around("Note")()
 	return m.Hypervisor.Note(ctx, uuid)

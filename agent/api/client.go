@@ -172,6 +172,26 @@ func (c *Client) Restore(ctx context.Context, r maint.RestoreRequest) (op maint.
 	return op, c.call(ctx, "POST", "/v1/restores", r, &op)
 }
 
+// Plan asks how an update would be done.
+func (c *Client) Plan(ctx context.Context, r maint.PlanRequest) (p maint.Plan, err error) {
+	return p, c.call(ctx, "POST", "/v1/plans", r, &p)
+}
+
+// Policies lists the policies of all guests.
+func (c *Client) Policies(ctx context.Context) (all []maint.PolicyView, err error) {
+	return all, c.call(ctx, "GET", "/v1/policies", nil, &all)
+}
+
+// Policy asks for that of one.
+func (c *Client) Policy(ctx context.Context, guest string) (v maint.PolicyView, err error) {
+	return v, c.call(ctx, "GET", "/v1/guests/"+segment(guest)+"/policy", nil, &v)
+}
+
+// SetPolicy gives a guest another one.
+func (c *Client) SetPolicy(ctx context.Context, guest string, p maint.GuestPolicy) (v maint.PolicyView, err error) {
+	return v, c.call(ctx, "PUT", "/v1/guests/"+segment(guest)+"/policy", p, &v)
+}
+
 // Patches asks what is changed of the running host.
 func (c *Client) Patches(ctx context.Context) (v maint.PatchView, err error) {
 	return v, c.call(ctx, "GET", "/v1/patches", nil, &v)

@@ -136,6 +136,22 @@ func (f *fakeAgent) PlanKexec(_ context.Context, by string, r maint.KexecRequest
 	return maint.KexecPlan{}, f.called("PlanKexec "+r.Kernel, by)
 }
 
+func (f *fakeAgent) Plan(_ context.Context, r maint.PlanRequest) (maint.Plan, error) {
+	return maint.Plan{}, f.called("Plan "+r.Manifest, "")
+}
+
+func (f *fakeAgent) Policies(context.Context) ([]maint.PolicyView, error) {
+	return nil, f.called("Policies", "")
+}
+
+func (f *fakeAgent) Policy(_ context.Context, guest string) (maint.PolicyView, error) {
+	return maint.PolicyView{}, f.called("Policy "+guest, "")
+}
+
+func (f *fakeAgent) SetPolicy(_ context.Context, by, guest string, p maint.GuestPolicy) (maint.PolicyView, error) {
+	return maint.PolicyView{}, f.called(fmt.Sprintf("SetPolicy %s %v", guest, p.Refuse), by)
+}
+
 func (f *fakeAgent) Patches(context.Context) (maint.PatchView, error) {
 	return maint.PatchView{}, f.called("Patches", "")
 }

@@ -136,6 +136,16 @@ type Clocks interface {
 	SyncClock(ctx context.Context, by, guest string) ([]maint.ClockReport, error)
 }
 
+// Planning is how an update would be done, and what guests allow.
+type Planning interface {
+	// Plan says how an update would be done to this host, and changes nothing.
+	Plan(ctx context.Context, r maint.PlanRequest) (maint.Plan, error)
+	Policies(ctx context.Context) ([]maint.PolicyView, error)
+	Policy(ctx context.Context, guest string) (maint.PolicyView, error)
+	// SetPolicy puts a policy into a guest's definition, in place of what it has there.
+	SetPolicy(ctx context.Context, by, guest string, p maint.GuestPolicy) (maint.PolicyView, error)
+}
+
 // PeerSide is what one host asks of another. from is the asking host's
 // certificate name.
 type PeerSide interface {
@@ -182,6 +192,7 @@ type Agent interface {
 	Events
 	Campaigns
 	Patching
+	Planning
 	PeerSide
 }
 
@@ -282,6 +293,16 @@ func routes(a Agent) []route {
 		}},
 		{"GET", "/v1/patches/coverage", viewers, func(r *http.Request, _ Caller) (any, error) {
 			return a.Coverage(r.Context(), r.URL.Query().Get("change"))
+		}},
+		{"POST", "/v1/plans", operators, func(r *http.Request, _ Caller) (any, error) {
+			return with(r, func(q maint.PlanRequest) (any, error) { return a.Plan(r.Context(), q) })
+		}},
+		{"GET", "/v1/policies", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Policies(r.Context()) }},
+		{"GET", "/v1/guests/{guest}/policy", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Policy(r.Context(), r.PathValue("guest")) }},
+		{"PUT", "/v1/guests/{guest}/policy", operators, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q maint.GuestPolicy) (any, error) {
+				return a.SetPolicy(r.Context(), c.Name, r.PathValue("guest"), q)
+			})
 		}},
 		{"PUT", "/v1/cordon", operators, func(r *http.Request, c Caller) (any, error) {
 			return with(r, func(q Reason) (any, error) { return a.Cordon(r.Context(), c.Name, q.Reason) })

@@ -45,6 +45,7 @@ type Config struct {
 	Events    Events          `toml:"events"`
 	Patch     Patch           `toml:"patch"`
 	Kexec     Kexec           `toml:"kexec"`
+	Policy    Policy          `toml:"policy"`
 	Journal   Journal         `toml:"journal"`
 	Peers     map[string]Peer `toml:"peers"`
 	// AntiAffinity are groups of guests, by name, of which there is to be one on
@@ -392,6 +393,7 @@ func (c *Config) check() error {
 		}
 		named("anti_affinity."+name, guests)
 	}
+	c.Policy.check(bad, named)
 	for i := range c.Health {
 		key := fmt.Sprintf("health, number %d", i+1)
 		named(key, c.Health[i].Guests)

@@ -135,6 +135,22 @@ components = ["libvirtd.service"]
 [kexec]
 dir = "/memory"
 cold_start = true
+[policy]
+max_pause = "20s"
+refuse = ["B3"]
+[[policy.guests]]
+names = ["shop-*"]
+max_pause = "2s"
+max_blackout = "500ms"
+refuse = []
+prefer = ["D"]
+ask = ["B"]
+notice = "24h"
+security_notice = "1h"
+anti_affinity = ["shop"]
+priority = 10
+owner = "shop"
+windows = [{rule = "FREQ=DAILY;BYHOUR=2", zone = "Europe/Berlin", length = "3h", from = "2026-12-01", except = ["2026-12-24"]}]
 [anti_affinity]
 db = ["db-*"]
 [events.owners.shop]
@@ -179,6 +195,11 @@ libvirt_uri = "qemu+ssh://root@host-c/system"
 			Notice: map[string]Duration{"Freeze": {20 * time.Minute}}, Owners: map[string]Owner{"shop": {Guests: []string{"shop-*"}}},
 			Windows: []Window{{Guests: []string{"shop-*"}, Rule: "FREQ=DAILY;BYHOUR=2", Zone: "Europe/Berlin", Length: Duration{3 * time.Hour},
 				From: "2026-12-01", Except: []string{"2026-12-24"}}}},
+		Policy: Policy{Rules: Rules{MaxPause: &Duration{20 * time.Second}, Refuse: []maint.Rung{"B3"}},
+			Guests: []GuestRules{{Names: []string{"shop-*"}, Rules: Rules{MaxPause: &Duration{2 * time.Second}, MaxBlackout: &Duration{500 * time.Millisecond},
+				Refuse: []maint.Rung{}, Prefer: []maint.Rung{"D"}, Ask: []maint.Rung{"B"}, Notice: &Duration{24 * time.Hour}, SecurityNotice: &Duration{time.Hour},
+				AntiAffinity: []string{"shop"}, Priority: 10, Owner: "shop", Windows: []RulesWindow{{Rule: "FREQ=DAILY;BYHOUR=2", Zone: "Europe/Berlin",
+					Length: Duration{3 * time.Hour}, From: "2026-12-01", Except: []string{"2026-12-24"}}}}}}},
 		Journal: Journal{Keep: Duration{24 * time.Hour}}, AntiAffinity: map[string][]string{"db": {"db-*"}},
 		Peers: map[string]Peer{
 			"host-b": {Address: "192.0.2.2:7443", CertName: "host-b", LibvirtURI: "qemu+tls://host-b/system", MigrateURI: "tcp://192.0.2.2"},

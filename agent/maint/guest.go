@@ -59,8 +59,10 @@ type Guest struct {
 	// AntiAffinity are the groups that its <metadata> puts it in: of each there
 	// should be one guest on a host.
 	AntiAffinity []string `json:"anti_affinity,omitempty"`
-	Disks        []Disk   `json:"disks"`
-	Devices      []Device `json:"devices"`
+	// Policy is the text of the policy in its <metadata>, "" for none.
+	Policy  string   `json:"policy,omitempty"`
+	Disks   []Disk   `json:"disks"`
+	Devices []Device `json:"devices"`
 
 	// Job is the domain job in progress, "" when there is none:
 	// "migration out", "migration in", "save", … (virDomainJobOperation).

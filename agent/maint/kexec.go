@@ -71,15 +71,15 @@ type KexecGuest struct {
 
 // KexecResult is what became of the host's kernel and of its guests.
 type KexecResult struct {
-	Before     string       `json:"before"` // uname -r
-	After      string       `json:"after"`
-	BootBefore string       `json:"boot_before"` // boot IDs of the host
-	BootAfter  string       `json:"boot_after"`
+	Before     string `json:"before"` // uname -r
+	After      string `json:"after"`
+	BootBefore string `json:"boot_before"` // boot IDs of the host
+	BootAfter  string `json:"boot_after"`
 	// Down is from the host's being told to go down to the new kernel's start, Up from there
 	// until guests were restored; 0 where that is not known.
 	Down   time.Duration `json:"down_ns,omitempty"`
 	Up     time.Duration `json:"up_ns,omitempty"`
-	Guests     []KexecGuest `json:"guests"`
+	Guests []KexecGuest  `json:"guests"`
 }
 
 // The codes of what a new kernel meets.

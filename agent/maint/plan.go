@@ -20,7 +20,8 @@ type PlanOptions struct {
 
 // PlanRequest asks for a plan.
 type PlanRequest struct {
-	Manifest string      `json:"manifest"` // its text, TOML
+	Name     string      `json:"name,omitempty"` // of the manifest, for what is said of it
+	Manifest string      `json:"manifest"`       // its text, TOML
 	Options  PlanOptions `json:"options"`
 }
 
@@ -176,7 +177,7 @@ func DecodePlan(name string, b []byte) (p Plan, err error) {
 	case p.Version != PlanVersion:
 		return bad("is of version %d, and this Belay reads %d", p.Version, PlanVersion)
 	case p.Hash != p.hash():
-		return bad("has been changed since it was made: its hash is %.12s, and it says %.12s", p.hash(), p.Hash)
+		return bad("has been changed since it was made: its hash is %.12s, and it says %.12q", p.hash(), p.Hash)
 	case !bytes.Equal(b, p.encode()):
 		return bad("is not in the form in which it was written")
 	}

@@ -6,7 +6,7 @@ import (
 )
 
 // GuestPolicy is what may be done to a guest, and when. The zero value of a field says
-// nothing, so that policies can be laid over each other.
+// nothing, so that policies can be laid over each other; an empty list says none.
 type GuestPolicy struct {
 	// MaxPause is the longest that it may stand still by rung B, and MaxBlackout by D;
 	// 0 is no limit.
@@ -14,17 +14,17 @@ type GuestPolicy struct {
 	MaxBlackout time.Duration `json:"max_blackout_ns,omitempty"`
 	// Refuse are rungs that are not for it, and Prefer those that are taken before others
 	// that it would feel less. B is B1, B2 and B3.
-	Refuse []Rung `json:"refuse,omitempty"`
-	Prefer []Rung `json:"prefer,omitempty"`
+	Refuse []Rung `json:"refuse,omitzero"`
+	Prefer []Rung `json:"prefer,omitzero"`
 	// Ask are rungs that wait for its owner's approval, or for the update's deadline:
 	// rung C.
-	Ask []Rung `json:"ask,omitempty"`
+	Ask []Rung `json:"ask,omitzero"`
 	// Notice is how long beforehand it is told, and SecurityNotice that of an update that
 	// closes a hole; never shorter than MinimumNotice.
 	Notice         time.Duration `json:"notice_ns,omitempty"`
 	SecurityNotice time.Duration `json:"security_notice_ns,omitempty"`
 	// Windows are when it may be disturbed; none: at any time.
-	Windows []Window `json:"windows,omitempty"`
+	Windows []Window `json:"windows,omitzero"`
 	// AntiAffinity are groups of which there is to be one guest on a host.
 	AntiAffinity []string `json:"anti_affinity,omitempty"`
 	// Priority is who is served where not all can be, and whose move begins first: the
@@ -152,4 +152,16 @@ func (p GuestPolicy) Check(subject string) (ps []Problem) {
 		return 1
 	})
 	return ps
+}
+
+// PolicyView is a guest's policy, and what it comes to.
+type PolicyView struct {
+	Guest string `json:"guest"`
+	UUID  string `json:"uuid"`
+	// Own is what it has in its <metadata>, Whole that laid over what the configuration
+	// has for it, and for all.
+	Own   GuestPolicy `json:"own"`
+	Whole GuestPolicy `json:"whole"`
+	// Problems are what contradicts itself, or something else.
+	Problems []Problem `json:"problems"`
 }

@@ -3,6 +3,7 @@ package plan
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"belay/agent/maint"
@@ -188,7 +189,11 @@ func StepName(s maint.HostStep) string {
 		}
 		return job + " " + s.Unit
 	}
-	return fmt.Sprintf("%q", s.Command)
+	words := make([]string, len(s.Command))
+	for i, w := range s.Command {
+		words[i] = maint.ShellWord(w)
+	}
+	return strings.Join(words, " ")
 }
 
 // calibration is how good predictions have been, by rung and method.

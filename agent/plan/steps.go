@@ -124,7 +124,7 @@ func (w *writer) change(i int) {
 	switch {
 	case way.rung == maint.RungA:
 		s.Kind, s.Text = maint.PlanPatch, c.Name+": "+doing(c)
-		if c.Kind == maint.ChangeLivepatch {
+		if c.File != "" {
 			s.Undo = "it is taken back"
 		}
 	case way.rung == maint.RungB2:
@@ -207,6 +207,8 @@ func doing(c maint.Change) string {
 	switch {
 	case c.Kind == maint.ChangeLivepatch:
 		return "load " + c.File
+	case c.Kind == maint.ChangeQEMU:
+		return "patch guests' QEMUs by " + c.File
 	case c.Kind == maint.ChangeMicrocode && c.Apply == nil:
 		return "load CPU microcode"
 	case c.Apply != nil:

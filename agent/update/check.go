@@ -125,12 +125,17 @@ func (c *checker) change(m maint.Change) {
 			c.add("name it once", "rung %s is named twice", r)
 		}
 	}
-	c.own("file", m.File, m.Kind == maint.ChangeLivepatch, m.Kind == maint.ChangeLivepatch)
+	hot := m.Kind == maint.ChangeQEMU && slices.Contains(m.Rungs, maint.RungA)
+	c.own("file", m.File, m.Kind == maint.ChangeLivepatch || m.Kind == maint.ChangeQEMU, m.Kind == maint.ChangeLivepatch || hot)
 	boots := m.Kind.BootsKernel() && slices.Contains(m.Rungs, maint.RungB3)
 	c.own("kernel", m.Kernel, m.Kind.BootsKernel(), boots)
 	c.own("initrd", m.Initrd, m.Kind.BootsKernel(), boots)
-	if m.File != "" && !strings.HasSuffix(m.File, ".ko") {
-		c.add("name the module; its manifest and signature are beside it", "file %.70q does not end in .ko", m.File)
+	ext := ".ko"
+	if m.Kind == maint.ChangeQEMU {
+		ext = ".so"
+	}
+	if m.File != "" && !strings.HasSuffix(m.File, ext) {
+		c.add("name the livepatch; its manifest and signature are beside it", "file %.70q does not end in %s", m.File, ext)
 	}
 	if m.Append != "" && m.Kernel == "" {
 		c.add("name the kernel, or take it out", "append is a kernel's command line, and there is no kernel")

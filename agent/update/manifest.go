@@ -190,6 +190,9 @@ func usual(c maint.Change) []maint.Rung {
 	return slices.DeleteFunc(c.Kind.Rungs(), func(r maint.Rung) bool {
 		switch r {
 		case maint.RungA:
+			if c.Kind == maint.ChangeQEMU {
+				return c.File == ""
+			}
 			return c.Kind != maint.ChangeLivepatch && c.Kind != maint.ChangeMicrocode && (c.Kind != maint.ChangeService || c.Apply == nil || c.Apply.Unit == "")
 		case maint.RungB3:
 			return c.Kind.BootsKernel() && c.Kernel == "" && c.Initrd == ""

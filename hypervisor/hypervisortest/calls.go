@@ -277,6 +277,18 @@ func (h *Host) SetNote(ctx context.Context, uuid, text string) error {
 	return err
 }
 
+// SetPolicy keeps a policy with a guest.
+func (h *Host) SetPolicy(ctx context.Context, uuid, text string) error {
+	_, err := onGuest(ctx, h, "SetPolicy", uuid, func(g *guest) (struct{}, error) {
+		if err := g.idle(); err != nil {
+			return struct{}{}, err
+		}
+		g.Policy = text
+		return struct{}{}, nil
+	})
+	return err
+}
+
 // Note gives it back.
 func (h *Host) Note(ctx context.Context, uuid string) (string, error) {
 	return onGuest(ctx, h, "Note", uuid, func(g *guest) (string, error) { return g.note, nil })

@@ -143,6 +143,7 @@ func testUnknownGuest(t *testing.T, env Env) {
 			"LiftBandwidth":    func() error { return h.LiftBandwidth(ctx, uuid) },
 			"SetAutostart":     func() error { return h.SetAutostart(ctx, uuid, true) },
 			"SetNote":          func() error { return h.SetNote(ctx, uuid, "x") },
+			"SetPolicy":        func() error { return h.SetPolicy(ctx, uuid, "x") },
 			"Note":             func() error { _, err := h.Note(ctx, uuid); return err },
 			"UndefineInactive": func() error { return h.UndefineInactive(ctx, uuid) },
 			"Launch":           func() error { return h.Launch(ctx, uuid) },
@@ -183,6 +184,17 @@ func testDefinitions(t *testing.T, env Env) {
 		must(t, h.SetNote(ctx, uuid, text))
 		if got, err := h.Note(ctx, uuid); err != nil || got != text {
 			t.Errorf("note %q, %v, not %q", got, err, text)
+		}
+		must(t, h.SetPolicy(ctx, uuid, "p"+text))
+		if g := look(t, env.A, uuid); g.Policy != "p"+text {
+			t.Errorf("policy %q, not %q", g.Policy, "p"+text)
+		}
+	}
+
+	for range 2 {
+		must(t, h.SetPolicy(ctx, uuid, ""))
+		if g := look(t, env.A, uuid); g.Policy != "" {
+			t.Errorf("policy %q, which was taken away", g.Policy)
 		}
 	}
 

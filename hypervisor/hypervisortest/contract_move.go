@@ -33,13 +33,14 @@ func testMove(t *testing.T, env Env) {
 	uuid := newGuest(t, env, "move")
 	w := watch(t, env, uuid)
 	must(t, env.A.Hypervisor().SetNote(ctx, uuid, "goes along"))
+	must(t, env.A.Hypervisor().SetPolicy(ctx, uuid, "goes along, too"))
 	must(t, env.A.Hypervisor().Migrate(ctx, uuid, maint.MoveParams{DestURI: env.B.URI(), Persist: true}))
 
 	wantState(t, env.B, uuid, maint.GuestRunning, "migrated")
 	if text, err := env.B.Hypervisor().Note(ctx, uuid); err != nil || text != "goes along" {
 		t.Errorf("note %q, %v", text, err)
 	}
-	if g := look(t, env.B, uuid); !g.Persistent || g.Job != "" {
+	if g := look(t, env.B, uuid); !g.Persistent || g.Job != "" || g.Policy != "goes along, too" {
 		t.Errorf("guest on the destination: %+v", g)
 	}
 	wantGone(t, env.A, uuid)

@@ -43,6 +43,7 @@ type Hypervisor interface {
 	Launch(ctx context.Context, uuid string) error
 	SetNote(ctx context.Context, uuid, text string) error
 	Note(ctx context.Context, uuid string) (string, error)
+	SetPolicy(ctx context.Context, uuid, text string) error
 
 	Warm(ctx context.Context, n int) error
 	Suspend(ctx context.Context, uuid string) error

@@ -17,8 +17,15 @@ func (g *guest) xml(id int) (text, cpu string) {
 		fmt.Fprintf(&b, " id='%d'", id)
 	}
 	fmt.Fprintf(&b, "><name>%s</name><uuid>%s</uuid><memory unit='b'>%d</memory>", escape(g.Name), g.UUID, g.MemoryBytes)
+	var metadata string
 	if len(g.AntiAffinity) > 0 {
-		fmt.Fprintf(&b, "<metadata><placement xmlns='urn:belay:placement:1' anti-affinity='%s'/></metadata>", escape(strings.Join(g.AntiAffinity, " ")))
+		metadata = fmt.Sprintf("<placement xmlns='urn:belay:placement:1' anti-affinity='%s'/>", escape(strings.Join(g.AntiAffinity, " ")))
+	}
+	if g.Policy != "" {
+		metadata += fmt.Sprintf("<p:policy xmlns:p='urn:belay:policy:1'>%s</p:policy>", escape(g.Policy))
+	}
+	if metadata != "" {
+		fmt.Fprintf(&b, "<metadata>%s</metadata>", metadata)
 	}
 	b.WriteString(g.memoryXML())
 	fmt.Fprintf(&b, "<vcpu>%d</vcpu><os><type machine='%s'>hvm</type></os>", g.VCPUs, escape(g.MachineType))

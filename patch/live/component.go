@@ -43,19 +43,27 @@ var reloadOnly = []string{"virtlogd.service", "virtlockd.service"}
 func (c *Component) step() maint.HostStep { return maint.HostStep{Unit: c.Unit, Job: c.Job} }
 func (c *Component) stepName() string     { return string(c.Op) + "-unit" }
 
+// ComponentProblems is why a unit may not be restarted, or reloaded, under the guests.
+func ComponentProblems(unit, job string, allowed []string) []maint.Problem {
+	refuse := func(remedy, format string, args ...any) []maint.Problem {
+		return []maint.Problem{*maint.Problemf(maint.CodeComponent, "unit "+unit, remedy, format, args...)}
+	}
+	switch {
+	case !slices.Contains(allowed, unit):
+		return refuse("add it to patch.components if guests do not touch it; else hold them meanwhile (belay hold --unit)", "is not listed as one that guests do not touch")
+	case job != "" && job != "restart" && job != "reload":
+		return refuse("restart or reload it", "%q is no job for it", job)
+	case slices.Contains(reloadOnly, unit) && job != "reload":
+		return refuse("reload it (--reload): it executes itself anew, and keeps what it has open", "guests lose their logs or leases when it is restarted")
+	}
+	return nil
+}
+
 // Preflight judges whether the unit may be restarted, and notes how guests are.
 func (c *Component) Preflight(ctx context.Context, s Scratch) error {
 	what := "cannot restart " + c.Unit
-	refuse := func(remedy, format string, args ...any) error {
-		return maint.Refuse(what, []maint.Problem{*maint.Problemf(maint.CodeComponent, "unit "+c.Unit, remedy, format, args...)})
-	}
-	switch {
-	case !slices.Contains(c.Allowed, c.Unit):
-		return refuse("add it to patch.components if guests do not touch it; else hold them meanwhile (belay hold --unit)", "is not listed as one that guests do not touch")
-	case c.Job != "" && c.Job != "restart" && c.Job != "reload":
-		return refuse("restart or reload it", "%q is no job for it", c.Job)
-	case slices.Contains(reloadOnly, c.Unit) && c.Job != "reload":
-		return refuse("reload it (--reload): it executes itself anew, and keeps what it has open", "guests lose their logs or leases when it is restarted")
+	if problems := ComponentProblems(c.Unit, c.Job, c.Allowed); len(problems) > 0 {
+		return maint.Refuse(what, problems)
 	}
 	if problems := c.Steps.Check(ctx, c.step()); len(problems) > 0 {
 		return maint.Refuse(what, problems)

@@ -44,18 +44,36 @@ type qemuGuest struct {
 
 // Preflight judges the livepatch and every guest's QEMU, and keeps a copy.
 func (j *QEMUPatch) Preflight(ctx context.Context, s Scratch) error {
-	what := "cannot patch QEMU"
-	refuse := func(problems ...maint.Problem) error { return maint.Refuse(what, problems) }
+	plan, a, problems := j.judge(ctx)
+	// Those of earlier operations are of no more use.
+	if len(problems) == 0 {
+		if err := errors.Join(j.Store.Keep(), j.Store.Put(plan.Patch.Name, a)); err != nil {
+			problems = []maint.Problem{*maint.Problemf(maint.CodePatchFile, "folder "+j.Store.Dir, "make it writable, and room in it", "no copy can be kept: %v", err)}
+		}
+	}
+	if err := maint.Refuse("cannot patch QEMU", problems); err != nil {
+		return err
+	}
+	return s.Save(plan)
+}
+
+// Judge lists what stands in the way, and changes nothing.
+func (j *QEMUPatch) Judge(ctx context.Context) []maint.Problem {
+	_, _, problems := j.judge(ctx)
+	return problems
+}
+
+func (j *QEMUPatch) judge(ctx context.Context) (plan qemuPlan, a Artifact, problems []maint.Problem) {
 	a, m, err := j.container()
 	if err != nil {
-		return refuse(*maint.AsProblem(err, maint.CodePatchFile, "livepatch "+j.Request.File))
+		return plan, a, []maint.Problem{*maint.AsProblem(err, maint.CodePatchFile, "livepatch "+j.Request.File)}
 	}
 	guests, err := j.Guests(ctx)
 	if err != nil {
-		return refuse(*maint.Problemf(maint.CodeHypervisorDown, "libvirt", "systemctl status libvirtd virtqemud", "does not answer: %v", err))
+		return plan, a, []maint.Problem{*maint.Problemf(maint.CodeHypervisorDown, "libvirt", "systemctl status libvirtd virtqemud", "does not answer: %v", err)}
 	}
 	chosen, problems := j.choose(guests)
-	plan := qemuPlan{Patch: maint.KeptPatch{Name: m.Name, SHA256: m.SHA256, Covers: m.Covers, Functions: m.Functions}}
+	plan.Patch = maint.KeptPatch{Name: m.Name, SHA256: m.SHA256, Covers: m.Covers, Functions: m.Functions}
 	for _, g := range chosen {
 		q, err := j.Process(g.Name)
 		if err == nil {
@@ -69,14 +87,7 @@ func (j *QEMUPatch) Preflight(ctx context.Context, s Scratch) error {
 	if len(problems) == 0 && len(chosen) == 0 {
 		problems = append(problems, *maint.Problemf(maint.CodeNothing, "this host", "", "no guest runs"))
 	}
-	if len(problems) > 0 {
-		return refuse(problems...)
-	}
-	// Those of earlier operations are of no more use.
-	if err := errors.Join(j.Store.Keep(), j.Store.Put(m.Name, a)); err != nil {
-		return refuse(*maint.Problemf(maint.CodePatchFile, "folder "+j.Store.Dir, "make it writable, and room in it", "no copy can be kept: %v", err))
-	}
-	return s.Save(plan)
+	return plan, a, problems
 }
 
 func (j *QEMUPatch) container() (a Artifact, m UserManifest, err error) {
