@@ -213,6 +213,15 @@ func TestKexecGoesWrong(t *testing.T) {
 				}
 			}
 			b.whole("never", lost...)
+			// As long as a guest waits there, the host's status says so.
+			s, err := b.Client.Status(b.ctx)
+			check(t, err)
+			waits := slices.ContainsFunc(s.Conditions, func(c maint.Condition) bool {
+				return c.Code == maint.CodeKeptGuest && strings.Contains(c.Text, "app-1") && strings.Contains(c.Remedy, string(op.ID))
+			})
+			if waits != strings.Contains(c.fates, "app-1 kept") {
+				t.Errorf("%+v", s.Conditions)
+			}
 			if b.m.Loaded() {
 				t.Error("a kernel is loaded still")
 			}

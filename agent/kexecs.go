@@ -227,6 +227,22 @@ func Rescue(ctx context.Context, cfg config.Config, hyp *hypervisor.Host, log *s
 	return errors.Join(err, maint.Refuse("not all is well", problems))
 }
 
+// ofKexec is what is wrong with guests that wait in reserved memory: nobody is at work on them.
+func (a *Agent) ofKexec() []maint.Condition {
+	for _, op := range a.journal.Ops() {
+		if op.Kind == maint.OpKexec && op.State != maint.OpEnded {
+			return nil
+		}
+	}
+	k := a.preserve.Kexec
+	op, guests := k.Tree.Kept(k.Dir)
+	if len(guests) == 0 {
+		return nil
+	}
+	return []maint.Condition{{Code: maint.CodeKeptGuest, Text: fmt.Sprintf("guests wait in reserved memory (%s), saved by operation %s: %s", k.Dir, op, strings.Join(guests, ", ")),
+		Remedy: fmt.Sprintf("belay ops show %s says why; mend that, then: belayd -restore", op)}}
+}
+
 // doctorKexec says what is missing for rung B3.
 func (a *Agent) doctorKexec() []maint.Check {
 	k := a.preserve.Kexec

@@ -65,6 +65,7 @@ func (a *Agent) conditions(snap *snapshot) []maint.Condition {
 		return true
 	})
 	cs = append(cs, a.ofPatches()...)
+	cs = append(cs, a.ofKexec()...)
 	cs = append(cs, a.astray(snap.guests)...)
 	cs = append(cs, a.strayDisks()...)
 	leashes := a.leftovers()

@@ -64,6 +64,30 @@ func belayd(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	return code, out.String(), err.String()
 }
 
+// Guests are restored also where belayd cannot start: for a configuration that is wrong, or a
+// certificate that is not there.
+func TestRestoreNeedsNoIdentity(t *testing.T) {
+	t.Parallel()
+	for name, more := range map[string]string{
+		"wrong":          "kexec.dir = \"DIR/memory\"\nfrobnicate = 1\n",
+		"no certificate": "kexec.dir = \"DIR/memory\"\n[tls]\nca = \"DIR/ca.pem\"\ncert = \"DIR/cert.pem\"\nkey = \"DIR/key.pem\"\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := newHost(t, more)
+			if code, _, stderr := belayd(t, "-config", h.config); code != 2 {
+				t.Fatalf("it can start: %d, %s", code, stderr)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond) // it would wait for the memory
+			defer cancel()
+			var out, stderr strings.Builder
+			if code := serve(ctx, []string{"-config", h.config, "-restore"}, &out, &stderr); code != 1 || !strings.Contains(stderr.String(), "no file system is mounted on "+h.dir+"/memory") {
+				t.Errorf("%d, %s", code, &stderr)
+			}
+		})
+	}
+}
+
 func TestFlags(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, "")

@@ -139,6 +139,22 @@ func (m manifest) settled(dir string) bool {
 	return true
 }
 
+// Kept are the guests that a folder of reserved memory holds, and that are not restored yet or
+// given up, and the operation that has saved them.
+func (t Tree) Kept(dir string) (op maint.OpID, guests []string) {
+	dir = t.at(dir)
+	m, err := readManifest(dir)
+	if err != nil {
+		return "", nil
+	}
+	for _, e := range m.Guests {
+		if mark, err := readMark(dir, e.UUID); err != nil || mark.Stage != stageDone {
+			guests = append(guests, e.Name)
+		}
+	}
+	return m.Op, guests
+}
+
 // piece is what is summed at once, bytes.
 const piece = 16 << 20
 

@@ -142,12 +142,7 @@ func (j *Job) damaged(err error) *maint.Problem {
 
 // unsettled is why nothing is begun while guests of an earlier operation are kept.
 func (j *Job) unsettled(m manifest) *maint.Problem {
-	var names []string
-	for _, e := range m.Guests {
-		if mark, err := readMark(j.dir(), e.UUID); err != nil || mark.Stage != stageDone {
-			names = append(names, e.Name)
-		}
-	}
+	_, names := j.Tree.Kept(j.Dir)
 	return maint.Problemf(maint.CodeKeptGuest, "folder "+j.Dir, "belayd -restore; to give them up, remove the folder's manifest.json",
 		"has guests that operation %s has saved and that were not restored: %s", m.Op, strings.Join(names, ", "))
 }
