@@ -53,7 +53,7 @@ func (a *Agent) doctorA(ctx context.Context) []maint.Check {
 
 // checkQEMU: whose QEMU can be patched while it runs.
 func (a *Agent) checkQEMU() maint.Check {
-	c := maint.Check{Rung: "A", Name: "QEMU", Result: maint.CheckOK, Text: "every guest's QEMU can be patched while it runs"}
+	c := maint.Check{Rung: "A", Name: "QEMU", Result: maint.CheckOK, Text: "every guest's QEMU has libpulp.so preloaded: libraries that were built for it can be patched (belay patch qemu)"}
 	ulp := live.Libpulp{Tree: a.preserve.Live.Host.Tree}
 	var first string
 	n, names := a.running(func(g maint.Guest) bool {

@@ -29,6 +29,9 @@ func guests(s Source) []maint.GuestReport {
 		for _, g := range op.Patched.Guests {
 			all = append(all, proved(g))
 		}
+		for _, q := range op.Patched.QEMUs {
+			all = append(all, patched(q))
+		}
 	}
 	for _, m := range op.Moves {
 		all = append(all, ofMany(s, m))
@@ -153,6 +156,27 @@ func proved(p maint.GuestProof) maint.GuestReport {
 	g := maint.GuestReport{Guest: p.Guest, UUID: p.UUID, Fate: fmt.Sprintf("%s, QEMU process %d", p.State, p.QEMU), Felt: &maint.Standstill{Times: p.Pauses}}
 	if p.Problem != nil {
 		g.Problems = []maint.Problem{*p.Problem}
+	}
+	return g
+}
+
+// patched is a guest whose QEMU was patched, which is stopped for that.
+func patched(q maint.PatchedQEMU) maint.GuestReport {
+	g := maint.GuestReport{Guest: q.Guest, UUID: q.UUID, Fate: fmt.Sprintf("QEMU process %d has not the livepatch", q.PID)}
+	switch {
+	case q.Gone:
+		g.Fate = fmt.Sprintf("QEMU process %d had ended", q.PID)
+	case q.Applied:
+		g.Fate = fmt.Sprintf("QEMU process %d has the livepatch", q.PID)
+	}
+	if q.Before == q.Applied && !q.Gone {
+		g.Fate += ", as before"
+	}
+	if q.Stopped > 0 {
+		g.Felt = &maint.Standstill{Longest: q.Stopped, Times: 1, AtMost: true}
+	}
+	if q.Problem != nil {
+		g.Problems = []maint.Problem{*q.Problem}
 	}
 	return g
 }

@@ -153,6 +153,20 @@ func component() Source {
 	return Source{Host: "host-a", Now: at(1000), Op: op, Records: recs}
 }
 
+func qemus() Source {
+	op := begun("patch-3", maint.OpPatch)
+	op.Outcome = maint.OutcomeFailed
+	op.Patch = &maint.PatchRequest{Action: maint.PatchQEMU, Name: "slirp_fix", File: "/root/slirp_fix.so", All: true}
+	refused := maint.Problemf(maint.CodeQEMURefused, "guest db-1", "", "ulp has not patched it")
+	op.Problems = []maint.Problem{*refused}
+	op.Patched = &maint.PatchResult{Name: "slirp_fix", QEMUs: []maint.PatchedQEMU{{Guest: "web-1", UUID: "u1", PID: 4711, Stopped: ms(31)},
+		{Guest: "web-2", UUID: "u2", PID: 4712, Before: true, Applied: true}, {Guest: "off-1", UUID: "u3", PID: 4713, Gone: true},
+		{Guest: "db-1", UUID: "u4", PID: 4714, Stopped: ms(12), Problem: refused}}}
+	recs, steps := ran("preflight", "patch-qemu")
+	op.Steps = steps
+	return Source{Host: "host-a", Now: at(1000), Op: op, Records: recs}
+}
+
 func kernel() Source {
 	op := begun("kexec-1", maint.OpKexec)
 	op.Ended, op.Resumed, op.Outcome = at(95_000), 1, maint.OutcomePartly
@@ -183,7 +197,7 @@ func goingBack() Source {
 }
 
 var situations = map[string]func() Source{"migrate": migration, "hold": hold, "replace-vmm": replacement, "drain": drain, "restore": restored,
-	"patch-apply": livepatch, "patch-restart": component, "kexec": kernel, "going-back": goingBack}
+	"patch-apply": livepatch, "patch-restart": component, "patch-qemu": qemus, "kexec": kernel, "going-back": goingBack}
 
 func TestReports(t *testing.T) {
 	t.Parallel()

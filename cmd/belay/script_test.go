@@ -45,6 +45,7 @@ import (
 //	world op                      $OP is the newest operation on a
 //	world drain-op                $OP is the newest drain on a
 //	world patch NAME              a livepatch for a's kernel, by a vendor whom it trusts; $PATCH is its file
+//	world qemu-patch NAME         a livepatch of QEMU, likewise; web-1's takes it, and web-2's is a stock one
 //	world cut FILE                has half of it from now on
 //	world straggler               a task of a's holds up every livepatch
 //	world runs GUEST HOST         it runs there, and on no other host
@@ -106,6 +107,15 @@ func (p *stage) node(s *testscript.TestScript, name string) *agenttest.Node {
 	}
 	s.Fatalf("there is no host %q", name)
 	return nil
+}
+
+// trusted is the vendor whom a host trusts.
+func (p *stage) trusted(a *agenttest.Node) *livetest.Vendor {
+	if p.vendor == nil {
+		p.vendor = livetest.NewVendor(p.t)
+		p.vendor.Trust(a.Kernel.Keys)
+	}
+	return p.vendor
 }
 
 func (p *stage) command(s *testscript.TestScript, args []string) {
@@ -196,12 +206,13 @@ func (p *stage) command(s *testscript.TestScript, args []string) {
 				s.Setenv("OP", string(op.ID))
 			}
 		}
+	case "qemu-patch":
+		const build = "0123456789abcdef0123456789abcdef01234567"
+		a.QEMUs.Run("web-1", build)
+		a.QEMUs.Run("web-2")
+		s.Setenv("PATCH", livetest.WriteContainer(p.t, s.MkAbs("livepatches"), arg(0), p.trusted(a).Container(arg(0), build)))
 	case "patch":
-		if p.vendor == nil {
-			p.vendor = livetest.NewVendor(p.t)
-			p.vendor.Trust(a.Kernel.Keys)
-		}
-		made := p.vendor.Make(arg(0), a.Kernel.Release, a.Kernel.Version, func(m *livetest.Spec) { m.Covers = []string{"CVE-2024-1086"} })
+		made := p.trusted(a).Make(arg(0), a.Kernel.Release, a.Kernel.Version, func(m *livetest.Spec) { m.Covers = []string{"CVE-2024-1086"} })
 		s.Setenv("PATCH", livetest.Write(p.t, s.MkAbs("livepatches"), arg(0), made))
 	case "cut":
 		info, err := os.Stat(arg(0))

@@ -337,9 +337,11 @@ func (r answer) short() string {
 }
 
 func (t *turn) refused(r answer, what string) error {
-	return maint.Problemf(maint.CodeQEMURefused, "guest "+t.q.Guest,
-		fmt.Sprintf("see 'ulp messages -p %d'; else use rung B2 (belay replace-vmm %s)", t.q.PID, maint.ShellWord(t.q.Guest)),
-		"%s: ulp %s: %s", what, r.do, r.short())
+	remedy := fmt.Sprintf("see 'ulp messages -p %d'; else use rung B2 (belay replace-vmm %s)", t.q.PID, maint.ShellWord(t.q.Guest))
+	if strings.Contains(r.text, "Failure in dlopen") {
+		remedy = fmt.Sprintf("let QEMU map %s: AppArmor or SELinux may keep it from that (docs/rung-a-hot-patch.md)", t.file)
+	}
+	return maint.Problemf(maint.CodeQEMURefused, "guest "+t.q.Guest, remedy, "%s: ulp %s: %s", what, r.do, r.short())
 }
 
 // script has ulp outlive who has started it, and its exit code be kept.

@@ -324,6 +324,17 @@ func TestWhatUlpSays(t *testing.T) {
 	}
 }
 
+// TestUnmappable: a QEMU that may not map the container is as it was, and who may keep it from
+// that is told.
+func TestUnmappable(t *testing.T) {
+	t.Parallel()
+	l, q, a := fixture(t, "echo 'qemu (pid: 1): FAILED x.so: Failure in dlopen'; exit 31")
+	p := new(maint.Problem)
+	if _, err := l.Set(t.Context(), q, a, true); !errors.As(err, &p) || p.Code != maint.CodeQEMURefused || !strings.Contains(p.Remedy, "AppArmor") || !strings.Contains(p.Remedy, l.Dir) {
+		t.Errorf("%v", err)
+	}
+}
+
 // fixture is a process that looks like a guest's QEMU with libpulp, and an ulp that is a script.
 func fixture(t *testing.T, script string) (live.Libpulp, live.QEMU, live.Artifact) {
 	t.Helper()
