@@ -33,9 +33,10 @@ test: test-unit deps ## all tests, with real libvirt and QEMU in labs (needs roo
 	BELAY_BIN=$(CURDIR)/$(BIN) $(GO) test -p 2 -timeout 20m $(TESTFLAGS) ./vmtests $(LABS)
 
 test-unit: build ## only the tests that need no lab
-	BELAY_LAB=skip $(GO) test -timeout 20m -parallel 8 $(TESTFLAGS) ./...
+	@scripts/deps rules
+	BELAY_PROMTOOL=promtool BELAY_LAB=skip $(GO) test -timeout 20m -parallel 8 $(TESTFLAGS) ./...
 
-test-page: build ## the status page in a headless Chromium, with JavaScript and without (under 2 minutes)
+test-page: ## the status page in a headless Chromium, with JavaScript and without (under 2 minutes)
 	@scripts/deps page
 	BELAY_BROWSER=$$(command -v chromium-headless-shell || command -v chromium) $(GO) test -count=1 -timeout 5m -run TestInABrowser -v ./agent/page
 

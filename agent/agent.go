@@ -303,11 +303,11 @@ const journalRetry = 2 * time.Second
 func (a *Agent) runToEnd(ctx context.Context, op maint.Op) {
 	steps := a.steps(op)
 	for {
-		outcome, err := run.Run(a.life, ctx, a.journal, op.ID, steps, a.log)
+		_, err := run.Run(a.life, ctx, a.journal, op.ID, steps, a.log)
 		switch {
 		case err == nil:
-			a.metrics.ended(op, outcome)
 			ended, _ := a.journal.Op(op.ID)
+			a.metrics.ended(ended)
 			a.endEvents(ended)
 			a.giveRoomUp(ended)
 			return

@@ -67,17 +67,7 @@ func (a *Agent) checkCert() maint.Check {
 		return c
 	}
 	c.Result, c.Remedy = maint.CheckFail, "put a certificate for this host, signed by the peers' CA, into "+a.cfg.TLS.Cert
-	b, err := os.ReadFile(a.cfg.TLS.Cert)
-	if err != nil {
-		c.Text = err.Error()
-		return c
-	}
-	block, _ := pem.Decode(b)
-	if block == nil {
-		c.Text = a.cfg.TLS.Cert + " has no PEM block"
-		return c
-	}
-	cert, err := x509.ParseCertificate(block.Bytes)
+	cert, err := certificate(a.cfg.TLS.Cert)
 	switch {
 	case err != nil:
 		c.Text = err.Error()
@@ -89,4 +79,17 @@ func (a *Agent) checkCert() maint.Check {
 		c.Result, c.Remedy, c.Text = maint.CheckOK, "", fmt.Sprintf("%s, valid until %s", cert.Subject.CommonName, cert.NotAfter.Format(time.DateOnly))
 	}
 	return c
+}
+
+// certificate reads the first certificate of a PEM file.
+func certificate(file string) (*x509.Certificate, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode(b)
+	if block == nil {
+		return nil, fmt.Errorf("%s has no PEM block", file)
+	}
+	return x509.ParseCertificate(block.Bytes)
 }

@@ -22,6 +22,9 @@ const (
 	OpKexec   OpKind = "kexec"       // rung B3: another host kernel, under the same guests
 )
 
+// OpKinds are all of them.
+var OpKinds = []OpKind{OpMigrate, OpHold, OpReplace, OpDrain, OpRestore, OpPatch, OpKexec}
+
 // OpState is where an operation is in its life.
 //
 //	running ──► undoing ──► ended
@@ -47,6 +50,9 @@ const (
 	OutcomePartly  Outcome = "partly"  // the main effect holds, something after it does not
 	OutcomeStuck   Outcome = "stuck"   // neither forward nor back; needs an operator
 )
+
+// Outcomes are all of them.
+var Outcomes = []Outcome{OutcomeDone, OutcomeBlocked, OutcomeFailed, OutcomeAborted, OutcomePartly, OutcomeStuck}
 
 // MigrateRequest asks for a live migration.
 type MigrateRequest struct {

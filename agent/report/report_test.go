@@ -259,7 +259,7 @@ func TestEveryKind(t *testing.T) {
 	for _, source := range situations {
 		seen[source().Op.Kind] = true
 	}
-	for _, kind := range []maint.OpKind{maint.OpMigrate, maint.OpHold, maint.OpReplace, maint.OpDrain, maint.OpRestore, maint.OpPatch, maint.OpKexec} {
+	for _, kind := range maint.OpKinds {
 		if !seen[kind] {
 			t.Errorf("no report of a %s is looked at", kind)
 		}

@@ -375,7 +375,7 @@ func TestServesWithoutLibvirt(t *testing.T) { // not parallel: it sets the envir
 
 	page := get(t, "http://"+metrics+"/metrics")
 	for _, want := range []string{`belay_build_info{version="devel"} 1`, "belay_libvirt_up 0", "belay_journal_writable 1",
-		"belay_operations_running 0", "belay_reservations 0", "belay_conditions 1", "belay_migration_downtime_seconds_count 0"} {
+		"belay_operations_running 0", "belay_reservations 0", `belay_conditions{code="libvirt-unreachable"} 1`, `belay_operations_total{kind="hold",outcome="stuck"} 0`, "belay_migration_downtime_seconds_count 0"} {
 		if !strings.Contains(page, "\n"+want+"\n") {
 			t.Errorf("the metrics do not have %s:\n%s", want, page)
 		}

@@ -148,6 +148,9 @@ var content = []string{
 	"-rw-r--r-- /usr/share/doc/belay/README.md",
 	"-rw-r--r-- /usr/share/doc/belay/ARCHITECTURE.md",
 	"-rw-r--r-- /usr/share/doc/belay/docs/operator-guide.md",
+	"-rw-r--r-- /usr/share/doc/belay/prometheus/belay-rules.yml",
+	"-rw-r--r-- /usr/share/doc/belay/prometheus/belay-rules.test.yml",
+	"-rw-r--r-- /usr/share/doc/belay/grafana/belay.json",
 }
 
 var contentDeb = append([]string{
