@@ -36,7 +36,7 @@ type Kexec struct {
 func newKexec(cfg config.Config) Kexec {
 	k := Kexec{Dir: cfg.Kexec.Dir, Loader: kexec.Direct{}, Rebooter: systemdKexec{}, Pace: kexec.Usual}
 	if cfg.Patch.Helper != "" {
-		k.Loader = remote.Client{Socket: cfg.Patch.Helper}
+		k.Loader = &remote.Client{Socket: cfg.Patch.Helper}
 	}
 	return k
 }

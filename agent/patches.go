@@ -43,7 +43,7 @@ func newLive(cfg config.Config, hyp *hypervisor.Host) Live {
 	}
 	var kernel remote.Host = live.Direct{Keys: cfg.Patch.Keys}
 	if cfg.Patch.Helper != "" {
-		helper := remote.Client{Socket: cfg.Patch.Helper}
+		helper := &remote.Client{Socket: cfg.Patch.Helper}
 		kernel, l.UserSpace = helper, helper
 	}
 	l.Host.Kernel, l.Host.Witness, l.Microcode = kernel, kernel, kernel

@@ -1,8 +1,8 @@
 // Command belay-kernel changes the running kernel for belayd, which has not the
 // capabilities to: it loads, disables and unloads livepatches that are signed by a key in
 // its own folder, likewise patches guests' QEMUs, loads microcode late, and tells what only the
-// privileged can see. Systemd
-// starts it for each connection to its socket (Accept=yes); it answers one request and ends.
+// privileged can see. Systemd starts it for each connection to its socket (Accept=yes); it ends
+// when belayd hangs up.
 package main
 
 import (
@@ -61,10 +61,9 @@ func run(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "belay-kernel: %v (it is started by belay-kernel.socket)\n", err)
 		return 1
 	}
-	asked, err := remote.Serve(context.Background(), conn, host{live.Direct{Keys: *keys}, kexec.Direct{}, live.Libpulp{Keys: *keys, Dir: *containers}}, users...)
-	if err != nil { // the asker has been told
-		fmt.Fprintf(stderr, "belay-kernel: %s: %v\n", asked, err)
-	}
+	failed := func(asked string, err error) { fmt.Fprintf(stderr, "belay-kernel: %s: %v\n", asked, err) }
+	h := host{live.Direct{Keys: *keys}, kexec.Direct{}, live.Libpulp{Keys: *keys, Dir: *containers}}
+	remote.Serve(context.Background(), conn, h, failed, users...)
 	return 0
 }
 

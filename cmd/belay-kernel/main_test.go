@@ -24,7 +24,7 @@ func TestMain(m *testing.M) {
 }
 
 // serve accepts as systemd does, and starts belay-kernel for each connection.
-func serve(t *testing.T, args ...string) remote.Client {
+func serve(t *testing.T, args ...string) *remote.Client {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "kernel")
 	if err != nil {
@@ -54,7 +54,7 @@ func serve(t *testing.T, args ...string) remote.Client {
 			f.Close()
 		}
 	}()
-	return remote.Client{Socket: l.Addr().String()}
+	return &remote.Client{Socket: l.Addr().String()}
 }
 
 func TestAnswers(t *testing.T) {

@@ -85,9 +85,19 @@ func (c *Component) look(guests []maint.Guest) (now []maint.GuestProof) {
 	return now
 }
 
-// Restart has systemd do the job. It cannot be taken back.
-func (c *Component) Restart(ctx context.Context, _ Scratch) error {
-	c.pauses = newPauses(c.Subscribe)
+// Restart has systemd do the job. It cannot be taken back. A belayd that finds it begun has
+// not seen all of it.
+func (c *Component) Restart(ctx context.Context, s Scratch) error {
+	begun := false
+	switch found, err := s.Load(PhaseRestart, &begun); {
+	case err != nil:
+		return err
+	case !found:
+		if err := s.Save(true); err != nil {
+			return err
+		}
+		c.pauses = newPauses(c.Subscribe)
+	}
 	run := c.Steps.Run(ctx, c.stepName(), c.step(), nil)
 	if !run.OK() {
 		c.pauses.end()

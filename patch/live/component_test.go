@@ -140,21 +140,31 @@ func TestComponent(t *testing.T) {
 	}
 }
 
-// TestProveByAnotherBelayd: one that restarts itself tells that it has not watched.
-func TestProveByAnotherBelayd(t *testing.T) {
+// TestRestartSeenByAnotherBelayd: one that restarts itself tells that it has not watched,
+// wherever it takes the operation up again.
+func TestRestartSeenByAnotherBelayd(t *testing.T) {
 	t.Parallel()
-	var result maint.PatchResult
-	s := &notes{data: make(map[string][]byte)}
-	component := func() *live.Component {
-		return &live.Component{Unit: "belayd.service", Allowed: []string{"belayd.service"}, Steps: &units{}, Wait: time.Second, QEMU: func(string) int { return 7 },
-			Guests: func(context.Context) ([]maint.Guest, error) { return guests(maint.GuestRunning, "booted"), nil },
-			Record: func(r maint.PatchResult) error { result = r; return nil }}
-	}
-	if err := errors.Join(component().Preflight(t.Context(), s.of(live.PhasePreflight)), component().Prove(t.Context(), s.of(live.PhaseProve))); err != nil {
-		t.Fatal(err)
-	}
-	if !result.Unwatched || len(result.Guests) != 1 {
-		t.Errorf("%+v", result)
+	for _, inRestart := range []bool{false, true} {
+		var result maint.PatchResult
+		s := &notes{data: make(map[string][]byte)}
+		belayd := func() *live.Component {
+			events := make(chan maint.Event)
+			return &live.Component{Unit: "belayd.service", Allowed: []string{"belayd.service"}, Steps: &units{}, Wait: time.Second, QEMU: func(string) int { return 7 },
+				Guests:    func(context.Context) ([]maint.Guest, error) { return guests(maint.GuestRunning, "booted"), nil },
+				Subscribe: func() (<-chan maint.Event, func()) { return events, func() { close(events) } },
+				Record:    func(r maint.PatchResult) error { result = r; return nil }}
+		}
+		one, two := belayd(), belayd()
+		err := errors.Join(one.Preflight(t.Context(), s.of(live.PhasePreflight)), one.Restart(t.Context(), s.of(live.PhaseRestart)))
+		if inRestart {
+			err = errors.Join(err, two.Restart(t.Context(), s.of(live.PhaseRestart)))
+		}
+		if err := errors.Join(err, two.Prove(t.Context(), s.of(live.PhaseProve))); err != nil {
+			t.Fatal(err)
+		}
+		if !result.Unwatched || len(result.Guests) != 1 {
+			t.Errorf("taken up again in restart %t: %+v", inRestart, result)
+		}
 	}
 }
 

@@ -70,19 +70,19 @@ func (j *Job) well(ctx context.Context, plan intent, last bool) error {
 	if p == nil || !p.Whole() || !is(*p, &plan.Patch) {
 		return j.unwell("livepatch "+plan.Patch.Name, "see who else has to do with livepatches here", "it is not whole any more")
 	}
-	taint, err := j.Tree.Taint()
-	if err != nil {
-		return err
-	}
-	if more := taint &^ plan.Taint & taintSickened; more != 0 {
-		return j.unwell("this host's kernel", "see its log (dmesg)", "its taint went from %d to %d", plan.Taint, taint)
-	}
 	lines, err := j.Witness.KernelLog(ctx, plan.LogSeq)
 	if err != nil {
 		return err
 	}
 	if i := slices.IndexFunc(lines, Line.Alarm); i >= 0 {
 		return j.unwell("this host's kernel", "see its log (dmesg)", "it says %q", lines[i].Text)
+	}
+	taint, err := j.Tree.Taint()
+	if err != nil {
+		return err
+	}
+	if more := taint &^ plan.Taint & taintSickened; more != 0 {
+		return j.unwell("this host's kernel", "see its log (dmesg)", "its taint went from %d to %d", plan.Taint, taint)
 	}
 	asked, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()

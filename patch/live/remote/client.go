@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -16,24 +17,35 @@ import (
 	"belay/patch/live"
 )
 
-// Client has belay-kernel act. It has no deadline but those of its callers' contexts.
-type Client struct{ Socket string }
+// Client has belay-kernel act. It has no deadline but those of its callers' contexts. To
+// start belay-kernel takes longer than most of what it does, so a connection is kept for a
+// moment, for whatever is asked next.
+type Client struct {
+	Socket string
+
+	mu     sync.Mutex
+	idle   *net.UnixConn
+	hangUp *time.Timer
+}
+
+// linger is how long a connection is kept.
+const linger = 3 * time.Second
 
 var (
-	_ Host         = Client{}
-	_ kexec.Loader = Client{}
+	_ Host         = (*Client)(nil)
+	_ kexec.Loader = (*Client)(nil)
 
-	_ live.UserSpace = Client{}
+	_ live.UserSpace = (*Client)(nil)
 )
 
 // Load implements live.Kernel.
-func (c Client) Load(ctx context.Context, a live.Artifact) error {
+func (c *Client) Load(ctx context.Context, a live.Artifact) error {
 	_, err := c.send(ctx, request{Do: doLoad}, a)
 	return err
 }
 
 // send asks with a livepatch.
-func (c Client) send(ctx context.Context, r request, a live.Artifact) (answer, error) {
+func (c *Client) send(ctx context.Context, r request, a live.Artifact) (answer, error) {
 	fd, err := unix.MemfdCreate("livepatch", unix.MFD_CLOEXEC)
 	if err != nil {
 		return answer{}, os.NewSyscallError("memfd_create", err)
@@ -48,19 +60,19 @@ func (c Client) send(ctx context.Context, r request, a live.Artifact) (answer, e
 }
 
 // Patchable implements live.UserSpace.
-func (c Client) Patchable(ctx context.Context, q live.QEMU, a live.Artifact) error {
+func (c *Client) Patchable(ctx context.Context, q live.QEMU, a live.Artifact) error {
 	_, err := c.send(ctx, request{Do: doPatchable, QEMU: &q}, a)
 	return err
 }
 
 // Applied implements live.UserSpace.
-func (c Client) Applied(ctx context.Context, q live.QEMU, a live.Artifact) (bool, error) {
+func (c *Client) Applied(ctx context.Context, q live.QEMU, a live.Artifact) (bool, error) {
 	r, err := c.send(ctx, request{Do: doApplied, QEMU: &q}, a)
 	return r.Applied, err
 }
 
 // Set implements live.UserSpace.
-func (c Client) Set(ctx context.Context, q live.QEMU, a live.Artifact, on bool) (time.Duration, error) {
+func (c *Client) Set(ctx context.Context, q live.QEMU, a live.Artifact, on bool) (time.Duration, error) {
 	do := doUnpatch
 	if on {
 		do = doPatch
@@ -70,7 +82,7 @@ func (c Client) Set(ctx context.Context, q live.QEMU, a live.Artifact, on bool) 
 }
 
 // Enable implements live.Kernel.
-func (c Client) Enable(ctx context.Context, name string, on bool) error {
+func (c *Client) Enable(ctx context.Context, name string, on bool) error {
 	do := doDisable
 	if on {
 		do = doEnable
@@ -80,58 +92,82 @@ func (c Client) Enable(ctx context.Context, name string, on bool) error {
 }
 
 // Unload implements live.Kernel.
-func (c Client) Unload(ctx context.Context, name string) error {
+func (c *Client) Unload(ctx context.Context, name string) error {
 	_, err := c.ask(ctx, request{Do: doUnload, Name: name}, nil)
 	return err
 }
 
 // KexecLoad implements kexec.Loader.
-func (c Client) KexecLoad(ctx context.Context, k maint.KernelImage) error {
+func (c *Client) KexecLoad(ctx context.Context, k maint.KernelImage) error {
 	_, err := c.ask(ctx, request{Do: doKexecLoad, Image: &k}, nil)
 	return err
 }
 
 // KexecUnload implements kexec.Loader.
-func (c Client) KexecUnload(ctx context.Context) error {
+func (c *Client) KexecUnload(ctx context.Context) error {
 	_, err := c.ask(ctx, request{Do: doKexecUnload}, nil)
 	return err
 }
 
 // ReloadMicrocode implements live.Microcode.
-func (c Client) ReloadMicrocode(ctx context.Context) error {
+func (c *Client) ReloadMicrocode(ctx context.Context) error {
 	_, err := c.ask(ctx, request{Do: doMicrocode}, nil)
 	return err
 }
 
 // Tasks implements live.Witness.
-func (c Client) Tasks(ctx context.Context, functions []string) ([]maint.KernelTask, error) {
+func (c *Client) Tasks(ctx context.Context, functions []string) ([]maint.KernelTask, error) {
 	a, err := c.ask(ctx, request{Do: doTasks, Functions: functions}, nil)
 	return a.Tasks, err
 }
 
 // KernelLog implements live.Witness.
-func (c Client) KernelLog(ctx context.Context, after uint64) ([]live.Line, error) {
+func (c *Client) KernelLog(ctx context.Context, after uint64) ([]live.Line, error) {
 	a, err := c.ask(ctx, request{Do: doLog, After: after}, nil)
 	return a.Log, err
 }
 
 // ask sends one request and reads its answer. When the connection is lost nobody knows what
-// was done: callers look.
-func (c Client) ask(ctx context.Context, r request, file *os.File) (a answer, err error) {
-	lost := func(err error) (answer, error) {
-		if ctx.Err() != nil {
-			return a, ctx.Err()
+// was done: callers look. Only where it had been kept it is asked again: belay-kernel may
+// have ended meanwhile, and to meet a request twice does the kernel no harm. That is not said
+// of QEMUs.
+func (c *Client) ask(ctx context.Context, r request, file *os.File) (a answer, err error) {
+	if r.QEMU == nil {
+		if conn := c.take(); conn != nil {
+			if a, err = c.exchange(ctx, conn, r, file); err == nil {
+				return a, a.err()
+			}
 		}
-		return a, maint.Problemf(maint.CodeNoHelper, "belay-kernel", "systemctl status belay-kernel.socket; it says why in the journal (journalctl -u 'belay-kernel@*')",
-			"gives no answer on %s: %v", c.Socket, err)
+	}
+	if ctx.Err() != nil {
+		return a, ctx.Err()
 	}
 	conn, err := new(net.Dialer).DialContext(ctx, "unix", c.Socket)
 	if err != nil {
 		return a, maint.Problemf(maint.CodeNoHelper, "belay-kernel", "systemctl enable --now belay-kernel.socket, or set patch.helper in belayd's configuration",
 			"cannot be reached on %s: %v", c.Socket, errors.Unwrap(err))
 	}
-	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	a, err = c.exchange(ctx, conn.(*net.UnixConn), r, file)
+	switch {
+	case err == nil:
+		return a, a.err()
+	case ctx.Err() != nil:
+		return a, ctx.Err()
+	}
+	return a, maint.Problemf(maint.CodeNoHelper, "belay-kernel", "systemctl status belay-kernel.socket; it says why in the journal (journalctl -u 'belay-kernel@*')",
+		"gives no answer on %s: %v", c.Socket, err)
+}
+
+// exchange asks on a connection, which it keeps for the next request or ends.
+func (c *Client) exchange(ctx context.Context, conn *net.UnixConn, r request, file *os.File) (a answer, err error) {
+	stay := context.AfterFunc(ctx, func() { conn.Close() })
+	defer func() {
+		if stay() && err == nil {
+			c.keep(conn)
+		} else {
+			conn.Close()
+		}
+	}()
 	line, err := json.Marshal(r)
 	if err != nil {
 		return a, err
@@ -141,15 +177,45 @@ func (c Client) ask(ctx context.Context, r request, file *os.File) (a answer, er
 	if file != nil {
 		rights = unix.UnixRights(int(file.Fd()))
 	}
-	n, _, err := conn.(*net.UnixConn).WriteMsgUnix(line, rights, nil)
+	n, _, err := conn.WriteMsgUnix(line, rights, nil)
 	if err == nil && n < len(line) {
 		_, err = conn.Write(line[n:])
 	}
 	if err != nil {
-		return lost(err)
+		return a, err
 	}
 	if err := json.NewDecoder(conn).Decode(&a); err != nil {
-		return lost(fmt.Errorf("cannot read its answer: %w", err))
+		return a, fmt.Errorf("cannot read its answer: %w", err)
 	}
-	return a, a.err()
+	return a, nil
+}
+
+// take gives the connection that is kept; nil: there is none.
+func (c *Client) take() *net.UnixConn {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	conn := c.idle
+	if c.idle = nil; conn != nil {
+		c.hangUp.Stop()
+	}
+	return conn
+}
+
+// keep keeps a connection for a while, unless one is.
+func (c *Client) keep(conn *net.UnixConn) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.idle != nil {
+		conn.Close()
+		return
+	}
+	c.idle = conn
+	c.hangUp = time.AfterFunc(linger, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.idle == conn {
+			c.idle = nil
+			conn.Close()
+		}
+	})
 }

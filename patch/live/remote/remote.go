@@ -1,6 +1,6 @@
-// Package remote is how belayd, which may load no module, has belay-kernel do so: one
-// request for each connection, a line of JSON, and a line of JSON back. A livepatch's
-// module, or container, goes along as a file descriptor.
+// Package remote is how belayd, which may load no module, has belay-kernel do so: a request
+// is a line of JSON, and a line of JSON comes back. A livepatch's module, or container, goes
+// along as a file descriptor.
 //
 // The server knows no other actions than these, judges each livepatch itself by the keys
 // that are its own, and touches no module that is no livepatch, and no process that is no

@@ -35,7 +35,13 @@ func (j judging) Load(ctx context.Context, a live.Artifact) error {
 }
 
 // listen serves a host on a socket, as systemd and belay-kernel would.
-func listen(t *testing.T, h remote.Host) remote.Client {
+func listen(t *testing.T, h remote.Host) *remote.Client {
+	t.Helper()
+	return listenTo(t, h, func(*net.UnixConn) {})
+}
+
+// listenTo tells of each connection.
+func listenTo(t *testing.T, h remote.Host, accepted func(*net.UnixConn)) *remote.Client {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "kernel")
 	if err != nil {
@@ -53,10 +59,11 @@ func listen(t *testing.T, h remote.Host) remote.Client {
 			if err != nil {
 				return
 			}
-			go remote.Serve(context.Background(), conn, h, uint32(os.Getuid())) //nolint:errcheck // the asker is told
+			accepted(conn)
+			go remote.Serve(context.Background(), conn, h, func(string, error) {}, uint32(os.Getuid()))
 		}
 	}()
-	return remote.Client{Socket: l.Addr().String()}
+	return &remote.Client{Socket: l.Addr().String()}
 }
 
 // TestContract: whoever asks belay-kernel finds what is relied on.
@@ -130,7 +137,7 @@ func TestProblemsTravel(t *testing.T) {
 	if err := c.ReloadMicrocode(t.Context()); !errors.Is(err, unix.ENOENT) {
 		t.Errorf("%v", err)
 	}
-	if err := (remote.Client{Socket: "/nonexistent"}).Unload(t.Context(), "a"); !errors.As(err, &p) || p.Code != maint.CodeNoHelper {
+	if err := (&remote.Client{Socket: "/nonexistent"}).Unload(t.Context(), "a"); !errors.As(err, &p) || p.Code != maint.CodeNoHelper {
 		t.Errorf("%v", err)
 	}
 }
@@ -183,5 +190,37 @@ func TestTwoFiles(t *testing.T) {
 	line, _ := bufio.NewReader(conn).ReadString('\n')
 	if !strings.Contains(line, "more than one file") {
 		t.Errorf("the answer is %q", line)
+	}
+}
+
+// TestConnectionIsKept: of one belay-kernel several things are asked; when it has ended, another.
+func TestConnectionIsKept(t *testing.T) {
+	t.Parallel()
+	m := livetest.New(t, t.TempDir(), livetest.Debian12())
+	conns := make(chan *net.UnixConn, 8)
+	c := listenTo(t, m, func(conn *net.UnixConn) { conns <- conn })
+	for range 3 {
+		if _, err := c.Tasks(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := len(conns); n != 1 {
+		t.Errorf("for three requests in a row %d connections are made", n)
+	}
+	(<-conns).Close()
+	var errno unix.Errno
+	if err := c.Unload(t.Context(), "none"); !errors.As(err, &errno) {
+		t.Errorf("after belay-kernel has ended: %v", err)
+	}
+	if n := len(conns); n != 1 {
+		t.Errorf("%d connections are made after that", n)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := c.Tasks(ctx, nil); !errors.Is(err, context.Canceled) {
+		t.Errorf("what nobody waits for gives %v", err)
+	}
+	if _, err := c.Tasks(t.Context(), nil); err != nil {
+		t.Errorf("after that: %v", err)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"slices"
@@ -16,43 +17,63 @@ import (
 	"belay/patch/internal/linux"
 )
 
-// patience is how long an asker may take to ask, or to read.
+// patience is how long an asker may take to begin, to end what it asks, or to read.
 const patience = 10 * time.Second
 
 // maxModule bounds a module, bytes.
 const maxModule = 64 << 20
 
-// Serve answers the one request of a connection. It serves root, and the users given.
-func Serve(ctx context.Context, conn *net.UnixConn, h Host, users ...uint32) (asked string, err error) {
+// Serve answers the requests of a connection, one after the other, until the asker hangs up.
+// It serves root, and the users given. Those that went wrong are told to failed, beside the
+// asker.
+func Serve(ctx context.Context, conn *net.UnixConn, h Host, failed func(asked string, err error), users ...uint32) {
 	defer conn.Close()
-	if err := conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
-		return "", err
-	}
 	uid, err := peer(conn)
 	if err != nil {
-		return "", fmt.Errorf("cannot tell who asks: %w", err)
+		failed("", fmt.Errorf("cannot tell who asks: %w", err))
+		return
 	}
-	var a answer
 	if uid != 0 && !slices.Contains(users, uid) {
-		err = fmt.Errorf("user %d may not ask", uid)
-		a.fail(err)
-	} else {
-		var r request
-		var module []byte
-		if r, module, err = read(conn); err != nil {
-			a.fail(err)
-		} else {
-			a = perform(ctx, h, r, module)
-			err = a.err()
+		err := fmt.Errorf("user %d may not ask", uid)
+		failed("", errors.Join(err, reply(conn, err)))
+		return
+	}
+	for wait := patience; ; wait = 0 { // only the first has to come at once
+		r, module, err := read(conn, wait)
+		if errors.Is(err, io.EOF) {
+			return
 		}
-		if asked = r.Do + " " + r.Name; r.QEMU != nil {
+		if err != nil { // where the next one begins is not known
+			failed(r.Do, errors.Join(err, reply(conn, err)))
+			return
+		}
+		asked := r.Do + " " + r.Name
+		if r.QEMU != nil {
 			asked += r.QEMU.Guest
 		}
+		a := perform(ctx, h, r, module)
+		if err := a.err(); err != nil {
+			failed(asked, err)
+		}
+		if err := a.send(conn); err != nil {
+			failed(asked, err)
+			return
+		}
 	}
-	if e := conn.SetWriteDeadline(time.Now().Add(patience)); e != nil {
-		return asked, e
+}
+
+// reply tells the asker what is wrong with what it asks.
+func reply(conn *net.UnixConn, err error) error {
+	var a answer
+	a.fail(err)
+	return a.send(conn)
+}
+
+func (a answer) send(conn *net.UnixConn) error {
+	if err := conn.SetWriteDeadline(time.Now().Add(patience)); err != nil {
+		return err
 	}
-	return asked, errors.Join(err, json.NewEncoder(conn).Encode(a))
+	return json.NewEncoder(conn).Encode(a)
 }
 
 // peer is the user at the other end (SO_PEERCRED).
@@ -71,8 +92,9 @@ func peer(conn *net.UnixConn) (uid uint32, err error) {
 	return cred.Uid, nil
 }
 
-// read reads a request, and the module or container that comes with a livepatch.
-func read(conn *net.UnixConn) (r request, module []byte, err error) {
+// read reads a request, which has to begin within a time, 0 for any, and the module or
+// container that comes with a livepatch. io.EOF is that the asker has hung up.
+func read(conn *net.UnixConn, within time.Duration) (r request, module []byte, err error) {
 	var line []byte
 	var files []*os.File
 	defer func() {
@@ -80,11 +102,24 @@ func read(conn *net.UnixConn) (r request, module []byte, err error) {
 			f.Close()
 		}
 	}()
+	begin := time.Time{}
+	if within > 0 {
+		begin = time.Now().Add(within)
+	}
+	if err := conn.SetReadDeadline(begin); err != nil {
+		return r, nil, err
+	}
 	buf, oob := make([]byte, 64<<10), make([]byte, unix.CmsgSpace(4*4))
 	for !bytes.HasSuffix(line, []byte("\n")) {
 		n, oobn, flags, _, err := conn.ReadMsgUnix(buf, oob)
+		if len(line) == 0 {
+			if n == 0 && err == nil || errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) {
+				return r, nil, io.EOF
+			}
+			err = errors.Join(err, conn.SetReadDeadline(time.Now().Add(patience)))
+		}
 		if err != nil {
-			return r, nil, fmt.Errorf("cannot read the request: %w", err)
+			return r, nil, fmt.Errorf("cannot read the request: %v", err) // not as io.EOF
 		}
 		received, err := rights(oob[:oobn])
 		files = append(files, received...)
@@ -95,7 +130,7 @@ func read(conn *net.UnixConn) (r request, module []byte, err error) {
 	d := json.NewDecoder(bytes.NewReader(line))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&r); err != nil {
-		return r, nil, fmt.Errorf("cannot read the request: %w", err)
+		return r, nil, fmt.Errorf("cannot read the request: %v", err) // not as io.EOF
 	}
 	if slices.Contains(withFile, r.Do) != (len(files) == 1) {
 		return r, nil, errors.New("a livepatch has one file with it, and nothing else has")
