@@ -124,14 +124,14 @@ type member struct {
 	Paused    bool   `json:"paused,omitempty"` // by its owner
 	Autostart bool   `json:"autostart,omitempty"`
 	BootID    string `json:"boot_id,omitempty"` // its own
-	// Disks are the files that it writes to.
+	// Disks are the files that it writes to, alone.
 	Disks []string `json:"disks,omitempty"`
 }
 
-// disks are the files that a guest writes to.
+// disks are the files that a guest writes to, and no other does.
 func disks(g maint.Guest) (files []string) {
 	for _, d := range g.Disks {
-		if d.Type == "file" && !d.ReadOnly && filepath.IsAbs(d.Source) {
+		if d.Type == "file" && !d.ReadOnly && !d.Shared && filepath.IsAbs(d.Source) {
 			files = append(files, d.Source)
 		}
 	}

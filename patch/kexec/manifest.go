@@ -228,14 +228,17 @@ func (t Tree) written(files []string) map[string]time.Time {
 }
 
 // since names a file that was written to after it should have been; "": none. A time that went
-// back is that of a file system that was not unmounted.
-func (t Tree) since(times map[string]time.Time) string {
+// back is that of a file system that was not unmounted. An error: one cannot be looked at.
+func (t Tree) since(times map[string]time.Time) (file string, unseen error) {
 	for f, then := range times {
-		if info, err := os.Stat(t.at(f)); err == nil && info.ModTime().After(then) {
-			return f
+		info, err := os.Stat(t.at(f))
+		if err != nil {
+			unseen = err
+		} else if info.ModTime().After(then) {
+			return f, nil
 		}
 	}
-	return ""
+	return "", unseen
 }
 
 // lock keeps two from restoring at once: belayd, and "belayd -restore".

@@ -115,7 +115,7 @@ func (b *bringing) bring(ctx context.Context) error {
 		b.out, b.settled = m.Guest, m.Settled
 		return b.drop()
 	}
-	_, active, err := b.look(ctx)
+	now, active, err := b.look(ctx)
 	if err != nil {
 		return err
 	}
@@ -136,14 +136,10 @@ func (b *bringing) bring(ctx context.Context) error {
 			what = "it had been restored, and has ended since"
 		}
 		return b.lost(what)
-	case active && m.Stage == stageRestoring && m.Boot == b.boot:
+	case active && m.Stage == stageRestoring && m.Boot == b.boot && now.Reason != "booted":
 		return b.release(ctx, e)
 	case active, m.Stage == stageStarted:
 		return b.started(e)
-	}
-	if disk := b.j.Tree.since(e.Written); disk != "" {
-		b.out.Fate, b.out.Problem = maint.KexecKept, b.j.stale(b.member, disk)
-		return nil
 	}
 	return b.restore(ctx, e)
 }
@@ -278,8 +274,15 @@ func (b *bringing) restore(ctx context.Context, e *entry) error {
 		return err
 	}
 	for {
+		disk, failed := b.j.Tree.since(e.Written)
+		if disk != "" {
+			b.out.Fate, b.out.Problem = maint.KexecKept, b.j.stale(b.member, disk)
+			return nil
+		}
 		begun = time.Now()
-		failed := b.j.Host.Restore(ctx, b.path(), true)
+		if failed == nil {
+			failed = b.j.Host.Restore(ctx, b.path(), true)
+		}
 		b.out.Restore = time.Since(begun)
 		_, active, err := b.look(ctx)
 		switch {

@@ -97,6 +97,20 @@ func TestDiskWrittenSince(t *testing.T) {
 			}
 		})
 	}
+	t.Run("by others", func(t *testing.T) {
+		t.Parallel()
+		b := newBed(t)
+		b.h.PutGuest("web-1", func(g *maint.Guest) {
+			g.UUID, g.MemoryBytes = b.uuid, 1<<20
+			g.Disks = []maint.Disk{{Target: "vda", Kind: "disk", Type: "file", Source: disk, Shared: true}}
+		})
+		b.m.Write(disk, "of a cluster")
+		b.save()
+		b.writes()
+		if g := b.mustRescue(); g.Fate != maint.KexecRestored || b.state() != maint.GuestRunning {
+			t.Errorf("%+v; it is %s", g, b.state())
+		}
+	})
 	t.Run("not at all", func(t *testing.T) {
 		t.Parallel()
 		b := newBed(t).withDisk()
@@ -109,6 +123,55 @@ func TestDiskWrittenSince(t *testing.T) {
 			t.Errorf("%+v; it is %s", g, b.state())
 		}
 	})
+}
+
+// Storage may come late in a boot: a disk is looked at when it is there, and until then the
+// guest is not put on it.
+func TestDiskComesLate(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		written time.Duration // after the save
+		want    maint.KexecFate
+	}{
+		"as it was":     {-time.Hour, maint.KexecRestored},
+		"written since": {time.Hour, maint.KexecKept},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newBed(t).withDisk()
+			b.save()
+			file := filepath.Join(b.m.Root, disk)
+			if err := os.Rename(file, file+".away"); err != nil {
+				t.Fatal(err)
+			}
+			b.kept(b.mustRescue(), maint.CodeKeptGuest, maint.GuestShutoff)
+			b.Pace.Healed = time.Minute
+			at := time.Now().Add(c.written)
+			if err := os.Chtimes(file+".away", at, at); err != nil {
+				t.Fatal(err)
+			}
+			back := make(chan error, 1)
+			go func() { back <- os.Rename(file+".away", file) }()
+			g := b.mustRescue()
+			if err := <-back; err != nil || g.Fate != c.want || (b.state() == maint.GuestRunning) != (c.want == maint.KexecRestored) {
+				t.Errorf("%+v, %v, %v; it is %s", g, g.Problem, err, b.state())
+			}
+		})
+	}
+}
+
+// A guest that could not be restored, and that its owner then boots afresh, is not taken for one
+// that was restored.
+func TestStartedAfterFailedRestore(t *testing.T) {
+	t.Parallel()
+	b := newBed(t).withDisk()
+	b.save()
+	b.m.FailRestore = 1 << 30
+	b.kept(b.mustRescue(), maint.CodeKeptGuest, maint.GuestShutoff)
+	if err := b.h.Launch(t.Context(), b.uuid); err != nil {
+		t.Fatal(err)
+	}
+	b.kept(b.mustRescue(), maint.CodeStarted, maint.GuestRunning)
 }
 
 // A guest that was seen to run afresh is not taken back later, when it happens to be off, by
