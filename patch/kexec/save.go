@@ -143,7 +143,7 @@ func (j *Job) damaged(err error) *maint.Problem {
 // unsettled is why nothing is begun while guests of an earlier operation are kept.
 func (j *Job) unsettled(m manifest) *maint.Problem {
 	_, names := j.Tree.Kept(j.Dir)
-	return maint.Problemf(maint.CodeKeptGuest, "folder "+j.Dir, "belayd -restore; to give them up, remove the folder's manifest.json",
+	return maint.Problemf(maint.CodeKeptGuest, "folder "+j.Dir, "belayd -restore; to give one up, remove its UUID.save there, then: belayd -restore",
 		"has guests that operation %s has saved and that were not restored: %s", m.Op, strings.Join(names, ", "))
 }
 

@@ -409,3 +409,24 @@ func TestLibvirtCatchesUp(t *testing.T) {
 		t.Errorf("%+v", g)
 	}
 }
+
+// A guest whose file the operator has removed is given up, as it is told, and in nobody's way.
+func TestGivenUp(t *testing.T) {
+	t.Parallel()
+	b := newBed(t).withDisk()
+	b.save()
+	if err := os.Remove(filepath.Join(b.m.Dir(), b.uuid+".save")); err != nil {
+		t.Fatal(err)
+	}
+	if g := b.mustRescue(); g.Fate != maint.KexecLost || !b.autostart() {
+		t.Errorf("%+v; autostart: %v", g, b.autostart())
+	}
+	if _, left := b.m.Tree().Kept(kexec.DefaultDir); len(left) > 0 {
+		t.Errorf("%v", left)
+	}
+	b.m.Boots(kexectest.Old)
+	b.Op = "kexec-2"
+	if v, err := b.Plan(t.Context()); err != nil || len(v.Problems) > 0 {
+		t.Errorf("%+v, %v", v.Problems, err)
+	}
+}
