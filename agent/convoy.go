@@ -60,6 +60,37 @@ func newConvoy(a *Agent, op maint.Op, s *run.Scratch) *convoy {
 		pause: make(map[string]time.Duration), shunned: make(map[string][]string)}
 }
 
+// ownMoves has the moves be migrations of this host: name gives one its name, by is who asks
+// for it, and request says what is asked.
+func (c *convoy) ownMoves(name func(*maint.GuestMove), by string, request func(maint.GuestMove) maint.MigrateRequest) {
+	a := c.a
+	c.name = name
+	c.tells = func(string) bool { return a.cfg.Events.Enabled }
+	c.begun = func(m maint.GuestMove) bool {
+		_, known := a.journal.Op(m.Op)
+		return known
+	}
+	c.begin = func(ctx context.Context, m *maint.GuestMove) error {
+		_, err := a.migrate(ctx, by, request(*m), func(child *maint.Op) { child.ID, child.Part = m.Op, c.op })
+		return err
+	}
+	c.await = func(ctx context.Context, m maint.GuestMove) (end maint.Op, err error) {
+		err = a.until(ctx, func() bool {
+			end, _ = a.journal.Op(m.Op)
+			return end.State == maint.OpEnded
+		})
+		return end, err
+	}
+	c.waits = func(m maint.GuestMove) bool {
+		child, _ := a.journal.Op(m.Op)
+		return child.Step == phaseAnnounce
+	}
+	c.abort = func(ctx context.Context, m maint.GuestMove) error {
+		_, err := a.Abort(ctx, by, m.Op)
+		return err
+	}
+}
+
 func (c *convoy) moves() []maint.GuestMove {
 	op, _ := c.a.journal.Op(c.op)
 	return slices.Clone(op.Moves)

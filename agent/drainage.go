@@ -14,33 +14,8 @@ import (
 func newDrainage(a *Agent, op maint.Op, s *run.Scratch) *convoy {
 	c := newConvoy(a, op, s)
 	c.atOnce = op.Drain.Parallel
-	c.tells = func(string) bool { return a.cfg.Events.Enabled }
-	c.name = func(m *maint.GuestMove) { m.Op = newOpID("mig", time.Now()) }
-	c.begun = func(m maint.GuestMove) bool {
-		_, known := a.journal.Op(m.Op)
-		return known
-	}
-	c.begin = func(ctx context.Context, m *maint.GuestMove) error {
-		_, err := a.migrate(ctx, byDrain+string(op.ID), a.oneOf(op, m.GuestUUID, m.Peer), func(child *maint.Op) {
-			child.ID, child.Part = m.Op, op.ID
-		})
-		return err
-	}
-	c.await = func(ctx context.Context, m maint.GuestMove) (end maint.Op, err error) {
-		err = a.until(ctx, func() bool {
-			end, _ = a.journal.Op(m.Op)
-			return end.State == maint.OpEnded
-		})
-		return end, err
-	}
-	c.waits = func(m maint.GuestMove) bool {
-		child, _ := a.journal.Op(m.Op)
-		return child.Step == phaseAnnounce
-	}
-	c.abort = func(ctx context.Context, m maint.GuestMove) error {
-		_, err := a.Abort(ctx, byDrain+string(op.ID), m.Op)
-		return err
-	}
+	c.ownMoves(func(m *maint.GuestMove) { m.Op = newOpID("mig", time.Now()) }, byDrain+string(op.ID),
+		func(m maint.GuestMove) maint.MigrateRequest { return a.oneOf(op, m.GuestUUID, m.Peer) })
 	d := &drainage{convoy: c, op: op, judged: make(map[string]maint.GuestState)}
 	c.look = d.look
 	return c

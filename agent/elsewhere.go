@@ -205,7 +205,7 @@ func (a *Agent) bringHome(ctx context.Context) {
 			return
 		}
 		op, err := a.replace(ctx, "belayd", maint.ReplaceRequest{Guest: e.Guest,
-			Reason: "it was in the twin when belayd started, and no operation accounted for it"}, true)
+			Reason: "it was in the twin when belayd started, and no operation accounted for it"}, true, asAsked)
 		if errors.Is(err, errNotInTwin) {
 			a.log.Info("a guest that was in the twin has come home by other means", "guest", e.Guest)
 			continue

@@ -98,7 +98,7 @@ func (a *Agent) announce(ctx context.Context, op maint.Op, s *run.Scratch) error
 		}
 		usual := a.usualPause(op)
 		for _, guests := range campaign.Partition(missing, a.ownerOf(missing), a.policy()) {
-			if err := a.announceTo(op, guests, usual); err != nil {
+			if err := a.announceTo(op, guests, usual, time.Time{}); err != nil {
 				return err
 			}
 		}
@@ -123,11 +123,16 @@ func (a *Agent) announce(ctx context.Context, op maint.Op, s *run.Scratch) error
 	}
 }
 
-func (a *Agent) announceTo(op maint.Op, guests []maint.EventGuest, usual time.Duration) error {
+// announceTo tells guests of an operation that begins at some moment, or when they have had
+// their notice.
+func (a *Agent) announceTo(op maint.Op, guests []maint.EventGuest, usual time.Duration, at time.Time) error {
 	e := board.Announcement{ID: maint.EventID(uuid.NewString()), Impact: maint.ImpactFreeze, Guests: guests,
 		Description: descriptions[op.Kind], Duration: usual, Op: op.ID, Campaign: campaignOf(op)}
 	now := time.Now()
 	e.NotBefore = campaign.NotBefore(a.policy(), e.Impact, e.Duration, now, op.Deadline.Add(-ownersMargin))
+	if at.After(e.NotBefore) {
+		e.NotBefore = at
+	}
 	if err := a.keeper.Do(func(b board.Board, now time.Time) (maint.EventChange, error) { return b.Announce(now, e) }); err != nil {
 		return err
 	}
@@ -262,6 +267,9 @@ func emergencyOf(op maint.Op) string {
 // endEvents ends what an operation that is over has announced, with what was
 // measured of it.
 func (a *Agent) endEvents(op maint.Op) {
+	if op.Kind == maint.OpApply {
+		a.callOff(op)
+	}
 	for _, e := range a.openEvents(op.ID) {
 		err := a.keeper.Do(func(b board.Board, now time.Time) (maint.EventChange, error) {
 			if e.State == maint.EventStarted {
@@ -285,6 +293,9 @@ func (a *Agent) endOldEvents() {
 		}
 		if r, arriving := a.journal.Reservation(e.Op); arriving && time.Now().Before(r.Expires) {
 			continue // another host's, which tells when it is over
+		}
+		if a.toCome(e.Op) {
+			continue
 		}
 		seen[e.Op] = true
 		op.ID = e.Op

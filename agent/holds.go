@@ -48,10 +48,17 @@ const holdGrace = time.Minute
 
 // Hold admits a hold of guests around a host step, writes it down and starts it.
 func (a *Agent) Hold(ctx context.Context, by string, r maint.HoldRequest) (maint.Op, error) {
+	return a.hold(ctx, by, r, asAsked)
+}
+
+// asAsked leaves an operation as it was asked for.
+func asAsked(*maint.Op) {}
+
+// hold is Hold of an operation that edit says more of.
+func (a *Agent) hold(ctx context.Context, by string, r maint.HoldRequest, edit func(*maint.Op)) (maint.Op, error) {
 	const what = "cannot hold guests"
-	if by != "root" && !strings.HasPrefix(by, byCampaign) && a.cfg.Hold.CommandsBy != "operators" {
-		return maint.Op{}, maint.Problemf(maint.CodeForbidden, "caller "+by,
-			`ask root, or set hold.commands_by = "operators" in belayd's configuration`, "may not have belayd run a command, which it runs as root")
+	if err := a.mayCommand(by); err != nil {
+		return maint.Op{}, err
 	}
 	if r.MaxPause == 0 {
 		r.MaxPause = a.cfg.Hold.MaxPause.Duration
@@ -79,8 +86,18 @@ func (a *Agent) Hold(ctx context.Context, by string, r maint.HoldRequest) (maint
 	if len(r.Guests) == 1 {
 		op.Guest = r.Guests[0]
 	}
+	edit(&op)
 	a.tell(&op)
 	return a.submit(ctx, what, op)
+}
+
+// mayCommand refuses who may not have commands run.
+func (a *Agent) mayCommand(by string) error {
+	if by == "root" || strings.HasPrefix(by, byCampaign) || strings.HasPrefix(by, byApply) || a.cfg.Hold.CommandsBy == "operators" {
+		return nil
+	}
+	return maint.Problemf(maint.CodeForbidden, "caller "+by,
+		`ask root, or set hold.commands_by = "operators" in belayd's configuration`, "may not have belayd run a command, which it runs as root")
 }
 
 func (a *Agent) checkHold(r maint.HoldRequest) error {

@@ -82,9 +82,8 @@ func (a *Agent) kexecJob(op maint.OpID, r maint.KexecRequest) *kexec.Job {
 }
 
 func (a *Agent) checkKexec(by string, r maint.KexecRequest) error {
-	if by != "root" && a.cfg.Hold.CommandsBy != "operators" {
-		return maint.Problemf(maint.CodeForbidden, "caller "+by,
-			`ask root, or set hold.commands_by = "operators" in belayd's configuration`, "may not choose the host's kernel")
+	if err := a.mayCommand(by); err != nil { // a kernel may do anything
+		return err
 	}
 	for field, path := range map[string]string{"kernel": r.Kernel, "initrd": r.Initrd} {
 		if !filepath.IsAbs(path) {
@@ -111,6 +110,11 @@ func (a *Agent) PlanKexec(ctx context.Context, by string, r maint.KexecRequest) 
 
 // Kexec admits a new kernel under all guests, writes it down and starts it.
 func (a *Agent) Kexec(ctx context.Context, by string, r maint.KexecRequest) (maint.Op, error) {
+	return a.kexec(ctx, by, r, asAsked)
+}
+
+// kexec is Kexec of an operation that edit says more of.
+func (a *Agent) kexec(ctx context.Context, by string, r maint.KexecRequest, edit func(*maint.Op)) (maint.Op, error) {
 	const what = "cannot start another kernel under the guests of this host"
 	v, err := a.PlanKexec(ctx, by, r)
 	if err != nil {
@@ -124,6 +128,7 @@ func (a *Agent) Kexec(ctx context.Context, by string, r maint.KexecRequest) (mai
 	for _, g := range v.Guests {
 		op.Guests = append(op.Guests, g.UUID)
 	}
+	edit(&op)
 	a.tell(&op)
 	return a.submit(ctx, what, op)
 }

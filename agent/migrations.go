@@ -19,7 +19,7 @@ import (
 // Migrate admits a migration, writes it down and starts it. It refuses what
 // can be refused on the spot: an unknown guest or peer, a guest that is busy.
 func (a *Agent) Migrate(ctx context.Context, by string, r maint.MigrateRequest) (maint.Op, error) {
-	return a.migrate(ctx, by, r, func(*maint.Op) {})
+	return a.migrate(ctx, by, r, asAsked)
 }
 
 // migrate is Migrate of an operation that edit says more of.

@@ -156,6 +156,12 @@ func moveMany(op maint.Op) bool { return op.Kind == maint.OpDrain || op.Kind == 
 
 // inCommon names what two operations are both about, "" for nothing.
 func inCommon(op, running maint.Op) string {
+	if op.Part == running.ID || running.Part == op.ID {
+		return "" // the one is a step of the other
+	}
+	if op.Kind == maint.OpApply && (running.Kind == maint.OpApply || moveMany(running)) || running.Kind == maint.OpApply && moveMany(op) {
+		return "this host"
+	}
 	if op.Kind == maint.OpPatch || running.Kind == maint.OpPatch {
 		return "this host"
 	}
@@ -189,6 +195,8 @@ func (a *Agent) steps(op maint.Op) []run.Step {
 		return a.patchSteps(op)
 	case maint.OpKexec:
 		return a.kexecSteps(op)
+	case maint.OpApply:
+		return a.applySteps(op)
 	}
 	return a.migrateSteps(op)
 }

@@ -84,6 +84,11 @@ func (a *Agent) InspectPatch(ctx context.Context, file string) (maint.PatchFile,
 
 // Patch admits a change of the running host, writes it down and starts it.
 func (a *Agent) Patch(ctx context.Context, by string, r maint.PatchRequest) (maint.Op, error) {
+	return a.patch(ctx, by, r, asAsked)
+}
+
+// patch is Patch of an operation that edit says more of.
+func (a *Agent) patch(ctx context.Context, by string, r maint.PatchRequest, edit func(*maint.Op)) (maint.Op, error) {
 	what := "cannot " + string(r.Action)
 	if r.Boot != "" {
 		return maint.Op{}, badRequest("boot", "leave it out", "is not yours to say")
@@ -132,6 +137,7 @@ func (a *Agent) Patch(ctx context.Context, by string, r maint.PatchRequest) (mai
 	if r.Action == maint.PatchQEMU { // one after the other, of which each takes well below a second
 		op.Deadline = now.Add(qemuGrace)
 	}
+	edit(&op)
 	return a.submit(ctx, what, op)
 }
 

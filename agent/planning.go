@@ -26,11 +26,20 @@ func (a *Agent) Plan(ctx context.Context, r maint.PlanRequest) (maint.Plan, erro
 			return maint.Plan{}, refuse(what, a.unknownPeer(name))
 		}
 	}
-	l, err := a.ladder(ctx, u, r.Options)
+	p, err := a.planUpdate(ctx, u, r.Options)
 	if err != nil {
-		return maint.Plan{}, a.cannotAsk(what, err)
+		return p, a.cannotAsk(what, err)
 	}
-	return plan.Make(u, l, r.Options), nil
+	return p, nil
+}
+
+// planUpdate plans an update from what is so now.
+func (a *Agent) planUpdate(ctx context.Context, u maint.Update, o maint.PlanOptions) (maint.Plan, error) {
+	l, err := a.ladder(ctx, u, o)
+	if err != nil {
+		return maint.Plan{}, err
+	}
+	return plan.Make(u, l, o), nil
 }
 
 // remembered is how many of what guests have felt plans are made from, the latest.

@@ -28,7 +28,7 @@ func (h vmmHost) Describe(ctx context.Context, uuid string) (vmm.Description, er
 
 // Replace admits the replacement of a guest's QEMU, writes it down and starts it.
 func (a *Agent) Replace(ctx context.Context, by string, r maint.ReplaceRequest) (maint.Op, error) {
-	return a.replace(ctx, by, r, false)
+	return a.replace(ctx, by, r, false, asAsked)
 }
 
 // checkReplace refuses what can be refused without knowing the guest.
@@ -49,8 +49,8 @@ var errNotInTwin = errors.New("it is not in the twin")
 
 // replace is Replace. homeOnly says that nothing is to be begun, with the error
 // errNotInTwin, for a guest that is not in the twin (any more): nobody has asked
-// for a new QEMU under it.
-func (a *Agent) replace(ctx context.Context, by string, r maint.ReplaceRequest, homeOnly bool) (maint.Op, error) {
+// for a new QEMU under it. edit says more of the operation.
+func (a *Agent) replace(ctx context.Context, by string, r maint.ReplaceRequest, homeOnly bool, edit func(*maint.Op)) (maint.Op, error) {
 	what := "cannot put a new QEMU under guest " + r.Guest
 	if err := checkReplace(r); err != nil {
 		return maint.Op{}, err
@@ -90,6 +90,7 @@ func (a *Agent) replace(ctx context.Context, by string, r maint.ReplaceRequest, 
 	now := time.Now()
 	op := maint.Op{ID: newOpID("vmm", now), Kind: maint.OpReplace, Guest: g.Name, GuestUUID: g.UUID, By: by,
 		Reason: r.Reason, Deadline: now.Add(replaceTimeout), Replace: &r}
+	edit(&op)
 	if where != inTwin && g.State.Active() { // one that is to go on feels nothing that it has not felt
 		a.tell(&op)
 	}

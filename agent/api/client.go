@@ -177,6 +177,11 @@ func (c *Client) Plan(ctx context.Context, r maint.PlanRequest) (p maint.Plan, e
 	return p, c.call(ctx, "POST", "/v1/plans", r, &p)
 }
 
+// Apply has a plan be carried out.
+func (c *Client) Apply(ctx context.Context, r maint.ApplyRequest) (op maint.Op, err error) {
+	return op, c.call(ctx, "POST", "/v1/applies", r, &op)
+}
+
 // Policies lists the policies of all guests.
 func (c *Client) Policies(ctx context.Context) (all []maint.PolicyView, err error) {
 	return all, c.call(ctx, "GET", "/v1/policies", nil, &all)

@@ -140,6 +140,8 @@ type Clocks interface {
 type Planning interface {
 	// Plan says how an update would be done to this host, and changes nothing.
 	Plan(ctx context.Context, r maint.PlanRequest) (maint.Plan, error)
+	// Apply carries a plan out, if it is still the one that would be made.
+	Apply(ctx context.Context, by string, r maint.ApplyRequest) (maint.Op, error)
 	Policies(ctx context.Context) ([]maint.PolicyView, error)
 	Policy(ctx context.Context, guest string) (maint.PolicyView, error)
 	// SetPolicy puts a policy into a guest's definition, in place of what it has there.
@@ -303,6 +305,9 @@ func routes(a Agent) []route {
 			return with(r, func(q maint.GuestPolicy) (any, error) {
 				return a.SetPolicy(r.Context(), c.Name, r.PathValue("guest"), q)
 			})
+		}},
+		{"POST", "/v1/applies", operators, func(r *http.Request, c Caller) (any, error) {
+			return with(r, func(q maint.ApplyRequest) (any, error) { return a.Apply(r.Context(), c.Name, q) })
 		}},
 		{"PUT", "/v1/cordon", operators, func(r *http.Request, c Caller) (any, error) {
 			return with(r, func(q Reason) (any, error) { return a.Cordon(r.Context(), c.Name, q.Reason) })

@@ -20,6 +20,7 @@ const (
 	OpRestore OpKind = "restore"     // and back, each by a migration of the peer's
 	OpPatch   OpKind = "patch"       // rung A: the running host is changed, and guests feel nothing
 	OpKexec   OpKind = "kexec"       // rung B3: another host kernel, under the same guests
+	OpApply   OpKind = "apply"       // an update, as it was planned: each step by an operation of its own
 )
 
 // OpKinds are all of them.
@@ -130,6 +131,7 @@ type Op struct {
 	Patched  *PatchResult    `json:"patched,omitempty"`
 	Kexec    *KexecRequest   `json:"kexec,omitempty"`
 	Kexeced  *KexecResult    `json:"kexeced,omitempty"`
+	Apply    *ApplyRequest   `json:"apply,omitempty"`
 	// Arrival is what its new host did for a moved guest, after the operation's end;
 	// nil until that has said so.
 	Arrival *ArrivalReport `json:"arrival,omitempty"`
@@ -140,7 +142,8 @@ type Op struct {
 	Drain   *DrainRequest   `json:"drain,omitempty"`
 	Restore *RestoreRequest `json:"restore,omitempty"`
 	Moves   []GuestMove     `json:"moves,omitempty"` // of a drain's or a restore's guests
-	// Part is the drain that a migration is part of, and Return a peer's request
+	// Part is the drain that a migration is part of, or the apply that an operation is a
+	// step of, and Return a peer's request
 	// that it meets.
 	Part   OpID           `json:"part,omitempty"`
 	Return *ReturnRequest `json:"return,omitempty"`

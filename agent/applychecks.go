@@ -1,0 +1,185 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"belay/agent/health"
+	"belay/agent/maint"
+	"belay/agent/run"
+)
+
+// fitness is what is written down before an update's first change: who was not well by
+// then is not blamed on it.
+type fitness struct {
+	Sick []string `json:"sick,omitempty"` // UUIDs
+}
+
+// phaseFitness is where it is written down: the plan's first step.
+func (x application) phaseFitness() string { return stepName(x.plan.Steps[0]) }
+
+// check sees that the plan is still the one that would be made, and the host and its guests
+// are fit for it.
+func (x application) check(ctx context.Context, s *run.Scratch) error {
+	what := "cannot apply " + x.plan.Update.ID
+	if err := x.a.checkPlan(ctx, what, x.plan); err != nil {
+		return err
+	}
+	var f fitness
+	for _, g := range x.plan.Guests {
+		if r := x.health(ctx, g); r != nil {
+			if err := s.Note("guest %s is not well before the update: %s", g.Guest, r.Reason); err != nil {
+				return err
+			}
+			f.Sick = append(f.Sick, g.UUID)
+		}
+	}
+	if err := s.Save(f); err != nil {
+		return err
+	}
+	var ps []maint.Problem
+	for i, c := range x.plan.Update.Checks {
+		if !c.At(maint.CheckBefore) || c.Guests { // guests have just been asked
+			continue
+		}
+		if p := x.ask(ctx, s, x.plan.Steps[0], i, c); p != nil {
+			ps = append(ps, *p)
+		}
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return maint.Refuse(what, ps)
+}
+
+// verify sees that all guests run, here or where they were moved, and that the host and they
+// are well.
+func (x application) verify(ctx context.Context, s *run.Scratch, step maint.PlanStep) error {
+	when := maint.CheckAfter
+	if slices.ContainsFunc(x.plan.Steps[step.N:], func(t maint.PlanStep) bool { return t.Kind == maint.PlanVerify }) {
+		when = maint.CheckBetween
+	}
+	if p := x.missing(ctx); p != nil {
+		return p
+	}
+	for i, c := range x.plan.Update.Checks {
+		if !c.At(when) {
+			continue
+		}
+		p := x.ask(ctx, s, step, i, c)
+		switch {
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case p == nil:
+		case c.OnFail == maint.FailGoOn:
+			if err := s.Note("%s; the update goes on, as it says", p.Error()); err != nil {
+				return err
+			}
+		case c.OnFail == maint.FailStop:
+			p.Remedy = "find out why; then apply the plan again, or take it back by hand. Every guest runs, and nothing further is begun, as the update says (on_fail)"
+			return &run.Stuck{Problem: p}
+		default:
+			return p
+		}
+	}
+	return nil
+}
+
+// missing is a guest of the plan that ran, and does not any more.
+func (x application) missing(ctx context.Context) *maint.Problem {
+	guests, err := x.a.presentAtLast(ctx)
+	if err != nil {
+		return maint.AsProblem(err, maint.CodeHypervisorDown, "host "+x.a.cfg.Host)
+	}
+	now, _ := x.a.journal.Op(x.op.ID)
+	for _, g := range x.plan.Guests {
+		here := slices.ContainsFunc(guests, func(h maint.Guest) bool { return keyOf(h) == g.UUID })
+		moved := slices.ContainsFunc(now.Moves, func(m maint.GuestMove) bool { return m.GuestUUID == g.UUID && m.State == maint.MoveMoved })
+		if !here && !moved {
+			return maint.Problemf(maint.CodeUnknownGuest, "guest "+g.Guest, "look for it with 'belay guests' on other hosts", "is not on %s any more, and this update has not moved it", x.a.cfg.Host)
+		}
+	}
+	return nil
+}
+
+// ask asks one check until it is well, or has failed so often in a row, or its time is up.
+// n is its number.
+func (x application) ask(ctx context.Context, s *run.Scratch, step maint.PlanStep, n int, c maint.UpdateCheck) *maint.Problem {
+	if !pause(ctx, c.WarmUp) {
+		return nil // the caller sees that
+	}
+	in, cancel := context.WithTimeout(ctx, c.Timeout)
+	defer cancel()
+	var last error
+	for tries := 1; ; tries++ {
+		err := x.once(in, s, step, fmt.Sprintf("check-%d-%d", n, tries), c)
+		if err == nil {
+			return nil
+		}
+		if last == nil || in.Err() == nil {
+			last = err // what the end of the time has cut off says less
+		}
+		if tries >= c.Failures || !pause(in, checkEvery) {
+			return maint.Problemf(maint.CodeStep, "check "+c.Name, "find out why, and apply the plan again", "has failed %d times in a row: %v", tries, last)
+		}
+	}
+}
+
+// checkEvery is the pause between tries of a check.
+const checkEvery = time.Second
+
+func (x application) once(ctx context.Context, s *run.Scratch, step maint.PlanStep, name string, c maint.UpdateCheck) error {
+	do := maint.HostStep{Command: c.Command}
+	switch {
+	case c.Guests:
+		for _, g := range x.plan.Guests {
+			if r := x.health(ctx, g); r != nil && !x.wasSick(s, g.UUID) {
+				return fmt.Errorf("guest %s: %s", g.Guest, r.Reason)
+			}
+		}
+		return nil
+	case c.TCP != "" || c.HTTP != "":
+		return health.Once(ctx, nil, "", health.Check{TCP: c.TCP, HTTP: c.HTTP})
+	case c.Unit != "":
+		do.Command = []string{"/usr/bin/systemctl", "is-active", "--quiet", "--", c.Unit}
+	}
+	id := string(maint.StepOp(x.op.ID, step.N)) + "-" + name
+	defer x.a.preserve.Steps.Forget(id)
+	return failedRun("check", do, x.a.preserve.Steps.Run(ctx, id, do, nil))
+}
+
+// health is how a guest does that is not well, nil for one that is, or that nobody knows how
+// to ask. One that has moved was asked by the host that it has come to.
+func (x application) health(ctx context.Context, p maint.PlannedGuest) *maint.HealthReport {
+	now, _ := x.a.journal.Op(x.op.ID)
+	for _, m := range now.Moves {
+		if m.GuestUUID != p.UUID || m.State != maint.MoveMoved {
+			continue
+		}
+		child, _ := x.a.journal.Op(m.Op)
+		if child.Arrival != nil && child.Arrival.Health != nil && !child.Arrival.Health.Healthy {
+			return child.Arrival.Health
+		}
+		return nil
+	}
+	g, err := x.a.hyp.Guest(ctx, p.UUID)
+	if err != nil {
+		return nil // see missing
+	}
+	c, within, ok := x.a.healthOf(g)
+	if !ok {
+		return nil
+	}
+	if r := health.Until(ctx, x.a.hyp, g.UUID, c, within); !r.Healthy {
+		return &r
+	}
+	return nil
+}
+
+func (x application) wasSick(s *run.Scratch, uuid string) bool {
+	var f fitness
+	_, _ = s.Load(x.phaseFitness(), &f) // none: nobody was
+	return slices.Contains(f.Sick, uuid)
+}
