@@ -78,4 +78,5 @@ clean: ## remove what was built, and labs that crashed
 
 clean-cache: ## remove the lab's downloads and caches, when no lab is up
 	@for lab in /var/lib/belay-lab/*/; do [ ! -d "$$lab" ] || { echo "clean-cache: lab $$lab is up, and uses the caches" >&2; exit 1; }; done
+	@cache=$${BELAY_CACHE:-/var/cache/belay}; [ ! -e $$cache/machines.lock ] || flock -n $$cache/machines.lock true || { echo "clean-cache: hosts that are machines are up, and use the caches" >&2; exit 1; }
 	rm -rf $${BELAY_CACHE:-/var/cache/belay} /var/cache/belay-lab

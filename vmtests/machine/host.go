@@ -33,6 +33,7 @@ type Host struct {
 
 	lab      *Lab
 	tap      *os.File
+	incoming []string // further arguments of QEMU, to take up a frozen host
 	forwards []net.Listener
 
 	mu      sync.Mutex
@@ -74,7 +75,7 @@ func (h *Host) boot(ctx context.Context) error {
 	if err := os.Remove(h.file("qmp")); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	cmd := exec.Command(qemuProgram, h.arguments(port)...)
+	cmd := exec.Command(qemuProgram, append(h.arguments(port), h.incoming...)...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.ExtraFiles = []*os.File{h.tap} // 3
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -136,7 +137,7 @@ func (h *Host) arguments(port int) []string {
 		"-append", strings.TrimSpace(commandLine + " " + h.lab.config.Append),
 		// Neither does a power cut take what is in this machine's cache.
 		"-drive", "if=virtio,cache=unsafe,format=qcow2,file=" + h.file("disk.qcow2"),
-		"-drive", "if=virtio,cache=unsafe,format=raw,readonly=on,file=" + h.lab.payload(),
+		"-drive", "if=virtio,cache=unsafe,format=raw,readonly=on,file=" + h.lab.payload,
 		"-netdev", fmt.Sprintf("user,id=control,ipv6=off,hostfwd=tcp:127.0.0.1:%d-:22", port),
 		"-device", "virtio-net-pci,netdev=control,romfile=,mac=52:54:00:77:ff:01",
 		"-netdev", "tap,id=lan,fd=3",

@@ -34,7 +34,10 @@ type Config struct {
 	Package   string // path of belay_*.deb; default: built from the sources
 	// Keys are minisign public keys of those who sign livepatches (*.pub).
 	Keys []string
-	Log  *slog.Logger
+	// Fresh has the hosts boot and be provisioned anew. Else they are taken up where such
+	// hosts were frozen, once they had been provisioned (freeze.go), unless Append makes them others.
+	Fresh bool
+	Log   *slog.Logger
 }
 
 // Lab is a set of hosts that are up.
@@ -50,6 +53,8 @@ type Lab struct {
 	lan    *lan
 	login  *ssh.ClientConfig
 	unlock func()
+	// payload is a disk with what hosts are provisioned with, and their guests' image.
+	payload string
 }
 
 // Up brings up a lab: hosts that have booted, with belayd running. It waits for other labs of
@@ -62,8 +67,8 @@ func Up(ctx context.Context, c Config) (*Lab, error) {
 	return l, nil
 }
 
-func (l *Lab) up(ctx context.Context) (err error) {
-	c := &l.config
+// complete fills in what is left open and checks the rest.
+func (c *Config) complete() error {
 	if c.Hosts == 0 {
 		c.Hosts = 1
 	}
@@ -78,6 +83,14 @@ func (l *Lab) up(ctx context.Context) (err error) {
 	}
 	if os.Geteuid() != 0 {
 		return errors.New("taps and the image need root: run as root (sudo)")
+	}
+	return nil
+}
+
+func (l *Lab) up(ctx context.Context) (err error) {
+	c := &l.config
+	if err := c.complete(); err != nil {
+		return err
 	}
 	cache, err := filepath.Abs(guest.DefaultCache())
 	if err != nil {
@@ -111,17 +124,59 @@ func (l *Lab) up(ctx context.Context) (err error) {
 		return err
 	}
 	for i := range c.Hosts {
-		h := &Host{
-			Name: hostName(i), Addr: hostAddr(i), Kernel: l.Image.Kernels[0], lab: l,
-		}
+		h := &Host{Name: hostName(i), Addr: hostAddr(i), Kernel: l.Image.Kernels[0], lab: l}
 		h.Dir = filepath.Join(l.dir, h.Name)
 		l.Hosts = append(l.Hosts, h)
+		if err := h.plug(); err != nil {
+			return err
+		}
 	}
-	if err := l.makePayload(ctx, guestImage); err != nil {
+	if c.Package == "" {
+		if c.Package, err = BuildPackage(ctx, l.dir, ""); err != nil {
+			return err
+		}
+	}
+	l.Guest = guest.Image{Kernel: payloadDir + "/guest/vmlinuz", Initrd: payloadDir + "/guest/initrd"}
+	if err := l.raise(ctx, cache, guestImage); err != nil {
 		return err
 	}
 	return l.each(func(h *Host) error {
-		if err := h.make(ctx); err != nil {
+		for _, key := range c.Keys {
+			if err := h.Copy(ctx, key, "/etc/belay/keys/"+filepath.Base(key)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// raise has the hosts boot or takes up frozen ones.
+func (l *Lab) raise(ctx context.Context, cache string, g guest.Image) error {
+	if c := l.config; c.Fresh || c.Append != "" || l.kvm { // with KVM a boot takes no time
+		return l.install(ctx, g)
+	}
+	frozen, err := l.frozen(ctx, cache, g)
+	if err != nil {
+		return err
+	}
+	if _, err := os.Stat(frozen); errors.Is(err, os.ErrNotExist) {
+		if err := l.install(ctx, g); err != nil {
+			return err
+		}
+		if err := l.freeze(ctx, frozen); err != nil {
+			return err
+		}
+	}
+	return l.thaw(ctx, frozen)
+}
+
+// install has the hosts boot, and provisions them.
+func (l *Lab) install(ctx context.Context, g guest.Image) error {
+	if err := l.makePayload(ctx, g); err != nil {
+		return err
+	}
+	return l.each(func(h *Host) error {
+		if err := h.boots(ctx); err != nil {
 			return err
 		}
 		return h.provision(ctx)
@@ -170,53 +225,51 @@ func (i Image) login() (*ssh.ClientConfig, error) {
 		HostKeyCallback: ssh.FixedHostKey(host), HostKeyAlgorithms: []string{host.Type()}}, nil
 }
 
-func (l *Lab) payload() string { return filepath.Join(l.dir, "payload.img") }
-
-// makePayload makes the disk of what hosts are provisioned with, and of their guests' image.
+// makePayload fills the disk.
 func (l *Lab) makePayload(ctx context.Context, g guest.Image) error {
 	dir := filepath.Join(l.dir, "payload")
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return err
 	}
-	if l.config.Package == "" {
-		var err error
-		if l.config.Package, err = BuildPackage(ctx, l.dir, ""); err != nil {
-			return err
-		}
-	}
 	hosts := map[string]netip.Addr{}
 	for _, h := range l.Hosts {
 		hosts[h.Name] = h.Addr
 	}
-	if err := fillPayload(dir, hosts, g, append([]string{l.config.Package}, l.config.Keys...)...); err != nil {
+	if err := fillPayload(dir, hosts, g, l.config.Package); err != nil {
 		return err
 	}
-	l.Guest = guest.Image{Kernel: payloadDir + "/guest/vmlinuz", Initrd: payloadDir + "/guest/initrd"}
-	_, err := run(ctx, nil, "mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-L", "lab", "-d", dir, l.payload(), "256M")
+	l.payload = filepath.Join(l.dir, "payload.img")
+	_, err := run(ctx, nil, "mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-L", "lab", "-d", dir, l.payload, "256M")
 	return errors.Join(err, os.RemoveAll(dir))
 }
 
-// make makes the host's disk and boots it.
-func (h *Host) make(ctx context.Context) (err error) {
+// plug gives the host its cables.
+func (h *Host) plug() (err error) {
 	if err := os.Mkdir(h.Dir, 0o700); err != nil {
-		return err
-	}
-	if _, err := run(ctx, nil, "qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", h.lab.Image.Root(), h.file("disk.qcow2")); err != nil {
 		return err
 	}
 	if h.tap, err = h.lab.lan.addTap(h.Name); err != nil {
 		return err
 	}
-	for _, socket := range [][2]string{{libvirtSocket, "libvirt"}, {belaydSocket, "belayd"}} {
-		if err := h.forward(socket[0], h.file(socket[1])); err != nil {
-			return err
-		}
+	return errors.Join(h.forward(libvirtSocket, h.file("libvirt")), h.forward(belaydSocket, h.file("belayd")))
+}
+
+// addDisk makes the host's disk, with what is on another in the beginning.
+func (h *Host) addDisk(ctx context.Context, on, format string) error {
+	_, err := run(ctx, nil, "qemu-img", "create", "-q", "-f", "qcow2", "-F", format, "-b", on, h.file("disk.qcow2"))
+	return err
+}
+
+// boots has the host boot from an empty disk.
+func (h *Host) boots(ctx context.Context) error {
+	if err := h.addDisk(ctx, h.lab.Image.Root(), "raw"); err != nil {
+		return err
 	}
 	begin := time.Now()
 	if err := h.Start(ctx); err != nil {
 		return err
 	}
-	if _, err = h.AwaitUp(ctx, ""); err != nil {
+	if _, err := h.AwaitUp(ctx, ""); err != nil {
 		return err
 	}
 	h.lab.config.Log.Info("host is up", "host", h.Name, "took", time.Since(begin).Round(time.Second))

@@ -21,8 +21,8 @@ var provisionScript []byte
 var boxScript string
 
 // fillPayload puts into a folder what hosts are provisioned with: provision.sh, certificates of
-// a CA of their own, the files, and their guests' image.
-func fillPayload(dir string, hosts map[string]netip.Addr, g guest.Image, files ...string) error {
+// a CA of their own, Belay's package, and their guests' image.
+func fillPayload(dir string, hosts map[string]netip.Addr, g guest.Image, deb string) error {
 	ca, err := pki.New(dir, "Belay lab")
 	if err != nil {
 		return err
@@ -32,11 +32,7 @@ func fillPayload(dir string, hosts map[string]netip.Addr, g guest.Image, files .
 			return err
 		}
 	}
-	copies := map[string]string{g.Kernel: "guest/vmlinuz", g.Initrd: "guest/initrd"}
-	for _, file := range files {
-		copies[file] = filepath.Base(file)
-	}
-	for from, to := range copies {
+	for from, to := range map[string]string{g.Kernel: "guest/vmlinuz", g.Initrd: "guest/initrd", deb: filepath.Base(deb)} {
 		if err := copyFile(from, filepath.Join(dir, to)); err != nil {
 			return err
 		}
