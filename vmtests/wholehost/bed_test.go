@@ -29,16 +29,30 @@ type bed struct {
 
 func newBed(t *testing.T, c machine.Config) *bed {
 	t.Helper()
+	b := newEmptyBed(t, c)
+	b.boot(guest.Spec{})
+	return b
+}
+
+// newEmptyBed is a bed whose guest is yet to be booted.
+func newEmptyBed(t *testing.T, c machine.Config) *bed {
+	t.Helper()
 	b := &bed{Lab: machine.ForTest(t, c), t: t}
 	var err error
 	if b.obs, err = b.Observe(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { b.obs.Close() })
-	b.guest = b.start(b.Hosts[0], guest.Spec{Name: "web-1", IP: netip.MustParsePrefix("10.77.1.1/16")})
+	return b
+}
+
+// boot starts the bed's guest, web-1, on the first host.
+func (b *bed) boot(s guest.Spec) {
+	b.t.Helper()
+	s.Name, s.IP = "web-1", netip.MustParsePrefix("10.77.1.1/16")
+	b.guest = b.start(b.Hosts[0], s)
 	b.dirty(b.Hosts[0], 4)
 	b.first, b.mem = b.look(b.Hosts[0])
-	return b
 }
 
 // start starts a guest, under KVM and with heartbeats.

@@ -5,6 +5,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"belay/vmtests/machine"
 )
@@ -14,7 +15,7 @@ const mostExposed = 4.5
 
 // TestBoot: a host on which Belay's package was installed, as it comes from its boot.
 func TestBoot(t *testing.T) {
-	b := newBed(t, machine.Config{})
+	b := newBed(t, machine.Config{Fresh: true})
 	h := b.Hosts[0]
 
 	t.Run("unit", func(t *testing.T) {
@@ -28,6 +29,9 @@ func TestBoot(t *testing.T) {
 		}
 		if got := show(t, h, "belay-kernel.socket", "ActiveState"); got != "active" {
 			t.Errorf("belay-kernel.socket is %s", got)
+		}
+		if failed := must(t, h, "systemctl", "list-units", "--failed", "--plain", "--no-legend", "belay*", "libvirt*", "virt*"); failed != "" {
+			t.Errorf("units have failed:\n%s", failed)
 		}
 	})
 
@@ -94,4 +98,56 @@ func TestBoot(t *testing.T) {
 			t.Errorf("belayd delays shutdowns after the operation:\n%s", list)
 		}
 	})
+	// What the tests of other kernels stand on: a reset keeps the memory, a power cut does not.
+	t.Run("reset", func(t *testing.T) {
+		must(t, h, "sh", "-c", "echo kept >/var/lib/belay/memory/word && sync")
+		b.again(h, func() error { return h.Reset(t.Context()) })
+		if got := must(t, h, "cat", "/var/lib/belay/memory/word"); got != "kept" {
+			t.Errorf("the reserved memory has %q", got)
+		}
+		b.awaitBelayd(h)
+	})
+	t.Run("power cut", func(t *testing.T) {
+		must(t, h, "sh", "-c", "echo kept >/root/word && sync")
+		b.again(h, func() error {
+			if err := h.Cut(); err != nil {
+				return err
+			}
+			return h.Start(t.Context())
+		})
+		if got := must(t, h, "cat", "/root/word"); got != "kept" {
+			t.Errorf("the disk has %q", got)
+		}
+		if r, err := h.Exec(t.Context(), "cat", "/var/lib/belay/memory/word"); err != nil || r.Code == 0 {
+			t.Errorf("the memory was kept without power: %+v, %v", r, err)
+		}
+		b.awaitBelayd(h)
+	})
+}
+
+// again has the host boot, and waits for it.
+func (b *bed) again(h *machine.Host, how func() error) {
+	b.t.Helper()
+	before, err := h.BootID(b.t.Context())
+	if err == nil {
+		err = how()
+	}
+	if err == nil {
+		_, err = h.AwaitUp(b.ctx(3*time.Minute), before)
+	}
+	if err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// awaitBelayd waits until systemd has started all of the host, belayd too, which answers.
+func (b *bed) awaitBelayd(h *machine.Host) {
+	b.t.Helper()
+	ctx := b.ctx(3 * time.Minute)
+	if r, err := h.Exec(ctx, "systemctl", "is-system-running", "--wait"); err != nil || r.Stdout == "" {
+		b.t.Fatalf("the host has not started: %+v, %v", r, err)
+	}
+	if _, err := h.Run(ctx, "belay", "status"); err != nil {
+		b.t.Fatal(err)
+	}
 }
