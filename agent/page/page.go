@@ -13,6 +13,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"belay/agent/maint"
 	"belay/agent/report"
 )
@@ -24,6 +26,7 @@ type Agent interface {
 	Doctor(ctx context.Context) ([]maint.Check, error)
 	Ops(ctx context.Context) ([]maint.Op, error)
 	Events(ctx context.Context, all bool) ([]maint.ScheduledEvent, error)
+	Campaigns(ctx context.Context) ([]maint.Campaign, error)
 	Report(ctx context.Context, id maint.OpID) (maint.Report, error)
 }
 
@@ -33,16 +36,17 @@ const (
 	// checkEvery is how old the verdicts of the ladder may be: they take asking every
 	// peer, and libvirt.
 	checkEvery = time.Minute
-	// answerWithin bounds the making of one page. One is made at a time: nobody on the host
-	// can have belayd make many.
+	// answerWithin bounds the making of one page. One is made at a time, and perSecond at
+	// most after the first few: nobody on the host can have belayd do nothing else.
 	answerWithin = 15 * time.Second
+	perSecond    = 5
 	// recent is how many operations that have ended are listed.
 	recent = 20
 )
 
 // Handler serves the page of an agent.
 func Handler(a Agent, log *slog.Logger) http.Handler {
-	p := &pages{agent: a, log: log, making: make(chan struct{}, 1)}
+	p := &pages{agent: a, log: log, making: make(chan struct{}, 1), pace: rate.NewLimiter(perSecond, 2*perSecond)}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{$}", p.page(func(ctx context.Context, _ *http.Request) (any, error) { return p.host(ctx) }))
 	mux.HandleFunc("GET /ops/{id}", p.page(func(ctx context.Context, r *http.Request) (any, error) {
@@ -67,6 +71,7 @@ type pages struct {
 	agent  Agent
 	log    *slog.Logger
 	making chan struct{} // has a value while one is made
+	pace   *rate.Limiter
 
 	checks  []maint.Check // as of checked
 	checked time.Time
@@ -78,13 +83,11 @@ func (p *pages) page(find func(context.Context, *http.Request) (any, error)) htt
 	return func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), answerWithin)
 		defer cancel()
-		select {
-		case p.making <- struct{}{}:
-			defer func() { <-p.making }()
-		case <-ctx.Done():
+		if !p.turn(ctx) {
 			http.Error(w, "belayd makes other pages; try again", http.StatusServiceUnavailable)
 			return
 		}
+		defer func() { <-p.making }()
 		status, v := http.StatusOK, any(nil)
 		v, err := find(ctx, r)
 		if err != nil {
@@ -99,6 +102,19 @@ func (p *pages) page(find func(context.Context, *http.Request) (any, error)) htt
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
 		w.WriteHeader(status)
 		_, _ = w.Write(b.Bytes()) // nobody is left to tell
+	}
+}
+
+// turn waits until a page may be made, and reports whether it may.
+func (p *pages) turn(ctx context.Context) bool {
+	if p.pace.Wait(ctx) != nil {
+		return false
+	}
+	select {
+	case p.making <- struct{}{}:
+		return true
+	case <-ctx.Done():
+		return false
 	}
 }
 
@@ -138,10 +154,12 @@ type hostPage struct {
 	Status  maint.Status
 	Guests  maint.Inventory
 	Events  []maint.ScheduledEvent
-	Ended   []maint.Op // the newest first
-	More    int        // how many more have ended
-	Ladder  []rung
-	Checked time.Time
+	// Campaigns are those that are not over.
+	Campaigns []maint.Campaign
+	Ended     []maint.Op // the newest first
+	More      int        // how many more have ended
+	Ladder    []rung
+	Checked   time.Time
 }
 
 // rung is what doctor says of one.
@@ -173,6 +191,15 @@ func (p *pages) host(ctx context.Context) (v hostPage, err error) {
 	slices.SortStableFunc(v.Guests.Guests, func(a, b maint.Guest) int { return strings.Compare(a.Name, b.Name) })
 	if v.Events, err = p.agent.Events(ctx, false); err != nil {
 		return v, err
+	}
+	all, err := p.agent.Campaigns(ctx)
+	if err != nil {
+		return v, err
+	}
+	for _, k := range all {
+		if k.Closed.IsZero() {
+			v.Campaigns = append(v.Campaigns, k)
+		}
 	}
 	ops, err := p.agent.Ops(ctx)
 	if err != nil {

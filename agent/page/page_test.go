@@ -83,6 +83,12 @@ func (a *agent) Events(_ context.Context, all bool) ([]maint.ScheduledEvent, err
 		Approval: &maint.EventApproval{By: "guest " + evil}, Op: "mig-1"}}, a.called(fmt.Sprint("Events ", all))
 }
 
+func (a *agent) Campaigns(context.Context) ([]maint.Campaign, error) {
+	at := time.Date(2026, 12, 1, 2, 0, 0, 0, time.UTC)
+	return []maint.Campaign{{ID: "old-1", Closed: at}, {ID: "qemu-10", Description: evil, Deadline: at.AddDate(0, 0, 7), Guests: map[string]maint.GuestCampaign{
+		"u1": {Guest: evil, State: maint.CampaignBooked, At: at}, "u2": {Guest: "db-1", State: maint.CampaignPending}}}}, a.called("Campaigns")
+}
+
 func (a *agent) Report(_ context.Context, id maint.OpID) (maint.Report, error) {
 	if id != "mig-1" {
 		return maint.Report{}, maint.Problemf(maint.CodeUnknownOp, "operation "+string(id), "see 'belay ops list'", "is not in the journal of host-a")
@@ -148,13 +154,16 @@ func TestHostPage(t *testing.T) {
 		"|mig-1|", "|moves guest " + shownEvil + " to host-b|", "|1m30s|", "|running: perform|", "|75 %|", "guest " + shownEvil + ": is broken (mend it)|",
 		"|patch-22|", "|partly|", "|3 more: belay ops list --all|", "|Freeze|", "|" + shownEvil + ", db-1|", "|2026-11-22 12:15:00|", "|guest " + shownEvil + "|",
 		"|libvirt does not answer, this is as of", "|running (booted)|", "|migration out|", "|web-2|", "|shut off (shutdown)|", "|answers in 2ms|", ", takes no guests in|", "|no route to host|", "|not asked yet|",
-		"|A|", "|fail|", "|kernel: " + shownEvil + "|", "|certificate: expires on 2026-12-01|", "|C|", "|n/a|"} {
+		"|qemu-10|", "|2026-12-08 02:00:00|", "|" + shownEvil + "|: booked, 2026-12-01 02:00:00|db-1|: pending|", "|A|", "|fail|", "|kernel: " + shownEvil + "|", "|certificate: expires on 2026-12-01|", "|C|", "|n/a|"} {
 		if !strings.Contains(shown, strings.Join(strings.Fields(want), " ")) {
 			t.Errorf("no %q in\n%s", want, shown)
 		}
 	}
 	if strings.Contains(shown, "|patch-02|") {
 		t.Error("all operations are listed")
+	}
+	if strings.Contains(shown, "old-1") {
+		t.Error("a campaign that is over is listed")
 	}
 	if !strings.Contains(fmt.Sprint(elements["meta"]), "{ http-equiv refresh} { content 5}") {
 		t.Errorf("it is not loaded again: %v", elements["meta"])
@@ -262,6 +271,7 @@ func TestDoctorIsAskedNowAndThen(t *testing.T) {
 		a := &agent{}
 		h := handler(a)
 		var all sync.WaitGroup
+		begun := time.Now()
 		for range 20 {
 			all.Go(func() { ask(h, "GET", "/", "localhost") })
 			all.Go(func() { ask(h, "GET", "/ladder", "localhost") })
@@ -269,6 +279,9 @@ func TestDoctorIsAskedNowAndThen(t *testing.T) {
 		all.Wait()
 		if a.calls["Doctor"] != 1 || a.calls["Status"] != 40 {
 			t.Errorf("asked for: %v", a.calls)
+		}
+		if d := time.Since(begun); d < 5*time.Second {
+			t.Errorf("40 pages were made in %s", d)
 		}
 		time.Sleep(checkEvery)
 		ask(h, "GET", "/", "localhost")

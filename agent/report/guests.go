@@ -17,7 +17,7 @@ func guests(s Source) []maint.GuestReport {
 		all = append(all, moved(op))
 	case op.Kind == maint.OpReplace:
 		all = append(all, replaced(op))
-	case op.Held != nil:
+	case op.Held != nil && op.Hold != nil:
 		for _, g := range op.Held.Guests {
 			all = append(all, heldGuest(g, op.Hold.MaxPause))
 		}

@@ -65,20 +65,20 @@ func took(from, to, now time.Time) time.Duration {
 
 // What says what an operation does: "moves guest web-1 to host-b".
 func What(op maint.Op) string {
-	switch op.Kind {
-	case maint.OpMigrate:
+	switch {
+	case op.Kind == maint.OpMigrate:
 		return "moves guest " + op.Guest + " to " + op.Peer
-	case maint.OpHold:
+	case op.Hold != nil:
 		return "holds " + held(op) + " while " + hostStep(op.Hold.Step)
-	case maint.OpReplace:
+	case op.Kind == maint.OpReplace:
 		return "puts a new QEMU under guest " + op.Guest
-	case maint.OpDrain:
+	case op.Kind == maint.OpDrain:
 		return "moves every guest to peers"
-	case maint.OpRestore:
+	case op.Restore != nil:
 		return "brings back what " + string(op.Restore.Drain) + " has moved away"
-	case maint.OpPatch:
+	case op.Patch != nil:
 		return "changes the running host: " + strings.TrimSpace(string(op.Patch.Action)+" "+cmp.Or(op.Patch.Name, op.Patch.File))
-	case maint.OpKexec:
+	case op.Kexec != nil:
 		return "starts another kernel under all guests: " + op.Kexec.Kernel
 	}
 	return string(op.Kind)

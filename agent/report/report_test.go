@@ -285,6 +285,18 @@ func TestNotBegun(t *testing.T) {
 	}
 }
 
+// TestBareOperations: an operation of which only its kind is known has a report.
+func TestBareOperations(t *testing.T) {
+	t.Parallel()
+	for _, kind := range append(maint.OpKinds, "of a later Belay") {
+		r := Make(Source{Op: maint.Op{Kind: kind, Held: &maint.HoldResult{Guests: []maint.HeldGuest{{}}}, Kexeced: &maint.KexecResult{}, Patched: &maint.PatchResult{}, Moves: []maint.GuestMove{{}}},
+			Records: []maint.Record{{Kind: maint.RecMove, Data: data("no move")}, {Kind: maint.RecLeash, Data: data(5)}, {Kind: "of a later Belay"}}})
+		if err := Markdown(&bytes.Buffer{}, r); err != nil || r.What == "" {
+			t.Errorf("%s: %q, %v", kind, r.What, err)
+		}
+	}
+}
+
 // TestNothingObeys: names come from elsewhere, and are text in Markdown and on a terminal.
 func TestNothingObeys(t *testing.T) {
 	t.Parallel()
