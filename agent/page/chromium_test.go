@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -50,16 +51,26 @@ func newChromium(t *testing.T, flags ...string) *chromium {
 	in, theirsToo, err := os.Pipe()
 	must(t, err)
 	b.out, b.in = out, bufio.NewReader(in)
+	profile, err := os.MkdirTemp("", "belay-browser")
+	must(t, err)
 	c := exec.Command(program, append([]string{"--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-		"--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--user-data-dir=" + t.TempDir(), "--remote-debugging-pipe"}, flags...)...)
+		"--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--user-data-dir=" + profile, "--remote-debugging-pipe"}, flags...)...)
 	c.ExtraFiles = []*os.File{theirs, theirsToo} // 3 and 4
 	c.Stderr, c.WaitDelay = &b.stderr, 5*time.Second
+	c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // it has many processes
 	must(t, c.Start())
 	must(t, errors.Join(theirs.Close(), theirsToo.Close()))
 	t.Cleanup(func() {
-		_ = c.Process.Kill() // all that it has is in the folder
+		_ = syscall.Kill(-c.Process.Pid, syscall.SIGKILL) // all that it has is in the folder
 		_ = c.Wait()
 		_ = errors.Join(out.Close(), in.Close())
+		for range 100 { // nobody says when the last of its processes is gone, which may yet write
+			if err = os.RemoveAll(profile); err == nil {
+				return
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+		t.Error(err)
 	})
 	must(t, in.SetReadDeadline(time.Now().Add(2*patience)))
 	var target struct {
