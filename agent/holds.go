@@ -13,6 +13,7 @@ import (
 	"belay/agent/maint"
 	"belay/agent/run"
 	"belay/notify/board"
+	"belay/patch/pending"
 	"belay/patch/preserve"
 	"belay/patch/vmm"
 )
@@ -31,6 +32,8 @@ type Preserve struct {
 	Places vmm.Places
 	// Twin is the second libvirt daemon; nil: there is none.
 	Twin *Twin
+	// Pending looks for newer packages.
+	Pending pending.Host
 	// Shutdown is asked to wait for operations; nil: nobody is.
 	Shutdown Shutdown
 }

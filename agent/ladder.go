@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -109,6 +112,12 @@ func (s *survey) askKexec(ctx context.Context) error {
 	v, err := s.a.kexecJob("", maint.KexecRequest{Kernel: c.Kernel, Initrd: c.Initrd, Append: c.Append, All: true}).Plan(ctx)
 	if errors.Is(err, maint.ErrHypervisorDown) {
 		return err
+	}
+	if _, missing := os.Stat(filepath.Join("/", s.a.preserve.Kexec.Tree.Root, c.Kernel)); c.Prepare != nil && errors.Is(missing, fs.ErrNotExist) {
+		// Its preparation is to bring it; it is judged when it is there.
+		v.Problems = slices.DeleteFunc(v.Problems, func(p maint.Problem) bool {
+			return p.Code == maint.CodeImage && (p.Subject == "kernel "+c.Kernel || p.Subject == "initrd "+c.Initrd)
+		})
 	}
 	if s.kexec = v.Problems; err != nil {
 		s.kexec = []maint.Problem{*maint.AsProblem(err, maint.CodeKexec, "host "+s.a.cfg.Host)}

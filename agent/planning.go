@@ -42,6 +42,29 @@ func (a *Agent) planUpdate(ctx context.Context, u maint.Update, o maint.PlanOpti
 	return plan.Make(u, l, o), nil
 }
 
+// ProposeUpdate makes up a manifest from the packages that are pending on this host.
+func (a *Agent) ProposeUpdate(ctx context.Context) (maint.Proposal, error) {
+	var qemus []int
+	for _, g := range a.view.last.Load().guests {
+		if g.State.Active() {
+			qemus = append(qemus, a.preserve.Live.QEMU(g.Name))
+		}
+	}
+	all, err := a.preserve.Pending.Look(ctx, qemus)
+	if err != nil {
+		return maint.Proposal{}, err
+	}
+	u, notes := update.Propose("pending-"+time.Now().UTC().Format("20060102"), all)
+	if len(u.Changes) == 0 {
+		return maint.Proposal{}, refuse("cannot make up an update", maint.Problemf(maint.CodeNothing, "host "+a.cfg.Host, "fetch the package lists anew (apt-get update)", "has no newer packages pending"))
+	}
+	text, err := update.Format(u)
+	if err != nil {
+		return maint.Proposal{}, err
+	}
+	return maint.Proposal{Packages: all, Manifest: string(text), Notes: notes}, nil
+}
+
 // remembered is how many of what guests have felt plans are made from, the latest.
 const remembered = 2000
 

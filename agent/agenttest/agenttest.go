@@ -30,6 +30,7 @@ import (
 	"belay/patch/kexec/kexectest"
 	"belay/patch/live"
 	"belay/patch/live/livetest"
+	"belay/patch/pending"
 	"belay/patch/preserve/preservetest"
 	"belay/patch/vmm"
 	"belay/patch/vmm/vmmtest"
@@ -56,6 +57,8 @@ type Node struct {
 	// then on.
 	Machine *vmmtest.Machine
 	Twin    *Second
+	// Pending looks for newer packages; for agents that are started from then on.
+	Pending pending.Host
 	// Shutdown, if set, is asked to wait; for agents that are started from then on.
 	Shutdown agent.Shutdown
 	// Kexec, if set, is Host with kernels, for agents that are started from then on.
@@ -228,7 +231,7 @@ func (n *Node) Start(hook func(what string)) {
 	check(n.t, err)
 	n.living.Store(n.life)
 	b := agent.Preserve{Leash: mortalLeash{n.Leashes, n.LeashDir, n.life}, Steps: n.Steps, Clocks: n.Clocks, Places: vmm.Places{Root: n.Root},
-		Boot: board.Boot{ID: n.Boot, Since: boottime.Now}, Live: n.live(), Shutdown: n.Shutdown}
+		Boot: board.Boot{ID: n.Boot, Since: boottime.Now}, Live: n.live(), Shutdown: n.Shutdown, Pending: n.Pending}
 	var hyp agent.Hypervisor = n.Host
 	if n.Machine != nil {
 		hyp, b.Places = n.Machine, n.Machine.Places()

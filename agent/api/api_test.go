@@ -57,6 +57,7 @@ var endpoints = []struct {
 	{"POST", "/v1/patches/inspect", `{"file":"/root/fix.ko"}`, "operator", "InspectPatch /root/fix.ko"},
 	{"GET", "/v1/patches/coverage", "", "viewer operator", "Coverage "},
 	{"POST", "/v1/plans", `{"manifest":"id = 'u'"}`, "operator", "Plan id = 'u'"},
+	{"GET", "/v1/updates/pending", "", "operator", "ProposeUpdate"},
 	{"GET", "/v1/policies", "", "viewer operator", "Policies"},
 	{"GET", "/v1/guests/{guest}/policy", "", "viewer operator", "Policy GUEST"},
 	{"PUT", "/v1/guests/{guest}/policy", `{"refuse":["D"]}`, "operator", "SetPolicy GUEST [D] me"},

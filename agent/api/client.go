@@ -182,6 +182,11 @@ func (c *Client) Apply(ctx context.Context, r maint.ApplyRequest) (op maint.Op, 
 	return op, c.call(ctx, "POST", "/v1/applies", r, &op)
 }
 
+// ProposeUpdate asks for a manifest of what is pending.
+func (c *Client) ProposeUpdate(ctx context.Context) (p maint.Proposal, err error) {
+	return p, c.call(ctx, "GET", "/v1/updates/pending", nil, &p)
+}
+
 // Policies lists the policies of all guests.
 func (c *Client) Policies(ctx context.Context) (all []maint.PolicyView, err error) {
 	return all, c.call(ctx, "GET", "/v1/policies", nil, &all)

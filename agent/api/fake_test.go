@@ -144,6 +144,10 @@ func (f *fakeAgent) Apply(_ context.Context, by string, r maint.ApplyRequest) (m
 	return maint.Op{}, f.called("Apply "+r.Plan.Hash, by)
 }
 
+func (f *fakeAgent) ProposeUpdate(context.Context) (maint.Proposal, error) {
+	return maint.Proposal{}, f.called("ProposeUpdate", "")
+}
+
 func (f *fakeAgent) Policies(context.Context) ([]maint.PolicyView, error) {
 	return nil, f.called("Policies", "")
 }

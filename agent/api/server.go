@@ -142,6 +142,8 @@ type Planning interface {
 	Plan(ctx context.Context, r maint.PlanRequest) (maint.Plan, error)
 	// Apply carries a plan out, if it is still the one that would be made.
 	Apply(ctx context.Context, by string, r maint.ApplyRequest) (maint.Op, error)
+	// ProposeUpdate makes up a manifest from the packages that are pending.
+	ProposeUpdate(ctx context.Context) (maint.Proposal, error)
 	Policies(ctx context.Context) ([]maint.PolicyView, error)
 	Policy(ctx context.Context, guest string) (maint.PolicyView, error)
 	// SetPolicy puts a policy into a guest's definition, in place of what it has there.
@@ -299,6 +301,7 @@ func routes(a Agent) []route {
 		{"POST", "/v1/plans", operators, func(r *http.Request, _ Caller) (any, error) {
 			return with(r, func(q maint.PlanRequest) (any, error) { return a.Plan(r.Context(), q) })
 		}},
+		{"GET", "/v1/updates/pending", operators, func(r *http.Request, _ Caller) (any, error) { return a.ProposeUpdate(r.Context()) }},
 		{"GET", "/v1/policies", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Policies(r.Context()) }},
 		{"GET", "/v1/guests/{guest}/policy", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Policy(r.Context(), r.PathValue("guest")) }},
 		{"PUT", "/v1/guests/{guest}/policy", operators, func(r *http.Request, c Caller) (any, error) {

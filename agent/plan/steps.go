@@ -122,6 +122,8 @@ func (w *writer) change(i int) {
 	}
 	s := maint.PlanStep{Changes: []string{c.Name}, At: at, Expected: c.Standstill(), Undo: undoOf(c)}
 	switch {
+	case way.rung == maint.RungA && c.Apply == nil && (c.Kind == maint.ChangePackages || c.Kind == maint.ChangeService):
+		return // it was prepared, and that is all
 	case way.rung == maint.RungA:
 		s.Kind, s.Text = maint.PlanPatch, c.Name+": "+doing(c)
 		if c.File != "" {

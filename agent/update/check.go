@@ -27,7 +27,7 @@ const (
 var (
 	name   = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$`)
 	unit   = regexp.MustCompile(`^[A-Za-z0-9:_.@\\-]{1,200}\.(service|socket|target|timer|mount|path|slice)$`)
-	debian = regexp.MustCompile(`^[a-z0-9][a-z0-9+.:~=_-]{0,199}$`)
+	debian = regexp.MustCompile(`^[a-z0-9][A-Za-z0-9+.:~=_-]{0,199}$`)
 )
 
 // checker collects what is wrong.

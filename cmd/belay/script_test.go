@@ -24,6 +24,7 @@ import (
 	"belay/agent/maint"
 	"belay/hypervisor/hypervisortest"
 	"belay/patch/live/livetest"
+	"belay/patch/pending"
 )
 
 // The scripts in testdata/script run belay as a process of its own, against
@@ -46,6 +47,7 @@ import (
 //	world drain-op                $OP is the newest drain on a
 //	world patch NAME              a livepatch for a's kernel, by a vendor whom it trusts; $PATCH is its file
 //	world qemu-patch NAME         a livepatch of QEMU, likewise; web-1's takes it, and web-2's is a stock one
+//	world pending FILE            a's package manager says what is in it
 //	world cut FILE                has half of it from now on
 //	world straggler               a task of a's holds up every livepatch
 //	world runs GUEST HOST         it runs there, and on no other host
@@ -214,6 +216,11 @@ func (p *stage) command(s *testscript.TestScript, args []string) {
 	case "patch":
 		made := p.trusted(a).Make(arg(0), a.Kernel.Release, a.Kernel.Version, func(m *livetest.Spec) { m.Covers = []string{"CVE-2024-1086"} })
 		s.Setenv("PATCH", livetest.Write(p.t, s.MkAbs("livepatches"), arg(0), made))
+	case "pending":
+		text := s.ReadFile(arg(0))
+		a.Stop()
+		a.Pending = pending.Host{Root: s.MkAbs("root"), Simulate: func(context.Context) ([]byte, error) { return []byte(text), nil }}
+		a.Start(nil)
 	case "cut":
 		info, err := os.Stat(arg(0))
 		s.Check(err)
