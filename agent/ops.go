@@ -156,7 +156,7 @@ func moveMany(op maint.Op) bool { return op.Kind == maint.OpDrain || op.Kind == 
 
 // inCommon names what two operations are both about, "" for nothing.
 func inCommon(op, running maint.Op) string {
-	if op.Part == running.ID || running.Part == op.ID {
+	if op.Part != "" && op.Part == running.ID || running.Part != "" && running.Part == op.ID {
 		return "" // the one is a step of the other
 	}
 	if op.Kind == maint.OpApply && (running.Kind == maint.OpApply || moveMany(running)) || running.Kind == maint.OpApply && moveMany(op) {
