@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"belay/agent/maint"
@@ -24,6 +25,12 @@ func (a *Agent) Report(ctx context.Context, id maint.OpID) (maint.Report, error)
 		if part, known := a.journal.Op(m.Op); known {
 			s.Parts = append(s.Parts, part)
 		}
+	}
+	if whole, known := a.journal.Op(op.Part); known && whole.Apply != nil {
+		s.Plan = &whole.Apply.Plan
+	}
+	if op.Apply != nil {
+		s.Parts = slices.DeleteFunc(a.journal.Ops(), func(part maint.Op) bool { return part.Part != id })
 	}
 	return report.Make(s), nil
 }

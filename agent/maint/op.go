@@ -24,7 +24,7 @@ const (
 )
 
 // OpKinds are all of them.
-var OpKinds = []OpKind{OpMigrate, OpHold, OpReplace, OpDrain, OpRestore, OpPatch, OpKexec}
+var OpKinds = []OpKind{OpMigrate, OpHold, OpReplace, OpDrain, OpRestore, OpPatch, OpKexec, OpApply}
 
 // OpState is where an operation is in its life.
 //

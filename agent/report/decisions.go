@@ -31,6 +31,8 @@ func decisions(s Source) []maint.ReportLine {
 		}
 	case op.Drain != nil:
 		say("%s, %s", bandwidth(op.Drain.BandwidthMiBs), allowed(op.Drain.Allow))
+	case op.Apply != nil:
+		planned(&whole, op.Apply.Plan)
 	case op.Kexec != nil && op.Kexec.Append != "":
 		say("command line: %s", op.Kexec.Append)
 	}
@@ -52,6 +54,35 @@ func decisions(s Source) []maint.ReportLine {
 		}
 	}
 	return append(whole, l.inTime()...)
+}
+
+// planned are the decisions of a plan: by which rung each change, and each guest, and why not
+// by one with less impact.
+func planned(l *lines, p maint.Plan) {
+	say := func(format string, args ...any) { l.add(time.Time{}, "", format, args...) }
+	say("plan %.12s, made at %s, urgency %s", p.Hash, p.Made.UTC().Format(time.RFC3339), p.Update.Urgency)
+	for _, c := range p.Changes {
+		say("change %s (%s): rung %s%s", c.Change, c.Kind, c.Rung, refused(c.Refused))
+	}
+	for _, g := range p.Guests {
+		text := string(g.Rung)
+		if g.To != "" {
+			text += " to " + g.To
+		}
+		if g.Method != "" {
+			text += " by " + string(g.Method)
+		}
+		say("guest %s: rung %s%s", g.Guest, text, refused(g.Refused))
+	}
+}
+
+// refused says why not by rungs with less impact.
+func refused(rungs []maint.RefusedRung) string {
+	var b strings.Builder
+	for _, r := range rungs {
+		fmt.Fprintf(&b, "; not %s%s", r.Rung, why(r.Problems))
+	}
+	return b.String()
 }
 
 // place is where a guest was sent.

@@ -36,6 +36,52 @@ func guests(s Source) []maint.GuestReport {
 	for _, m := range op.Moves {
 		all = append(all, ofMany(s, m))
 	}
+	for i := range all {
+		if e := expected(s, all[i]); e != nil {
+			all[i].Expected = e
+		}
+	}
+	if op.Apply != nil {
+		all = applied(s, all)
+	}
+	return all
+}
+
+// expected is what was predicted of a guest that stood still, or that is to.
+func expected(s Source, g maint.GuestReport) *maint.Estimate {
+	if s.Plan == nil || s.Op.Kind == maint.OpRestore {
+		return nil
+	}
+	for _, p := range s.Plan.Guests {
+		switch {
+		case p.UUID != g.UUID:
+		case s.Op.Kind == maint.OpMigrate || s.Op.Kind == maint.OpApply: // its own guests move
+			return p.Blackout
+		case s.Op.Kind != maint.OpPatch:
+			return p.Pause
+		}
+	}
+	return nil
+}
+
+// applied adds what guests felt of the operations that an apply is made of, and those that
+// felt nothing.
+func applied(s Source, all []maint.GuestReport) []maint.GuestReport {
+	for _, part := range s.Parts {
+		if slices.ContainsFunc(s.Op.Moves, func(m maint.GuestMove) bool { return m.Op == part.ID }) {
+			continue
+		}
+		for _, g := range guests(Source{Op: part, Plan: s.Plan, Arrived: s.Arrived}) {
+			g.Fate += ", " + string(part.ID)
+			all = append(all, g)
+		}
+	}
+	for _, p := range s.Plan.Guests {
+		if !slices.ContainsFunc(all, func(g maint.GuestReport) bool { return g.UUID == p.UUID }) {
+			all = append(all, maint.GuestReport{Guest: p.Guest, UUID: p.UUID, Fate: "nothing was done to it"})
+		}
+	}
+	slices.SortStableFunc(all, func(a, b maint.GuestReport) int { return cmp.Compare(a.Guest, b.Guest) })
 	return all
 }
 

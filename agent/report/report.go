@@ -17,20 +17,25 @@ type Source struct {
 	Op      maint.Op
 	Records []maint.Record         // of the operation
 	Events  []maint.ScheduledEvent // others than the operation's are left out
-	// Parts are the migrations of a drain that this host knows.
+	// Parts are the migrations of a drain, and the operations of an apply, that this host
+	// knows.
 	Parts []maint.Op
 	// Arrived are guests that have come to this host: a restore's.
 	Arrived []maint.Arrived
-	// Expected is what was predicted for each guest, by UUID.
-	Expected map[string]maint.Estimate
+	// Plan is what the operation carries out, or is a step of; nil: nothing was planned,
+	// and so nothing predicted.
+	Plan *maint.Plan
 }
 
 // Make makes the report.
 func Make(s Source) maint.Report {
 	op := s.Op
+	if op.Apply != nil {
+		s.Plan = &op.Apply.Plan
+	}
 	r := maint.Report{Host: s.Host, Op: op.ID, Kind: op.Kind, What: What(op), By: op.By, Reason: op.Reason, State: op.State, Step: op.Step,
 		Outcome: op.Outcome, Started: op.Started, Ended: op.Ended, Resumed: op.Resumed, Took: took(op.Started, op.Ended, s.Now),
-		Guests: guests(s), HostDone: hostDone(op), Decisions: decisions(s), Timeline: timeline(s),
+		Guests: guests(s), HostDone: append(hostDone(op), partsDone(s)...), Decisions: decisions(s), Timeline: timeline(s),
 		Steps: []maint.StepReport{}, Problems: append([]maint.Problem{}, op.Problems...)}
 	if op.State != maint.OpEnded {
 		r.Outcome = "" // a step that failed has one in mind
@@ -47,9 +52,9 @@ func Make(s Source) maint.Report {
 			r.Parts = append(r.Parts, m.Op)
 		}
 	}
-	for i := range r.Guests {
-		if e, predicted := s.Expected[r.Guests[i].UUID]; predicted {
-			r.Guests[i].Expected = &e
+	for _, part := range s.Parts {
+		if !slices.Contains(r.Parts, part.ID) {
+			r.Parts = append(r.Parts, part.ID)
 		}
 	}
 	return r
@@ -78,6 +83,9 @@ func What(op maint.Op) string {
 		return "brings back what " + string(op.Restore.Drain) + " has moved away"
 	case op.Patch != nil:
 		return "changes the running host: " + strings.TrimSpace(string(op.Patch.Action)+" "+cmp.Or(op.Patch.Name, op.Patch.File))
+	case op.Apply != nil:
+		u := op.Apply.Plan.Update
+		return "applies update " + u.ID + reason(u.Description)
 	case op.Kexec != nil:
 		return "starts another kernel under all guests: " + op.Kexec.Kernel
 	}
@@ -136,6 +144,19 @@ func hostDone(op maint.Op) []string {
 		}
 		if p.Unwatched {
 			say("libvirt or belayd was away meanwhile: a pause would not have been seen")
+		}
+	}
+	return done
+}
+
+// partsDone is what the operations of an apply came to for the host.
+func partsDone(s Source) (done []string) {
+	if s.Op.Apply == nil {
+		return nil
+	}
+	for _, part := range s.Parts {
+		for _, text := range hostDone(part) {
+			done = append(done, string(part.ID)+": "+text)
 		}
 	}
 	return done

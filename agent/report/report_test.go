@@ -68,7 +68,7 @@ func migration() Source {
 		Events: []maint.ScheduledEvent{
 			{Op: "mig-1", State: maint.EventCompleted, Guests: []maint.EventGuest{{Name: "web-1"}}, Announced: at(10), NotBefore: at(900010), Approval: &maint.EventApproval{By: "guest web-1", At: at(60)}, Started: at(200), Ended: at(500)},
 			{Op: "another", Guests: []maint.EventGuest{{Name: "db-1"}}, Announced: at(10)}},
-		Expected: map[string]maint.Estimate{"u1": {Low: ms(20), Typical: ms(35), High: ms(80), From: "7 moves of this guest"}}}
+		Plan: &maint.Plan{Guests: []maint.PlannedGuest{{UUID: "u0"}, {UUID: "u1", Blackout: &maint.Estimate{Low: ms(20), Typical: ms(35), High: ms(80), From: "7 moves of this guest"}}}}}
 }
 
 func hold() Source {
@@ -182,6 +182,23 @@ func kernel() Source {
 	return Source{Host: "host-a", Now: at(100_000), Op: op, Records: recs}
 }
 
+// updated is an apply: one guest is moved, one is held, and one feels nothing.
+func updated() Source {
+	op := begun("apply-1", maint.OpApply)
+	low := maint.RefusedRung{Rung: maint.RungA, Problems: []maint.Problem{*maint.Problemf(maint.CodeRung, "change ovs", "", "guests touch it")}}
+	op.Apply = &maint.ApplyRequest{Plan: maint.Plan{Hash: "0123456789abcdef", Made: at(-60_000), Update: maint.Update{ID: "ovs-3", Description: "new Open vSwitch", Urgency: maint.UrgencySecurity},
+		Changes: []maint.PlannedChange{{Change: "ovs", Kind: maint.ChangeService, Rung: maint.RungB1, Refused: []maint.RefusedRung{low}}},
+		Guests: []maint.PlannedGuest{{Guest: "web-1", UUID: "u1", Rung: maint.RungD, To: "host-b", Blackout: &maint.Estimate{Low: ms(20), Typical: ms(35), High: ms(80)},
+			Refused: []maint.RefusedRung{{Rung: maint.RungB1, Problems: []maint.Problem{*maint.Problemf(maint.CodePolicy, "guest web-1", "allow a longer pause", "may stand still for 100ms")}}}},
+			{Guest: "dns-1", UUID: "u0", Rung: maint.RungB1, Pause: &maint.Estimate{Low: ms(300), Typical: ms(400), High: ms(600)}}, {Guest: "old-1", UUID: "u9", Rung: maint.RungA}}}}
+	op.Moves = []maint.GuestMove{{Guest: "web-1", GuestUUID: "u1", MemoryBytes: 2 << 30, Peer: "host-b", State: maint.MoveMoved, Op: "mig-1", Downtime: ms(41)}}
+	move, held := migration().Op, hold().Op
+	held.ID, held.Held.Guests = "apply-1.4", held.Held.Guests[:1]
+	recs, steps := ran("1-check", "3-move", "4-hold", "account")
+	op.Steps = steps
+	return Source{Host: "host-a", Now: at(1000), Op: op, Records: recs, Parts: []maint.Op{move, held}}
+}
+
 // goingBack is a migration that was aborted and is not through with it.
 func goingBack() Source {
 	s := migration()
@@ -192,12 +209,12 @@ func goingBack() Source {
 		{Time: at(350), Kind: maint.RecAbort, By: "cert:ops", Text: maint.AbortNow}, {Time: at(400), Kind: maint.RecStepFailed, Step: "perform", Text: "aborted on request"},
 		{Time: at(401), Kind: maint.RecUndoStart, Step: "perform"}, {Time: at(420), Kind: maint.RecUndoDone, Step: "perform"}, {Time: at(421), Kind: maint.RecUndoStart, Step: "reserve"},
 		{Time: at(450), Kind: maint.RecUndoFailed, Step: "reserve", Text: "peer host-b: cannot be reached"}}
-	s.Events, s.Expected = nil, nil
+	s.Events, s.Plan = nil, nil
 	return s
 }
 
 var situations = map[string]func() Source{"migrate": migration, "hold": hold, "replace-vmm": replacement, "drain": drain, "restore": restored,
-	"patch-apply": livepatch, "patch-restart": component, "patch-qemu": qemus, "kexec": kernel, "going-back": goingBack}
+	"patch-apply": livepatch, "patch-restart": component, "patch-qemu": qemus, "kexec": kernel, "apply": updated, "going-back": goingBack}
 
 func TestReports(t *testing.T) {
 	t.Parallel()
@@ -273,7 +290,7 @@ func TestNotBegun(t *testing.T) {
 		s := source()
 		op := s.Op
 		s.Op = maint.Op{ID: op.ID, Kind: op.Kind, Started: op.Started, State: maint.OpRunning, Migrate: op.Migrate, Hold: op.Hold, Replace: op.Replace,
-			Drain: op.Drain, Restore: op.Restore, Patch: op.Patch, Kexec: op.Kexec}
+			Drain: op.Drain, Restore: op.Restore, Patch: op.Patch, Kexec: op.Kexec, Apply: op.Apply}
 		s.Records, s.Events, s.Parts, s.Arrived = nil, nil, nil, nil
 		r := Make(s)
 		if r.Took != s.Now.Sub(op.Started) || Ending(r) != "running: " {

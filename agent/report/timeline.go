@@ -34,6 +34,14 @@ func timeline(s Source) []maint.ReportLine {
 		l.record(s.Op, r)
 	}
 	l.felt(s.Op)
+	if s.Op.Apply != nil {
+		for _, part := range s.Parts {
+			l.add(part.Started, "", "%s begins: it %s", part.ID, What(part))
+			if !part.Ended.IsZero() {
+				l.add(part.Ended, "", "%s has ended: %s", part.ID, part.Outcome)
+			}
+		}
+	}
 	for _, e := range s.Events {
 		if e.Op == s.Op.ID {
 			l.event(e)

@@ -44,7 +44,7 @@ import (
 //	world kill-libvirt HOST       returns when its agent knows
 //	world stop HOST               its belayd
 //	world op                      $OP is the newest operation on a
-//	world drain-op                $OP is the newest drain on a
+//	world drain-op, apply-op      $OP is the newest drain, or apply, on a
 //	world patch NAME              a livepatch for a's kernel, by a vendor whom it trusts; $PATCH is its file
 //	world qemu-patch NAME         a livepatch of QEMU, likewise; web-1's takes it, and web-2's is a stock one
 //	world pending FILE            a's package manager says what is in it
@@ -200,11 +200,11 @@ func (p *stage) command(s *testscript.TestScript, args []string) {
 			}
 			time.Sleep(5 * time.Millisecond)
 		}
-	case "drain-op":
+	case "drain-op", "apply-op":
 		ops, err := a.Client.Ops(ctx)
 		s.Check(err)
 		for _, op := range ops {
-			if op.Kind == maint.OpDrain {
+			if string(op.Kind)+"-op" == verb {
 				s.Setenv("OP", string(op.ID))
 			}
 		}
