@@ -168,6 +168,35 @@ func TestRescue(t *testing.T) {
 	b.do(kexec.PhaseRestore, b.Restore)
 }
 
+// A save that goes on after belayd has died counts from when the guest stood still, not from
+// its end: else its clock is behind by more than the guest can have lost, and is left alone.
+func TestSaveOutlivesBelayd(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	b.do(kexec.PhasePreflight, b.Preflight)
+	b.do(kexec.PhaseLoad, b.Load)
+	b.m.FailSave = b.uuid
+	if err := b.Save(t.Context(), b.s); err == nil { // it has begun
+		t.Fatal("it is saved")
+	}
+	b.m.FailSave = ""
+	file := filepath.Join(kexec.DefaultDir, b.uuid+".save")
+	if err := b.m.Save(t.Context(), b.uuid, file); err != nil {
+		t.Fatal(err)
+	}
+	end := time.Now().Add(time.Hour)
+	if err := os.Chtimes(filepath.Join(b.m.Root, file), end, end); err != nil {
+		t.Fatal(err)
+	}
+	b.do(kexec.PhaseSave, b.Save)
+	b.h.Reboot()
+	b.m.Boots(kexectest.Next)
+	guests, err := b.rescue()
+	if err != nil || len(guests) != 1 || guests[0].Fate != maint.KexecRestored || guests[0].Pause <= 0 {
+		t.Errorf("%+v, %v", guests, err)
+	}
+}
+
 // The host does not go down under a guest that runs: one that was started since, or restored by
 // somebody who took belayd for dead.
 func TestNobodyEndsWithTheHost(t *testing.T) {

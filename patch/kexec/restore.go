@@ -359,7 +359,7 @@ func (b *bringing) settle(ctx context.Context) error {
 			return err
 		}
 		if active { // or it has ended, or moved, since it ran again
-			b.ask(ctx, now)
+			b.ask(ctx, now, e)
 		}
 	}
 	if b.absent != "" || ctx.Err() != nil {
@@ -368,9 +368,11 @@ func (b *bringing) settle(ctx context.Context) error {
 	return writeMark(j.dir(), b.UUID, mark{Stage: stageDone, Boot: b.boot, Guest: *out, Settled: true})
 }
 
-// ask has a guest that runs again set its clock and tell its boot ID.
-func (b *bringing) ask(ctx context.Context, now maint.Guest) {
-	clock := b.j.Inside.Clock(ctx, now, b.out.Pause)
+// ask has a guest that runs again set its clock and tell its boot ID. It has lost no more time
+// than has passed since it stood still, by the host's clock of this moment: after a boot that may
+// be put right, too.
+func (b *bringing) ask(ctx context.Context, now maint.Guest, e *entry) {
+	clock := b.j.Inside.Clock(ctx, now, max(time.Since(e.Begun), 0))
 	b.out.Clock = &clock
 	if after := b.j.Inside.BootID(ctx, now); after != "" && b.BootID != "" {
 		same := after == b.BootID

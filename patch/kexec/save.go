@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"belay/agent/maint"
 	"belay/patch/internal/linux"
@@ -201,7 +202,18 @@ func (k *keeping) adopt(ctx context.Context, g member) (*entry, error) {
 			return nil, k.j.stale(g, f)
 		}
 	}
-	return k.put(ctx, g, info.ModTime(), written)
+	return k.put(ctx, g, born(info, filepath.Join(k.j.dir(), g.UUID+saveExt)), written)
+}
+
+// born is when a file was made: libvirt makes that of a save when the guest stands still. By
+// its last change the guest would have lost less time than it has, and its clock, too far off
+// for that, would be left alone.
+func born(info fs.FileInfo, name string) time.Time {
+	var st unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, name, 0, unix.STATX_BTIME, &st); err != nil || st.Mask&unix.STATX_BTIME == 0 {
+		return info.ModTime()
+	}
+	return time.Unix(st.Btime.Sec, int64(st.Btime.Nsec))
 }
 
 // stale is that a guest has run since it was saved.
