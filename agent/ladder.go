@@ -32,7 +32,7 @@ func (a *Agent) ladder(ctx context.Context, u maint.Update, o maint.PlanOptions)
 	if err != nil {
 		return maint.Ladder{}, err
 	}
-	l := maint.Ladder{Host: a.cfg.Host, HostUUID: host.UUID, Now: time.Now(), Tells: a.cfg.Events.Enabled, History: a.felt()}
+	l := maint.Ladder{Host: a.cfg.Host, HostUUID: host.UUID, Now: time.Now(), Tells: a.cfg.Events.Enabled, MaxHold: a.cfg.Hold.MaxPauseLimit.Duration, History: a.felt()}
 	var running []maint.Guest
 	for _, g := range guests {
 		if _, there := a.findElsewhere(g); g.State.Active() || there {

@@ -81,6 +81,9 @@ type Ladder struct {
 	Now      time.Time `json:"now"`
 	// Tells is that guests are told, and have their notice (events.enabled).
 	Tells bool `json:"tells"`
+	// MaxHold is the longest that this host holds guests (hold.max_pause_limit); 0 is no
+	// limit.
+	MaxHold time.Duration `json:"max_hold_ns,omitempty"`
 	// Verdicts are what the host says of changes and rungs: those that it can do, too.
 	Verdicts []HostVerdict `json:"verdicts"`
 	Guests   []LadderGuest `json:"guests"` // that run

@@ -54,6 +54,9 @@ func situations() []situation {
 		ladder(u, guest("web-1"), guest("voip-1", maxPause(time.Second)), peer("host-b", 64*gib)), back)
 	add("hold-refused", "One refuses to be held and has nowhere to go. Nothing is begun; what would help is listed.", u,
 		ladder(u, guest("web-1"), guest("voip-1", refuses("B"))))
+	short := ladder(u, guest("web-1"), peer("host-b", 64*gib))
+	short.MaxHold = 5 * time.Second
+	add("hold-too-long-for-host", "The host holds nobody for as long as that can take: the leash would release them half way.", u, short)
 	add("hold-paused-guest", "Somebody has paused a guest. It is left alone, and feels nothing.", u,
 		ladder(u, guest("web-1"), guest("debug-1", untouched(B1, "somebody has paused it"))))
 	add("prefers-move", "The owner of one would rather have it moved than held.", u,

@@ -164,6 +164,10 @@ func (c *candidate) mayNot(r maint.Rung, e maint.Estimate, l maint.Ladder, u mai
 		ps = append(ps, *maint.Problemf(maint.CodeLongPause, subject, set(flag+" "+short(e.High).String()),
 			"a %s of up to %s is to be expected, and its policy allows %s", what, short(e.High), limit))
 	}
+	if r == maint.RungB1 && l.MaxHold > 0 && e.High > l.MaxHold { // the leash would release it half way
+		ps = append(ps, *maint.Problemf(maint.CodeLongPause, "host "+l.Host, "raise hold.max_pause_limit there",
+			"holds guests for %s at most, and a pause of up to %s is to be expected", l.MaxHold, short(e.High)))
+	}
 	if u == maint.UrgencyEmergency || l.Tells {
 		return ps
 	}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"belay/agent/maint"
 )
@@ -104,11 +105,12 @@ func world(u maint.Update, l maint.Ladder) string {
 		Update         maint.Update
 		Host, HostUUID string
 		Tells          bool
+		MaxHold        time.Duration
 		Verdicts       []verdict
 		Guests         []guest
 		Peers          []string
 	}
-	w.Update, w.Host, w.HostUUID, w.Tells = u, l.Host, l.HostUUID, l.Tells
+	w.Update, w.Host, w.HostUUID, w.Tells, w.MaxHold = u, l.Host, l.HostUUID, l.Tells, l.MaxHold
 	for _, v := range l.Verdicts {
 		w.Verdicts = append(w.Verdicts, verdict{Of: v.Change, Rung: string(v.Rung), Codes: codes(v.Problems)})
 	}

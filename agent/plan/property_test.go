@@ -84,7 +84,11 @@ func draw(t *rapid.T) (maint.Update, maint.Ladder, maint.PlanOptions) {
 		}
 	}
 	parts = append(parts, pick("tells"))
-	return u, ladder(u, parts...), maint.PlanOptions{Return: pick("return")}
+	l := ladder(u, parts...)
+	if rarely("short holds") {
+		l.MaxHold = time.Duration(rapid.IntRange(1, 15).Draw(t, "hold")) * time.Second
+	}
+	return u, l, maint.PlanOptions{Return: pick("return")}
 }
 
 // Reading of the ladder that has nothing in common with the planner's.
@@ -113,6 +117,9 @@ func (f referee) may(g maint.LadderGuest, r maint.Rung, high time.Duration) bool
 		if refused == r {
 			return false
 		}
+	}
+	if r == B1 && f.l.MaxHold > 0 && high > f.l.MaxHold {
+		return false
 	}
 	limit := g.Policy.MaxPause
 	if r == D {

@@ -195,6 +195,9 @@ func (s situation) describe() string {
 	if !s.ladder.Tells {
 		say("the host does not tell guests of anything")
 	}
+	if s.ladder.MaxHold > 0 {
+		say("the host holds guests for %s at most", s.ladder.MaxHold)
+	}
 	if s.options.Return {
 		say("guests are to be brought back")
 	}

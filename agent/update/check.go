@@ -126,6 +126,9 @@ func (c *checker) change(m maint.Change) {
 		}
 	}
 	hot := m.Kind == maint.ChangeQEMU && slices.Contains(m.Rungs, maint.RungA)
+	if m.Apply == nil && slices.Contains(m.Rungs, maint.RungB1) && m.Kind != maint.ChangeService {
+		c.add("say what is done while guests are held: [changes.apply]", "can be delivered by rung B1, and has nothing to apply")
+	}
 	c.own("file", m.File, m.Kind == maint.ChangeLivepatch || m.Kind == maint.ChangeQEMU, m.Kind == maint.ChangeLivepatch || hot)
 	boots := m.Kind.BootsKernel() && slices.Contains(m.Rungs, maint.RungB3)
 	c.own("kernel", m.Kernel, m.Kind.BootsKernel(), boots)

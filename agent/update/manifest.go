@@ -185,15 +185,21 @@ func (c change) change() maint.Change {
 }
 
 // usual are the rungs of a change that does not say which. That guests do not feel a
-// command has to be said; whether a unit is one that they do not touch, the host knows.
+// command has to be said, unless it is a preparation, which is done while they run; whether
+// a unit is one that they do not touch, the host knows.
 func usual(c maint.Change) []maint.Rung {
 	return slices.DeleteFunc(c.Kind.Rungs(), func(r maint.Rung) bool {
 		switch r {
 		case maint.RungA:
-			if c.Kind == maint.ChangeQEMU {
+			switch {
+			case c.Kind == maint.ChangeQEMU:
 				return c.File == ""
+			case c.Kind == maint.ChangePackages && c.Apply == nil:
+				return false
 			}
 			return c.Kind != maint.ChangeLivepatch && c.Kind != maint.ChangeMicrocode && (c.Kind != maint.ChangeService || c.Apply == nil || c.Apply.Unit == "")
+		case maint.RungB1:
+			return c.Apply == nil
 		case maint.RungB3:
 			return c.Kind.BootsKernel() && c.Kernel == "" && c.Initrd == ""
 		}

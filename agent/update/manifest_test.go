@@ -109,7 +109,7 @@ func TestDefaults(t *testing.T) {
 		"kind = \"microcode\"\nkernel = \"/k\"\ninitrd = \"/i\"": {"A", "B3", "D"},
 		"kind = \"kernel\"\nkernel = \"/k\"\ninitrd = \"/i\"":    {"B3", "D"},
 		"kind = \"kernel\"":                                      {"D"},
-		"kind = \"packages\"\npackages = [\"a=1:2~3\"]\nprepare.command = [\"apt\"]": {"B1", "B3", "D"},
+		"kind = \"packages\"\npackages = [\"a=1:2~3\"]\nprepare.command = [\"apt\"]": {"A", "B3", "D"},
 	} {
 		u, err := update.Parse("m", []byte(head+text))
 		if err != nil || !slices.Equal(u.Changes[0].Rungs, want) || u.Urgency != maint.UrgencyNormal {
@@ -166,6 +166,7 @@ func TestRefused(t *testing.T) {
 		head + "kind = \"network\"\napply.command = [\"x\"]\napply.dir = \"tmp\"":                     "dir \"tmp\"",
 		head + "kind = \"network\"\napply = {command = [\"x\"], timeout = \"1s\", expected = \"2s\"}": "is expected to take 2s, and ended after 1s",
 		head + "kind = \"packages\"\napply.command = [\"x\"]":                                         "has no packages",
+		head + "kind = \"packages\"\npackages = [\"a\"]\nprepare.command = [\"x\"]\nrungs = [\"B1\"]": "has nothing to apply",
 		head + "kind = \"packages\"\npackages = [\"a\"]":                                              "does nothing",
 		head + "kind = \"qemu\"\n[[changes.artifacts]]\npath = \"/a\"\nsha256 = \"12\"":               "64 hexadecimal digits",
 		head + "kind = \"qemu\"\n[[changes]]\nname = \"c\"\nkind = \"qemu\"":                          "two changes of this name",
