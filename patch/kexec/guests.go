@@ -62,8 +62,8 @@ func (j *Job) fits(g *judgement, q maint.Guest, info maint.Host) {
 		g.add(maint.CodeMachineType, subject, "install the QEMU again that has it", "has machine type %s, which this host's QEMU %s has not", q.MachineType, info.QEMUVersion)
 	}
 	for _, d := range q.Devices {
-		if d.Kind == "hostdev" {
-			g.add(maint.CodeDevice, subject, "detach it first", "has the host's device %s, whose state ends with the kernel", d.Source)
+		if what := unsaved(d); what != "" {
+			g.add(maint.CodeDevice, subject, "detach it first, or shut the guest down and start it again afterwards", "has %s, whose state ends with the kernel", what)
 		}
 	}
 	for _, d := range q.Disks {
@@ -75,4 +75,22 @@ func (j *Job) fits(g *judgement, q maint.Guest, info maint.Host) {
 			g.add(maint.CodeVolatile, subject, "move it to a disk first (virsh blockcopy)", "has its disk %s in memory (%s), which a boot empties", d.Target, d.Source)
 		}
 	}
+}
+
+// unsaved says what a device is that is not saved with its guest; "": it is. That is found out
+// before the first guest stands still, not by libvirt, which refuses the one after some others.
+func unsaved(d maint.Device) string {
+	switch {
+	case d.Kind == "hostdev":
+		return "the host's device " + d.Source
+	case d.Kind == "interface" && (d.Type == "hostdev" || d.Type == "vdpa"):
+		return "interface " + d.MAC + " of type " + d.Type
+	case d.Kind == "shmem":
+		return "memory that it shares with others (" + d.Source + ")"
+	case d.Kind == "filesystem":
+		return "the host's file system " + d.Source
+	case d.Kind == "tpm" && d.Type != "emulator":
+		return "the host's TPM"
+	}
+	return ""
 }

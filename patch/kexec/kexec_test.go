@@ -334,6 +334,16 @@ func TestPreflight(t *testing.T) {
 		"a device of the host": {func(b *bed) {
 			b.h.PutGuest("gpu-1", func(g *maint.Guest) { g.Devices = []maint.Device{{Kind: "hostdev", Source: "0000:01:00.0"}} })
 		}, maint.CodeDevice},
+		"an interface of the host's": {func(b *bed) {
+			b.h.PutGuest("net-1", func(g *maint.Guest) { g.Devices = []maint.Device{{Kind: "interface", Type: "vdpa"}} })
+		}, maint.CodeDevice},
+		"a file system of the host's": {func(b *bed) {
+			b.h.PutGuest("fs-1", func(g *maint.Guest) { g.Devices = []maint.Device{{Kind: "filesystem", Type: "mount"}} })
+		}, maint.CodeDevice},
+		"shared memory": {func(b *bed) { b.h.PutGuest("shm-1", func(g *maint.Guest) { g.Devices = []maint.Device{{Kind: "shmem"}} }) }, maint.CodeDevice},
+		"the host's TPM": {func(b *bed) {
+			b.h.PutGuest("tpm-1", func(g *maint.Guest) { g.Devices = []maint.Device{{Kind: "tpm", Type: "passthrough"}} })
+		}, maint.CodeDevice},
 		"a disk in memory": {func(b *bed) {
 			b.h.PutGuest("tmp-1", func(g *maint.Guest) {
 				g.Disks = []maint.Disk{{Target: "vda", Type: "file", Source: "/dev/shm/a.qcow2"}}
@@ -348,6 +358,10 @@ func TestPreflight(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := newBed(t)
+			b.h.PutGuest("plain-1", func(g *maint.Guest) { // with what every guest has
+				g.MemoryBytes = 1 << 20
+				g.Devices = []maint.Device{{Kind: "interface", Type: "bridge"}, {Kind: "tpm", Type: "emulator"}, {Kind: "channel", Type: "unix"}}
+			})
 			if v, err := b.Plan(t.Context()); err != nil || len(v.Problems) > 0 {
 				t.Fatalf("nothing is missing: %+v, %v", v.Problems, err)
 			}
