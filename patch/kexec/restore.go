@@ -345,6 +345,8 @@ func (b *bringing) settle(ctx context.Context) error {
 	if b.settled || out.Fate == maint.KexecKept {
 		return ctx.Err()
 	}
+	e := b.has(b.UUID)
+	b.Autostart = b.Autostart || e != nil && e.Autostart
 	if b.Autostart {
 		if err := j.Host.SetAutostart(ctx, b.UUID, true); err != nil && !errors.Is(err, maint.ErrNoGuest) && out.Problem == nil {
 			out.Problem = maint.Problemf(maint.CodeAutostart, "guest "+b.Name, "virsh autostart "+maint.ShellWord(b.Name), "its autostart was turned off, and cannot be turned on again: %v", err)
@@ -353,7 +355,7 @@ func (b *bringing) settle(ctx context.Context) error {
 	if out.Fate == maint.KexecLost && !out.Started && j.ColdStart && b.Autostart {
 		b.afresh(ctx)
 	}
-	if e := b.has(b.UUID); out.Fate == maint.KexecRestored && e != nil && !e.Paused {
+	if out.Fate == maint.KexecRestored && e != nil && !e.Paused {
 		now, active, err := b.look(ctx)
 		if err != nil {
 			return err

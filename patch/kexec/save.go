@@ -248,7 +248,8 @@ func (k *keeping) save(ctx context.Context, g member) error {
 	if err := ctx.Err(); err != nil {
 		return context.Cause(ctx)
 	}
-	if g.Autostart {
+	// Its owner may have turned it on since the plan: libvirt would boot it beside its memory.
+	if g.Autostart = g.Autostart || now.Autostart; g.Autostart {
 		if err := j.Host.SetAutostart(ctx, g.UUID, false); err != nil {
 			return fmt.Errorf("cannot turn off its autostart: %w", err)
 		}

@@ -430,3 +430,24 @@ func TestGivenUp(t *testing.T) {
 		t.Errorf("%+v, %v", v.Problems, err)
 	}
 }
+
+// A guest whose autostart its owner has turned on after the plan was made is not booted with the
+// host, and has its autostart afterwards.
+func TestAutostartSincePlan(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	b.do(kexec.PhasePreflight, b.Preflight)
+	b.do(kexec.PhaseLoad, b.Load)
+	if err := b.h.SetAutostart(t.Context(), b.uuid, true); err != nil {
+		t.Fatal(err)
+	}
+	b.do(kexec.PhaseSave, b.Save)
+	if b.autostart() {
+		t.Error("it would be booted beside its memory")
+	}
+	b.h.Reboot()
+	b.m.Boots(kexectest.Next)
+	if g := b.mustRescue(); g.Fate != maint.KexecRestored || !b.autostart() {
+		t.Errorf("%+v; autostart: %v", g, b.autostart())
+	}
+}
