@@ -49,7 +49,7 @@ func FuzzNotes(f *testing.F) {
 		}
 		_ = m.settled(dir)
 		_, _ = readMark(dir, "u")
-		_, _ = saved(filepath.Join(dir, "u"+saveExt))
+		_, _, _ = saved(filepath.Join(dir, "u"+saveExt))
 	})
 }
 

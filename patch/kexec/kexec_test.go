@@ -340,7 +340,9 @@ func TestPreflight(t *testing.T) {
 		"a file system of the host's": {func(b *bed) {
 			b.h.PutGuest("fs-1", func(g *maint.Guest) { g.Devices = []maint.Device{{Kind: "filesystem", Type: "mount"}} })
 		}, maint.CodeDevice},
-		"shared memory": {func(b *bed) { b.h.PutGuest("shm-1", func(g *maint.Guest) { g.Devices = []maint.Device{{Kind: "shmem"}} }) }, maint.CodeDevice},
+		"shared memory": {func(b *bed) {
+			b.h.PutGuest("shm-1", func(g *maint.Guest) { g.Devices = []maint.Device{{Kind: "shmem"}} })
+		}, maint.CodeDevice},
 		"the host's TPM": {func(b *bed) {
 			b.h.PutGuest("tpm-1", func(g *maint.Guest) { g.Devices = []maint.Device{{Kind: "tpm", Type: "passthrough"}} })
 		}, maint.CodeDevice},

@@ -203,16 +203,25 @@ const (
 	savedRan   = len(savedMagic) + 8
 )
 
-// saved reports whether a guest is in a file, completely, and whether it ran until then.
-func saved(name string) (complete, ran bool) {
+// saved reports whether a guest is in a file, completely, and whether it ran until then. An
+// error says that this cannot be told: it may be.
+func saved(name string) (complete, ran bool, err error) {
 	f, err := os.Open(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, false, nil
+	}
 	if err != nil {
-		return false, false
+		return false, false, err
 	}
 	defer f.Close()
 	head := make([]byte, savedRan+4)
-	_, err = io.ReadFull(f, head)
-	return err == nil && bytes.HasPrefix(head, []byte(savedMagic)), binary.NativeEndian.Uint32(head[savedRan:]) != 0
+	switch _, err := io.ReadFull(f, head); {
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return false, false, nil
+	case err != nil:
+		return false, false, err
+	}
+	return bytes.HasPrefix(head, []byte(savedMagic)), binary.NativeEndian.Uint32(head[savedRan:]) != 0, nil
 }
 
 // written are the times at which files were written to last. What is no file, or cannot be

@@ -175,7 +175,10 @@ func (b *bringing) unnamed(ctx context.Context, active bool) (*entry, error) {
 	// Another operation's files are out of date: this one has not come to saving.
 	there := false
 	if !b.unseen && !b.others {
-		there, _ = saved(filepath.Join(b.j.dir(), b.UUID+saveExt))
+		var err error
+		if there, _, err = saved(filepath.Join(b.j.dir(), b.UUID+saveExt)); err != nil {
+			return nil, err
+		}
 	}
 	switch {
 	case active && b.same:

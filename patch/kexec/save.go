@@ -168,12 +168,14 @@ func (k *keeping) has(uuid string) *entry {
 func (k *keeping) put(ctx context.Context, g member, begun time.Time, written map[string]time.Time) (*entry, error) {
 	e := entry{member: g, File: g.UUID + saveExt, Begun: begun.Round(0), Memory: bySave, Written: written}
 	name := e.file(k.j.dir())
-	_, ran := saved(name)
+	_, ran, err := saved(name)
+	if err != nil {
+		return nil, err
+	}
 	e.Paused = !ran // as it was in the end: its owner may have paused or resumed it since the plan
 	if err := linux.Sync(name); err != nil {
 		return nil, err
 	}
-	var err error
 	if e.Sum, e.Size, err = sum(ctx, name); err != nil {
 		return nil, err
 	}
@@ -239,11 +241,11 @@ func (k *keeping) save(ctx context.Context, g member) error {
 		return err
 	}
 	if !active {
-		if complete, _ := saved(file); !complete {
-			return nil // ended meanwhile, by its owner: see bring
+		complete, _, err := saved(file)
+		if complete {
+			_, err = k.adopt(ctx, g)
 		}
-		_, err = k.adopt(ctx, g)
-		return err
+		return err // else it was ended meanwhile, by its owner: see bring
 	}
 	if err := ctx.Err(); err != nil {
 		return context.Cause(ctx)
@@ -264,8 +266,8 @@ func (k *keeping) save(ctx context.Context, g member) error {
 		return cmp.Or(failed, err, errors.New("it has not left its QEMU"))
 	}
 	written := j.Tree.written(g.Disks)
-	if complete, _ := saved(file); !complete {
-		return nil
+	if complete, _, err := saved(file); !complete {
+		return err
 	}
 	_, err = k.put(ctx, g, begun, written)
 	return err

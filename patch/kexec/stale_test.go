@@ -451,3 +451,27 @@ func TestAutostartSincePlan(t *testing.T) {
 		t.Errorf("%+v; autostart: %v", g, b.autostart())
 	}
 }
+
+// A file that cannot be read is not one that is not there: nothing is called gone for it.
+func TestUnreadable(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	b.do(kexec.PhasePreflight, b.Preflight)
+	b.do(kexec.PhaseLoad, b.Load)
+	b.m.FailSave = b.uuid
+	if err := b.Save(t.Context(), b.s); err == nil {
+		t.Fatal("it is saved")
+	}
+	b.h.KillQEMU(t, b.uuid)
+	image := filepath.Join(b.m.Dir(), b.uuid+".save")
+	if err := errors.Join(os.Remove(image), os.Mkdir(image, 0o700)); err != nil { // reads with an error
+		t.Fatal(err)
+	}
+	b.m.FailSave = ""
+	if err := b.Save(t.Context(), b.s); err == nil {
+		t.Error("it is passed over")
+	}
+	if guests, err := b.rescue(); err == nil {
+		t.Errorf("%+v", guests)
+	}
+}
