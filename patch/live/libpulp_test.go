@@ -2,7 +2,6 @@ package live_test
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -22,47 +21,20 @@ import (
 	"belay/patch/live/livetest"
 )
 
-// target is a library that a QEMU has preloaded: a thread of its own writes into a file, over
-// and over, what answer() is, and how often it has asked.
-const target = `
-#include <fcntl.h>
-#include <pthread.h>
-#include <stdlib.h>
-#include <sys/mman.h>
-#include <unistd.h>
-__attribute__((noinline)) int answer(void) { asm volatile(""); return 1; }
-static volatile int *page;
-static void *ask(void *unused) {
-	for (;;) { page[0] = answer(); page[1]++; usleep(1000); }
-}
-__attribute__((constructor)) static void begin(void) {
-	int fd = open(getenv("ANSWER"), O_RDWR);
-	pthread_t t;
-	page = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	pthread_create(&t, 0, ask, 0);
-}
-`
-
-const patchedAnswer = "int new_answer(void) { return 2; }\n"
-
 // programBed has real QEMUs, and a livepatch of a library that one of them has preloaded.
 type programBed struct {
 	t      *testing.T
 	l      live.Libpulp
 	vendor *livetest.Vendor
 	dir    string
+	target livetest.Target
 	fits   live.Artifact
 }
 
 func newProgramBed(t *testing.T) *programBed {
 	t.Helper()
-	for _, program := range []string{"ulp", "gcc", "readelf", "qemu-system-x86_64"} {
-		if _, err := exec.LookPath(program); err != nil {
-			t.Skipf("%s is not in PATH (Debian has no package of libpulp)", program)
-		}
-	}
-	if os.Getuid() != 0 {
-		t.Skip("root alone may look into other users' processes")
+	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
+		t.Skip("qemu-system-x86_64 is not in PATH")
 	}
 	root, err := os.MkdirTemp("", "qemus") // QEMU, another user, can look into it
 	if err != nil {
@@ -72,26 +44,12 @@ func newProgramBed(t *testing.T) *programBed {
 	if err := os.Chmod(root, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	b := &programBed{t: t, vendor: livetest.NewVendor(t), dir: filepath.Join(root, "lib")}
+	b := &programBed{t: t, vendor: livetest.NewVendor(t), dir: filepath.Join(root, "lib"), target: livetest.BuildTarget(t, filepath.Join(root, "lib"))}
 	b.l = live.Libpulp{Tree: live.Tree{Root: filepath.Join(root, "host")}, Keys: filepath.Join(root, "keys"), Dir: filepath.Join(root, "containers")}
 	b.vendor.Trust(b.l.Keys)
-	for _, dir := range []string{b.dir, filepath.Join(b.l.Tree.Root, "run/libvirt/qemu")} {
-		b.must(os.MkdirAll(dir, 0o755))
-	}
+	b.must(os.MkdirAll(filepath.Join(b.l.Tree.Root, "run/libvirt/qemu"), 0o755))
 	b.must(os.Symlink("/proc", filepath.Join(b.l.Tree.Root, "proc")))
-	b.must(os.WriteFile(b.path("target.c"), []byte(target), 0o644))
-	b.must(os.WriteFile(b.path("patched.c"), []byte(patchedAnswer), 0o644))
-	b.must(os.WriteFile(b.path("fix.dsc"), []byte(b.path("fix.so")+"\n@"+b.path("libtarget.so")+"\nanswer:new_answer\n"), 0o644))
-	build := []string{"-O2", "-shared", "-fPIC", "-Wl,--build-id", "-Wl,--hash-style=sysv"}
-	b.run("gcc", append(build, "-fpatchable-function-entry=16,14", "-o", b.path("libtarget.so"), b.path("target.c"), "-pthread")...)
-	b.run("ulp", "post", b.path("libtarget.so"))
-	b.run("gcc", append(build, "-o", b.path("fix.so"), b.path("patched.c"))...)
-	b.run("ulp", "packer", b.path("fix.dsc"))
-	_, id, found := strings.Cut(b.run("readelf", "-n", b.path("libtarget.so")), "Build ID: ")
-	if !found {
-		t.Fatal("the library has no build ID")
-	}
-	b.fits = b.sign(b.vendor, strings.Fields(id)[0])
+	b.fits = b.vendor.VouchContainer(b.target.Container, b.target.Manifest)
 	return b
 }
 
@@ -104,22 +62,6 @@ func (b *programBed) must(err error) {
 	}
 }
 
-func (b *programBed) run(name string, args ...string) string {
-	b.t.Helper()
-	out, err := exec.Command(name, args...).CombinedOutput()
-	if err != nil {
-		b.t.Fatalf("%s %v: %v: %s", name, args, err, out)
-	}
-	return string(out)
-}
-
-func (b *programBed) sign(v *livetest.Vendor, build string) live.Artifact {
-	b.t.Helper()
-	container, err := os.ReadFile(b.path("fix.so"))
-	b.must(err)
-	return v.VouchContainer(container, live.UserManifest{Name: "answer_fix", Library: "libtarget.so", BuildID: build})
-}
-
 // start starts a guest's QEMU as libvirt would, as a user of its own and in QEMU's sandbox. A
 // stock one has no libpulp.
 func (b *programBed) start(guest string, stock bool) live.QEMU {
@@ -128,13 +70,13 @@ func (b *programBed) start(guest string, stock bool) live.QEMU {
 	b.must(os.Chmod(b.path(guest), 0o666))
 	c := exec.Command("qemu-system-x86_64", "-M", "none", "-accel", "tcg", "-S", "-display", "none", "-nodefaults", "-monitor", "none",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
-	c.Env, c.Dir, c.Stderr = append(os.Environ(), "ANSWER="+b.path(guest)), "/", os.Stderr
+	c.Dir, c.Stderr = "/", os.Stderr
 	c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-	preload := b.path("libtarget.so")
+	preload := b.target.Library
 	if !stock {
-		preload = libpulp() + ":" + preload
+		preload = b.target.Preload
 	}
-	c.Env = append(c.Env, "LD_PRELOAD="+preload)
+	c.Env = append(os.Environ(), "LD_PRELOAD="+preload, "ANSWER="+b.path(guest))
 	b.must(c.Start())
 	b.t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
 	b.must(os.WriteFile(filepath.Join(b.l.Tree.Root, "run/libvirt/qemu", guest+".pid"), []byte(strconv.Itoa(c.Process.Pid)), 0o644))
@@ -144,37 +86,7 @@ func (b *programBed) start(guest string, stock bool) live.QEMU {
 	return q
 }
 
-// libpulp is the library beside ulp, or where the linker looks.
-func libpulp() string {
-	ulp, _ := exec.LookPath("ulp")
-	if files, _ := filepath.Glob(filepath.Join(filepath.Dir(ulp), "../lib*/libpulp.so.0")); len(files) > 0 {
-		return files[0]
-	}
-	return "libpulp.so.0"
-}
-
-// asked waits until a guest's QEMU has asked twice more: it runs, and what it was answered last.
-func (b *programBed) asked(guest string) (answer uint32) {
-	b.t.Helper()
-	look := func() (answer, count uint32) {
-		page, err := os.ReadFile(b.path(guest))
-		b.must(err)
-		return binary.NativeEndian.Uint32(page), binary.NativeEndian.Uint32(page[4:])
-	}
-	_, begun := look()
-	tick := time.NewTicker(time.Millisecond)
-	defer tick.Stop()
-	for limit := time.After(time.Minute); ; {
-		if answer, count := look(); count >= begun+2 {
-			return answer
-		}
-		select {
-		case <-tick.C:
-		case <-limit:
-			b.t.Fatalf("guest %s's QEMU does not run any more", guest)
-		}
-	}
-}
+func (b *programBed) asked(guest string) uint32 { return livetest.Asked(b.t, b.path(guest)) }
 
 // TestUserContract: the fake, and libpulp in a real QEMU where there is one.
 func TestUserContract(t *testing.T) {
@@ -190,9 +102,10 @@ func TestUserContract(t *testing.T) {
 	t.Run("libpulp", func(t *testing.T) {
 		t.Parallel()
 		b := newProgramBed(t)
-		q := b.start("web-1", false)
+		q, other := b.start("web-1", false), b.target.Manifest
+		other.BuildID = otherBuild
 		livetest.UserContract(t, livetest.UserSubject{UserSpace: b.l, QEMU: q, Stock: b.start("web-2", true),
-			Fits: b.fits, Other: b.sign(b.vendor, otherBuild), Foreign: b.sign(livetest.NewVendor(t), targetBuild),
+			Fits: b.fits, Other: b.vendor.VouchContainer(b.target.Container, other), Foreign: livetest.NewVendor(t).VouchContainer(b.target.Container, b.target.Manifest),
 			Effect: func() bool { return b.asked("web-1") == 2 },
 			End:    func() { b.must(os.Remove(filepath.Join(b.l.Tree.Root, "run/libvirt/qemu/web-1.pid"))) }})
 		if answer := b.asked("web-1"); answer != 1 {
