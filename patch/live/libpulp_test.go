@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -33,9 +32,6 @@ type programBed struct {
 
 func newProgramBed(t *testing.T) *programBed {
 	t.Helper()
-	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
-		t.Skip("qemu-system-x86_64 is not in PATH")
-	}
 	root, err := os.MkdirTemp("", "qemus") // QEMU, another user, can look into it
 	if err != nil {
 		t.Fatal(err)
@@ -62,25 +58,11 @@ func (b *programBed) must(err error) {
 	}
 }
 
-// start starts a guest's QEMU as libvirt would, as a user of its own and in QEMU's sandbox. A
-// stock one has no libpulp.
+// start starts a guest's QEMU. A stock one has no libpulp.
 func (b *programBed) start(guest string, stock bool) live.QEMU {
 	b.t.Helper()
-	b.must(os.WriteFile(b.path(guest), make([]byte, 4096), 0o666))
-	b.must(os.Chmod(b.path(guest), 0o666))
-	c := exec.Command("qemu-system-x86_64", "-M", "none", "-accel", "tcg", "-S", "-display", "none", "-nodefaults", "-monitor", "none",
-		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
-	c.Dir, c.Stderr = "/", os.Stderr
-	c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-	preload := b.target.Library
-	if !stock {
-		preload = b.target.Preload
-	}
-	c.Env = append(os.Environ(), "LD_PRELOAD="+preload, "ANSWER="+b.path(guest))
-	b.must(c.Start())
-	b.t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
-	b.must(os.WriteFile(filepath.Join(b.l.Tree.Root, "run/libvirt/qemu", guest+".pid"), []byte(strconv.Itoa(c.Process.Pid)), 0o644))
-	b.asked(guest)
+	pid := livetest.StartQEMU(b.t, b.target, b.path(guest), stock)
+	b.must(os.WriteFile(filepath.Join(b.l.Tree.Root, "run/libvirt/qemu", guest+".pid"), []byte(strconv.Itoa(pid)), 0o644))
 	q, err := b.l.Tree.Process(guest)
 	b.must(err)
 	return q

@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -48,7 +49,7 @@ type Target struct {
 // BuildTarget builds it in a folder. Where a tool for that is missing the test is skipped.
 func BuildTarget(t testing.TB, dir string) Target {
 	t.Helper()
-	for _, tool := range []string{"ulp", "gcc", "readelf"} {
+	for _, tool := range []string{"ulp", "gcc", "readelf", "qemu-system-x86_64"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Skipf("%s is not in PATH (of libpulp, Debian has no package)", tool)
 		}
@@ -92,6 +93,27 @@ func libpulp() string {
 		return files[0]
 	}
 	return "libpulp.so.0"
+}
+
+// StartQEMU starts a QEMU as libvirt would, as a user of its own and in QEMU's sandbox, and gives
+// its process when it runs. Its library writes to the file. A stock one has no libpulp.
+func StartQEMU(t testing.TB, target Target, file string, stock bool) (pid int) {
+	t.Helper()
+	check(t, os.WriteFile(file, make([]byte, 4096), 0o666))
+	check(t, os.Chmod(file, 0o666))
+	c := exec.Command("qemu-system-x86_64", "-M", "none", "-accel", "tcg", "-S", "-display", "none", "-nodefaults", "-monitor", "none",
+		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+	c.Dir, c.Stderr = "/", os.Stderr
+	c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	preload := target.Library
+	if !stock {
+		preload = target.Preload
+	}
+	c.Env = append(os.Environ(), "LD_PRELOAD="+preload, "ANSWER="+file)
+	check(t, c.Start())
+	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
+	Asked(t, file)
+	return c.Process.Pid
 }
 
 // Asked waits until the library has asked twice more, and gives what it was answered last: the
