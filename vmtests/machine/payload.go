@@ -32,6 +32,9 @@ func fillPayload(dir string, hosts map[string]netip.Addr, g guest.Image, deb str
 			return err
 		}
 	}
+	if err := os.Remove(ca.KeyFile("ca")); err != nil { // no host has that
+		return err
+	}
 	for from, to := range map[string]string{g.Kernel: "guest/vmlinuz", g.Initrd: "guest/initrd", deb: filepath.Base(deb)} {
 		if err := copyFile(from, filepath.Join(dir, to)); err != nil {
 			return err
