@@ -48,7 +48,7 @@ image: build ## the image of hosts that are whole machines, for vmtest (needs ro
 	@$(BIN)/machine image
 
 vmtest: image ## tests with hosts that are whole machines: kernel, systemd, package (needs root; 12 minutes)
-	BELAY_MACHINES=1 $(GO) test -timeout 30m -count=1 $(TESTFLAGS) ./vmtests/wholehost
+	BELAY_MACHINES=1 $(GO) test -timeout 60m -count=1 $(TESTFLAGS) ./vmtests/wholehost
 
 box: image ## a box for Vagrant into bin/box, see Vagrantfile (needs root and vagrant)
 	@scripts/deps vagrant
