@@ -71,6 +71,7 @@ func TestBoot(t *testing.T) {
 	})
 
 	t.Run("hold", func(t *testing.T) {
+		b := b.within(t)
 		if delay := must(t, h, "busctl", "get-property", "org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager", "InhibitDelayMaxUSec"); delay != "t 60000000" {
 			t.Errorf("logind waits %s µs, want a minute", delay)
 		}
@@ -100,6 +101,7 @@ func TestBoot(t *testing.T) {
 	})
 	// What the tests of other kernels stand on: a reset keeps the memory, a power cut does not.
 	t.Run("reset", func(t *testing.T) {
+		b := b.within(t)
 		must(t, h, "sh", "-c", "echo kept >/var/lib/belay/memory/word && sync")
 		b.again(h, func() error { return h.Reset(t.Context()) })
 		if got := must(t, h, "cat", "/var/lib/belay/memory/word"); got != "kept" {
@@ -108,6 +110,7 @@ func TestBoot(t *testing.T) {
 		b.awaitBelayd(h)
 	})
 	t.Run("power cut", func(t *testing.T) {
+		b := b.within(t)
 		must(t, h, "sh", "-c", "echo kept >/root/word && sync")
 		b.again(h, func() error {
 			if err := h.Cut(); err != nil {

@@ -16,6 +16,7 @@ func TestSystemd(t *testing.T) {
 
 	// A belayd that hangs is killed by the watchdog, and another one serves.
 	t.Run("watchdog", func(t *testing.T) {
+		b := b.within(t)
 		before := show(t, h, "belayd.service", "MainPID")
 		restarts := show(t, h, "belayd.service", "NRestarts")
 		must(t, h, "kill", "-STOP", before)
@@ -30,6 +31,7 @@ func TestSystemd(t *testing.T) {
 
 	// A host that is to reboot does so when the hold has come to its end.
 	t.Run("reboot within a hold", func(t *testing.T) {
+		b := b.within(t)
 		ctx := b.ctx(5 * time.Minute)
 		before, err := h.BootID(ctx)
 		if err != nil {
