@@ -1,6 +1,7 @@
 package kexec_test
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -473,5 +474,35 @@ func TestUnreadable(t *testing.T) {
 	}
 	if guests, err := b.rescue(); err == nil {
 		t.Errorf("%+v", guests)
+	}
+}
+
+// dying is a host on which the QEMU of a guest ends in the middle of its save.
+type dying struct {
+	*kexectest.Machine
+	t *testing.T
+}
+
+func (d dying) Save(_ context.Context, uuid, path string) error {
+	d.Write(path, "LibvirtQemudPart")
+	d.KillQEMU(d.t, uuid)
+	return errors.New("operation failed: domain is no longer running")
+}
+
+// A guest that ends while it is saved ends the operation: in the new kernel nobody could say
+// whether it was lost.
+func TestEndsWhileItIsSaved(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	b.do(kexec.PhasePreflight, b.Preflight)
+	b.do(kexec.PhaseLoad, b.Load)
+	b.Host = dying{b.m, t}
+	if err := b.Save(t.Context(), b.s); err == nil || !strings.Contains(err.Error(), "no longer running") {
+		t.Errorf("%v", err)
+	}
+	var r maint.KexecResult
+	b.Record = func(got maint.KexecResult) error { r = got; return nil }
+	if _, err := b.Back(t.Context(), b.s); err != nil || len(r.Guests) != 1 || r.Guests[0].Fate != maint.KexecLeft {
+		t.Errorf("%+v, %v", r, err)
 	}
 }
