@@ -54,11 +54,11 @@ func newPatchBed(t *testing.T) *patchBed {
 	return b
 }
 
-// on has the bed's failures be a subtest's.
-func (b *patchBed) on(t *testing.T) *patchBed {
-	inner, outer := *b.bed, *b
-	inner.t, outer.bed = t, &inner
-	return &outer
+// within is the bed in a subtest.
+func (b *patchBed) within(t *testing.T) *patchBed {
+	sub := *b
+	sub.bed = b.bed.within(t)
+	return &sub
 }
 
 // modules are those for one of the image's kernels.

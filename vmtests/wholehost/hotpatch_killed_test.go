@@ -158,22 +158,13 @@ systemctl --no-block kexec`)
 	b.has(livepatch.Fix2)
 }
 
-// booted has the host go down, and waits until its belayd answers again.
-func (b *patchBed) booted(down func() error) {
+// booted has the host go down, and waits until it is up again.
+func (b *patchBed) booted(how func() error) {
 	b.t.Helper()
-	id, err := b.h.BootID(b.ctx(time.Minute))
-	if err == nil {
-		err = down()
-	}
 	begin := time.Now()
-	if err == nil {
-		_, err = b.h.AwaitUp(b.ctx(5*time.Minute), id)
-	}
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	b.script("until belay status >/dev/null 2>&1; do sleep .2; done")
-	b.t.Logf("up again %s later", time.Since(begin).Round(time.Second))
+	b.again(b.h, how)
+	b.awaitBelayd(b.h)
+	b.t.Logf("up again after %s", time.Since(begin).Round(time.Second))
 }
 
 // hasNone checks that a livepatch is kept, and not loaded, and that it is told why.

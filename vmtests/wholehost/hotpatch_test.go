@@ -40,7 +40,7 @@ func TestHotPatch(t *testing.T) {
 		{"boots", (*patchBed).boots},
 		{"oops", (*patchBed).oops},
 	} {
-		t.Run(part.name, func(t *testing.T) { part.test(b.on(t)) })
+		t.Run(part.name, func(t *testing.T) { part.test(b.within(t)) })
 	}
 }
 
