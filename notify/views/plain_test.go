@@ -273,6 +273,12 @@ func TestEndOnFastPath(t *testing.T) {
 			if b, err := io.ReadAll(conns[1]); err != nil || len(b) > 0 {
 				t.Errorf("who is idle gets %q, %v", b, err)
 			}
+			if !test.gets { // it waits for nobody
+				if err := <-ended; err != nil {
+					t.Error(err)
+				}
+				close(ended)
+			}
 			close(leave)
 			got, _ := io.ReadAll(conns[0]) // closed, or reset
 			if gets := strings.HasPrefix(string(got), "HTTP/1.1 200 OK\r\n"); gets != test.gets {

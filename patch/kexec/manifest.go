@@ -250,6 +250,10 @@ func (t Tree) since(times map[string]time.Time) (file string, unseen error) {
 	return "", unseen
 }
 
+// lockGrace is how long the lock may be kept by nobody: by a process that was just forked, and
+// has not let go of its parent's files yet.
+const lockGrace = 5 * time.Second
+
 // lock keeps two from restoring at once: belayd, and "belayd -restore".
 func (j *Job) lock(ctx context.Context) (unlock func(), err error) {
 	dir := j.dir()
@@ -257,7 +261,7 @@ func (j *Job) lock(ctx context.Context) (unlock func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	for giveUp := time.Now().Add(j.Pace.Healed); ; {
+	for giveUp := time.Now().Add(max(j.Pace.Healed, lockGrace)); ; {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
 			return func() { f.Close() }, nil
