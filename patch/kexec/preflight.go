@@ -155,7 +155,7 @@ func (t Tree) Missing(dir string, need uint64) []maint.Problem {
 // fstabLine has the reserved memory mounted, after a file system was made where there is none:
 // a power cut takes it along.
 func fstabLine(dir string) string {
-	return "/dev/pmem0 " + dir + " ext4 dax,nofail,x-systemd.makefs,x-systemd.device-timeout=30s 0 0"
+	return "/dev/pmem0 " + dir + " ext4 dax,nofail,x-systemd.makefs,x-systemd.device-timeout=90s 0 0"
 }
 
 // reserve tells how to reserve memory for so many bytes, and 10 % more: the file system takes some.

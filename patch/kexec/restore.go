@@ -247,15 +247,19 @@ func (b *bringing) lost(why string) error {
 	return b.drop()
 }
 
-// afresh boots a guest that is lost, unless it runs.
+// afresh boots a guest that is lost, unless it runs. Whether it does counts, not what libvirt says.
 func (b *bringing) afresh(ctx context.Context) {
-	if _, active, err := b.look(ctx); err == nil && !active {
-		if err := b.j.Host.Launch(ctx, b.UUID); err != nil {
-			b.out.Problem.Reason += fmt.Sprintf("; it could not be started afresh: %v", err)
-		}
+	_, active, err := b.look(ctx)
+	var failed error
+	if err == nil && !active {
+		failed = b.j.Host.Launch(ctx, b.UUID)
+		_, active, err = b.look(ctx)
 	}
-	if _, active, err := b.look(ctx); err == nil && active {
+	switch {
+	case err == nil && active:
 		b.out.Started, b.out.Problem.Remedy = true, "see that it is well: it was started afresh"
+	case failed != nil:
+		b.out.Problem.Reason += fmt.Sprintf("; it could not be started afresh: %v", failed)
 	}
 }
 

@@ -280,7 +280,7 @@ func (h *Host) boots(ctx context.Context) error {
 func (h *Host) provision(ctx context.Context) error {
 	begin := time.Now()
 	_, err := h.Script(ctx, `mkdir -p `+payloadDir+`
-echo 'LABEL=lab `+payloadDir+` ext4 ro,nofail,x-systemd.device-timeout=10s 0 0' >>/etc/fstab
+echo 'LABEL=lab `+payloadDir+` ext4 ro,nofail,x-systemd.device-timeout=90s 0 0' >>/etc/fstab
 systemctl daemon-reload
 systemctl start srv-lab.mount`)
 	if err != nil {

@@ -40,7 +40,7 @@ until ip -4 address show dev br0 2>/dev/null | grep -qF " $address/16 "; do slee
 if [ -b /dev/pmem0 ]; then
 	blkid /dev/pmem0 >/dev/null || mkfs.ext4 -q /dev/pmem0
 	mkdir -p -m 700 /var/lib/belay /var/lib/belay/memory
-	echo '/dev/pmem0 /var/lib/belay/memory ext4 dax,nofail,x-systemd.makefs,x-systemd.device-timeout=30s 0 0' >>/etc/fstab
+	echo '/dev/pmem0 /var/lib/belay/memory ext4 dax,nofail,x-systemd.makefs,x-systemd.device-timeout=90s 0 0' >>/etc/fstab
 	systemctl daemon-reload
 	systemctl start var-lib-belay-memory.mount
 fi
