@@ -143,7 +143,9 @@ func (e *estate) begin(r maint.KexecRequest) (maint.Op, string) {
 	if err != nil {
 		e.t.Fatal(err)
 	}
-	op, err := e.Client().Kexec(e.ctx(time.Minute), r)
+	c := e.Client()
+	defer c.Close()
+	op, err := c.Kexec(e.ctx(time.Minute), r)
 	if err != nil {
 		e.t.Fatalf("%v: %+v", err, r)
 	}
@@ -153,12 +155,14 @@ func (e *estate) begin(r maint.KexecRequest) (maint.Op, string) {
 // await waits until an operation is so, over boots of the host.
 func (e *estate) await(id maint.OpID, what string, is func(maint.Op) bool) (op maint.Op) {
 	e.t.Helper()
-	ctx := e.ctx(6 * time.Minute)
+	ctx := e.ctx(10 * time.Minute)
+	c := e.Client()
+	defer c.Close()
 	var err error
 	for {
 		var now maint.Op
 		once, cancel := context.WithTimeout(ctx, 30*time.Second)
-		if now, err = e.Client().Op(once, id); err == nil {
+		if now, err = c.Op(once, id); err == nil {
 			if op = now; is(op) {
 				cancel()
 				return op
@@ -206,8 +210,10 @@ func (e *estate) restart() {
 		e.t.Fatal(err)
 	}
 	ctx := e.ctx(time.Minute)
+	c := e.Client()
+	defer c.Close()
 	for {
-		s, err := e.Client().Status(ctx)
+		s, err := c.Status(ctx)
 		if err == nil && s.Host.Name != "" { // libvirt has answered, too
 			return
 		}
