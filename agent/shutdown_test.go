@@ -115,7 +115,9 @@ func TestShutdownDoesNotWait(t *testing.T) {
 	node.Start(nil)
 	node.Host.PutGuest("web-1")
 	ctx := ctxFor(t, patience)
-	op, err := node.Client.Hold(ctx, holdAll)
+	r := holdAll
+	r.Step.Command = []string{"sleep", "500ms"} // until it is asked again
+	op, err := node.Client.Hold(ctx, r)
 	if err != nil {
 		t.Fatal(err)
 	}
