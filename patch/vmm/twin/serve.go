@@ -213,6 +213,10 @@ func (s *server) mounts(set settings) error {
 			return err
 		}
 	}
+	// libvirt runs the hook that is there, and Debian mounts /run noexec.
+	if err := unix.Mount("", etcDir, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_NOSUID|unix.MS_NODEV, ""); err != nil {
+		return fmt.Errorf("cannot have programs run from %s: %w", etcDir, err)
+	}
 	return hideCgroups()
 }
 
