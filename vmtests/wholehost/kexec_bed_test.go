@@ -225,19 +225,7 @@ func (e *estate) restart() {
 	}
 }
 
-// consoleSays waits until the host's console says a text once more than before.
-func (e *estate) consoleSays(text string, before int) {
-	e.t.Helper()
-	ctx := e.ctx(4 * time.Minute)
-	for e.said(text) <= before {
-		select {
-		case <-ctx.Done():
-			e.t.Fatalf("the console does not say %q", text)
-		case <-time.After(50 * time.Millisecond):
-		}
-	}
-}
-
+// said is how often the host's console has said a text.
 func (e *estate) said(text string) int {
 	e.t.Helper()
 	all, err := e.Console()
