@@ -242,7 +242,7 @@ func (p Places) HookMissing() string {
 		if err == nil && strings.TrimSpace(string(mark)) == strconv.FormatUint(daemon.Start, 10) {
 			return ""
 		}
-		return "the libvirt daemon, process " + pid + ", was started before there was a hook"
+		return "the libvirt daemon, process " + pid + ", has not called it: it was started before there was a hook, or has had no guest since"
 	}
 	return "no libvirt daemon with a hook is known"
 }
