@@ -416,7 +416,7 @@ const (
 	maxSocketPath = 107
 	// leashSocket is where in the run_dir a leash listens, with the longest
 	// name that one has.
-	leashSocket = "/leash/vmm-20060102-150405-xxxxx-away.sock"
+	leashSocket = "/leash/apply-20060102-150405-xxxxx-step999-undo3-away.sock"
 	// MinPause is the shortest pause that can be asked for: the release
 	// itself takes a part of it.
 	MinPause = 500 * time.Millisecond

@@ -416,7 +416,7 @@ func TestRefusals(t *testing.T) {
 		{"relative run folder", "run_dir='run'", `configuration: run_dir: "run" is not an absolute path`},
 		{"run folder with a line end", `run_dir="/run/b\nc"`, `configuration: run_dir: "/run/b\nc" has control characters`},
 		{"root as run folder", "run_dir='//.'", `configuration: run_dir: "//." is no folder for belayd alone`},
-		{"long run folder", "run_dir='/" + strings.Repeat("x", 65) + "'", "configuration: run_dir: it has 66 bytes, and can have 65"},
+		{"long run folder", "run_dir='/" + strings.Repeat("x", 49) + "'", "configuration: run_dir: it has 50 bytes, and can have 49"},
 		{"listen without port", tlsFiles + "[api]\nlisten='0.0.0.0'", `configuration: api.listen: "0.0.0.0" is not host:port`},
 		{"metrics without port", "[api]\nmetrics='9100'", `configuration: api.metrics: "9100" is not host:port`},
 		{"no such port", tlsFiles + "[api]\nlisten=':65536'", `configuration: api.listen: ":65536" is not host:port`},

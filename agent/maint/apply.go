@@ -13,7 +13,7 @@ type ApplyRequest struct {
 
 // StepOp names the operation that does a step of an apply, before it is begun: whoever
 // takes the apply up again finds it by that name, or knows that it never began.
-func StepOp(apply OpID, step int) OpID { return OpID(fmt.Sprintf("%s.%d", apply, step)) }
+func StepOp(apply OpID, step int) OpID { return OpID(fmt.Sprintf("%s-step%d", apply, step)) }
 
 // UndoOp names the operation that takes a step of an apply back, the first one or a later
 // try.
@@ -23,6 +23,8 @@ func UndoOp(apply OpID, step, try int) OpID {
 
 // ApplyOf is the apply that an operation is a step of, by its name.
 func ApplyOf(id OpID) (apply OpID, is bool) {
-	before, _, is := strings.Cut(string(id), ".")
-	return OpID(before), is
+	if i := strings.LastIndex(string(id), "-step"); i > 0 {
+		return id[:i], true
+	}
+	return "", false
 }

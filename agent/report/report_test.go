@@ -193,7 +193,7 @@ func updated() Source {
 			{Guest: "dns-1", UUID: "u0", Rung: maint.RungB1, Pause: &maint.Estimate{Low: ms(300), Typical: ms(400), High: ms(600)}}, {Guest: "old-1", UUID: "u9", Rung: maint.RungA}}}}
 	op.Moves = []maint.GuestMove{{Guest: "web-1", GuestUUID: "u1", MemoryBytes: 2 << 30, Peer: "host-b", State: maint.MoveMoved, Op: "mig-1", Downtime: ms(41)}}
 	move, held := migration().Op, hold().Op
-	held.ID, held.Held.Guests = "apply-1.4", held.Held.Guests[:1]
+	held.ID, held.Held.Guests = "apply-1-step4", held.Held.Guests[:1]
 	recs, steps := ran("1-check", "3-move", "4-hold", "account")
 	op.Steps = steps
 	return Source{Host: "host-a", Now: at(1000), Op: op, Records: recs, Parts: []maint.Op{move, held}}
