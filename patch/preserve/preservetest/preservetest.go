@@ -50,7 +50,9 @@ func (ls *Leashes) Arm(ctx context.Context, o preserve.Order) (preserve.Line, er
 	if ls.Refuse != nil {
 		return nil, ls.Refuse
 	}
-	if strings.ContainsFunc(string(o.Op), func(r rune) bool { return !strings.ContainsRune("-_0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", r) }) {
+	if strings.ContainsFunc(string(o.Op), func(r rune) bool {
+		return !strings.ContainsRune("-_0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", r)
+	}) {
 		return nil, fmt.Errorf("%q is no name of an operation", o.Op) // as package leash has it
 	}
 	ls.mu.Lock()
