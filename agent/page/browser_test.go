@@ -2,6 +2,7 @@ package page_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"image/color"
@@ -48,6 +49,13 @@ func TestInABrowser(t *testing.T) {
 	move, err := n.Client.Migrate(ctx, maint.MigrateRequest{Guest: "web-1", To: "b", Emergency: "a test"})
 	must(t, err)
 	<-copying
+	progressing, seen := context.WithCancel(ctx)
+	_, _ = n.Client.Watch(progressing, move.ID, func(op maint.Op) {
+		if op.Progress != nil {
+			seen()
+		}
+	})
+	seen()
 	_, err = n.Client.Migrate(ctx, maint.MigrateRequest{Guest: evil, To: "b"})
 	must(t, err)
 	found := errors.New("found")
