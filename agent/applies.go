@@ -245,8 +245,7 @@ func (x application) outcome(end maint.Op) error {
 	p := maint.Problem{Code: maint.CodeFailed, Subject: "operation " + string(end.ID), Reason: "has ended as " + string(end.Outcome),
 		Remedy: "see 'belay ops show " + string(end.ID) + "'"}
 	if len(end.Problems) > 0 {
-		p = whyLeft(maint.GuestMove{Problems: end.Problems})
-		p.Subject, p.Reason = end.Problems[0].Subject, strings.TrimPrefix(p.Reason, "cannot be moved: ")
+		p = together(end.Problems[0].Subject, end.Problems)
 	}
 	if end.Outcome == maint.OutcomeStuck {
 		return &run.Stuck{Problem: &p}

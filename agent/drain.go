@@ -173,9 +173,16 @@ func (a *Agent) planStep(ctx context.Context, op maint.Op, s *run.Scratch) error
 
 // whyLeft says in one problem why a guest stays, and what can be done.
 func whyLeft(m maint.GuestMove) maint.Problem {
-	p := maint.Problem{Code: maint.CodeFailed, Subject: "guest " + m.Guest}
+	p := together("guest "+m.Guest, m.Problems, m.Instead...)
+	p.Reason = "cannot be moved: " + p.Reason
+	return p
+}
+
+// together makes one problem of several, with remedies of its own after theirs.
+func together(subject string, all []maint.Problem, more ...string) maint.Problem {
+	p := maint.Problem{Code: maint.CodeFailed, Subject: subject}
 	var reasons, remedies []string
-	for _, why := range m.Problems {
+	for _, why := range all {
 		p.Code = why.Code
 		reason := why.Reason
 		if why.Subject != p.Subject {
@@ -186,8 +193,8 @@ func whyLeft(m maint.GuestMove) maint.Problem {
 			remedies = append(remedies, why.Remedy)
 		}
 	}
-	p.Reason = "cannot be moved: " + strings.Join(reasons, "; ")
-	p.Remedy = strings.Join(slices.Concat(remedies, m.Instead), "; ")
+	p.Reason = strings.Join(reasons, "; ")
+	p.Remedy = strings.Join(slices.Concat(remedies, more), "; ")
 	return p
 }
 
