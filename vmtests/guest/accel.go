@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"belay/vmtests/imagecache"
 )
 
 // Accel is how a guest's CPU is made.
@@ -66,7 +68,7 @@ func DetectAccel(ctx context.Context, img Image, log *slog.Logger) (Accel, strin
 	v := verdict{Boot: strings.TrimSpace(string(boot)), QEMU: first}
 
 	cache := filepath.Join(filepath.Dir(filepath.Dir(img.Kernel)), "accel.json")
-	unlock, err := lock(ctx, cache+".lock") // one trial at a time: they slow each other down
+	unlock, err := imagecache.Lock(ctx, cache+".lock") // one trial at a time: they slow each other down
 	if err != nil {
 		return "", "", fmt.Errorf("choose accelerator: %w", err)
 	}

@@ -16,15 +16,12 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"belay/vmtests/imagecache"
 )
 
 // imageFormat is part of an image's key; raise it when the builder's own code
 // makes another image of the same inputs.
 const imageFormat = "1"
-
-// keepImages is how long an image that no one asks for stays in the cache.
-const keepImages = 7 * 24 * time.Hour
 
 //go:embed init.sh
 var initScript []byte
@@ -72,7 +69,7 @@ func build(ctx context.Context, cacheDir string, log *slog.Logger) (img Image, e
 	if err := os.MkdirAll(cacheDir, 0o755); err != nil {
 		return img, err
 	}
-	unlock, err := lock(ctx, filepath.Join(cacheDir, "image.lock"))
+	unlock, err := imagecache.Lock(ctx, filepath.Join(cacheDir, "image.lock"))
 	if err != nil {
 		return img, err
 	}
@@ -117,47 +114,8 @@ func build(ctx context.Context, cacheDir string, log *slog.Logger) (img Image, e
 		return img, err
 	}
 	log.Info("guest image built", "path", dir, "kernel", k.pkg, "initrd_bytes", len(initrd), "took", time.Since(now))
-	prune(cacheDir, log)
+	imagecache.Prune(cacheDir, "image-*", log) // each change of the probe makes a new one
 	return img, nil
-}
-
-// lock takes an exclusive lock on a file, waiting for other processes.
-func lock(ctx context.Context, file string) (unlock func(), err error) {
-	f, err := os.OpenFile(file, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o644)
-	if err != nil {
-		return nil, err
-	}
-	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-			f.Close()
-			return nil, fmt.Errorf("lock %s: %w", file, err)
-		}
-		select {
-		case <-ctx.Done():
-			f.Close()
-			return nil, fmt.Errorf("lock %s: %w", file, ctx.Err())
-		case <-time.After(50 * time.Millisecond):
-		}
-	}
-}
-
-// prune drops images that were not asked for in a long time: each change of
-// the probe makes a new one.
-func prune(cacheDir string, log *slog.Logger) {
-	dirs, _ := filepath.Glob(filepath.Join(cacheDir, "image-*")) // the pattern is good
-	for _, dir := range dirs {
-		st, err := os.Stat(dir)
-		if err != nil || !st.IsDir() || time.Since(st.ModTime()) < keepImages {
-			continue
-		}
-		if err := os.RemoveAll(dir); err != nil {
-			log.Warn("cannot drop old guest image", "path", dir, "err", err)
-		}
-	}
 }
 
 // guestFile is a regular file of the initramfs.

@@ -2,7 +2,6 @@ package guest
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -15,6 +14,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"belay/vmtests/imagecache"
 )
 
 // cachedKernel is a cache with nothing but the kernel package in it, which is
@@ -78,36 +79,17 @@ func TestBuildTogether(t *testing.T) {
 	if err := os.Mkdir(old, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	long := time.Now().Add(-2 * keepImages)
+	long := time.Now().Add(-2 * imagecache.Keep)
 	if err := os.Chtimes(old, long, long); err != nil {
 		t.Fatal(err)
 	}
-	prune(dir, log)
+	imagecache.Prune(dir, "image-*", log)
 	if _, err := os.Stat(old); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("an old image is still there: %v", err)
 	}
 	if _, err := os.Stat(images[0].Kernel); err != nil {
 		t.Error(err)
 	}
-}
-
-func TestLockWaits(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "lock")
-	unlock, err := lock(t.Context(), file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
-	defer cancel()
-	if _, err := lock(ctx, file); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("locked twice: %v", err)
-	}
-	unlock()
-	again, err := lock(t.Context(), file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	again()
 }
 
 // The archive is read back by the cpio program.

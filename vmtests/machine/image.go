@@ -16,13 +16,12 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"belay/vmtests/imagecache"
 )
 
 //go:embed image.sh
 var imageScript []byte
-
-// keepImages is how long an image that no one asks for stays in the cache.
-const keepImages = 7 * 24 * time.Hour
 
 // Image is what hosts boot from.
 type Image struct {
@@ -62,7 +61,7 @@ func build(ctx context.Context, cacheDir string, log *slog.Logger) (img Image, e
 	if err := os.MkdirAll(cacheDir, 0o755); err != nil {
 		return img, err
 	}
-	unlock, err := lock(ctx, filepath.Join(cacheDir, "machine.lock"))
+	unlock, err := imagecache.Lock(ctx, filepath.Join(cacheDir, "machine.lock"))
 	if err != nil {
 		return img, err
 	}
@@ -73,7 +72,7 @@ func build(ctx context.Context, cacheDir string, log *slog.Logger) (img Image, e
 			return img, err
 		}
 		log.Info("hosts' image built", "path", img.Dir, "took", time.Since(now))
-		prune(cacheDir, log)
+		imagecache.Prune(cacheDir, "machine-*", log)
 	} else if err != nil {
 		return img, err
 	}
@@ -103,44 +102,6 @@ func makeImage(ctx context.Context, cacheDir, final string) error {
 		return fmt.Errorf("image.sh: %w: %s", err, out)
 	}
 	return os.Rename(tmp, final)
-}
-
-// prune drops images that were not asked for in a long time.
-func prune(cacheDir string, log *slog.Logger) {
-	dirs, _ := filepath.Glob(filepath.Join(cacheDir, "machine-*")) // the pattern is good
-	for _, dir := range dirs {
-		st, err := os.Stat(dir)
-		if err != nil || !st.IsDir() || time.Since(st.ModTime()) < keepImages {
-			continue
-		}
-		if err := os.RemoveAll(dir); err != nil {
-			log.Warn("cannot drop old image of hosts", "path", dir, "err", err)
-		}
-	}
-}
-
-// lock takes an exclusive lock on a file, waiting for other processes.
-func lock(ctx context.Context, file string) (unlock func(), err error) {
-	f, err := os.OpenFile(file, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o644)
-	if err != nil {
-		return nil, err
-	}
-	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-			f.Close()
-			return nil, fmt.Errorf("lock %s: %w", file, err)
-		}
-		select {
-		case <-ctx.Done():
-			f.Close()
-			return nil, fmt.Errorf("lock %s: %w", file, ctx.Err())
-		case <-time.After(50 * time.Millisecond):
-		}
-	}
 }
 
 // run runs a program of this machine and returns its standard output; the error holds what

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"belay/vmtests/guest"
+	"belay/vmtests/imagecache"
 	"belay/vmtests/observer"
 )
 
@@ -106,7 +107,7 @@ func (l *Lab) up(ctx context.Context) (err error) {
 	if l.kvm, err = nestedKVM(ctx, guestImage, c.Log); err != nil {
 		return err
 	}
-	if l.unlock, err = lock(ctx, filepath.Join(cache, "machines.lock")); err != nil {
+	if l.unlock, err = imagecache.Lock(ctx, filepath.Join(cache, "machines.lock")); err != nil {
 		return err
 	}
 	// What is there now is of a process that was killed.
