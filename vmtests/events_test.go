@@ -1,17 +1,12 @@
 package vmtests
 
 import (
-	"bufio"
 	"context"
 	"encoding/base64"
 	"encoding/json"
-	"fmt"
-	"io"
-	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -37,100 +32,10 @@ func restartWith(ctx context.Context, t *testing.T, n *cluster.Node, settings st
 	}
 }
 
-// inGuest runs a program in a guest through its agent, with input, and gives what
-// it prints.
-func inGuest(ctx context.Context, n *cluster.Node, name, input string, argv ...string) (out string, err error) {
-	var started struct{ PID int }
-	args := map[string]any{"path": argv[0], "arg": argv[1:], "capture-output": true, "input-data": base64.StdEncoding.EncodeToString([]byte(input))}
-	if err := agentCommand(ctx, n, name, "guest-exec", args, &started); err != nil {
-		return "", err
-	}
-	for {
-		var s struct {
-			Exited   bool
-			ExitCode int    `json:"exitcode"`
-			Signal   int    `json:"signal"`
-			Out      []byte `json:"out-data"`
-			Err      []byte `json:"err-data"`
-		}
-		if err := agentCommand(ctx, n, name, "guest-exec-status", map[string]any{"pid": started.PID}, &s); err != nil {
-			return "", err
-		}
-		if s.Exited {
-			if s.ExitCode != 0 || s.Signal != 0 {
-				err = fmt.Errorf("%s in guest %s ended with %d, signal %d: %s", argv, name, s.ExitCode, s.Signal, s.Err)
-			}
-			return string(s.Out), err
-		}
-		select {
-		case <-time.After(50 * time.Millisecond): // the agent tells of no event
-		case <-ctx.Done():
-			return "", ctx.Err()
-		}
-	}
-}
-
-// agentCommand asks a guest's agent by virsh.
-func agentCommand(ctx context.Context, n *cluster.Node, name, command string, args, result any) error {
-	b, err := json.Marshal(map[string]any{"execute": command, "arguments": args})
-	if err != nil {
-		return err
-	}
-	text, err := n.Virsh(ctx, "qemu-agent-command", "--timeout", "20", name, string(b))
-	if err != nil {
-		return err
-	}
-	return json.Unmarshal([]byte(text), &struct{ Return any }{result})
-}
-
-// fetch asks the metadata service from inside a guest, as Azure's clients do: with a
-// body, it is a POST; told that it asks too often, it waits as long as the answer says.
-func fetch(ctx context.Context, n *cluster.Node, name, path, body string) (string, error) {
-	for {
-		answer, again, err := fetchOnce(ctx, n, name, path, body)
-		if again == 0 {
-			return answer, err
-		}
-		select {
-		case <-time.After(again):
-		case <-ctx.Done():
-			return answer, err
-		}
-	}
-}
-
-// fetchOnce also tells after what time the guest may ask again, if it asked too often.
-func fetchOnce(ctx context.Context, n *cluster.Node, name, path, body string) (text string, again time.Duration, err error) {
-	method := "GET"
-	if body != "" {
-		method = "POST"
-	}
-	request := fmt.Sprintf("%s %s HTTP/1.0\r\nHost: 169.254.169.254\r\nMetadata: true\r\nContent-Length: %d\r\n\r\n%s", method, path, len(body), body)
-	// Debian's static wget looks for libraries that the guest does not have.
-	out, err := inGuest(ctx, n, name, request, "/bin/busybox", "nc", "-w", "10", "169.254.169.254", "80")
-	if err != nil {
-		return "", 0, err
-	}
-	r, err := http.ReadResponse(bufio.NewReader(strings.NewReader(out)), nil)
-	if err != nil {
-		return "", 0, fmt.Errorf("%w: %q", err, out)
-	}
-	defer r.Body.Close()
-	answer, err := io.ReadAll(r.Body)
-	if err == nil && r.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s: %s", r.Status, answer)
-	}
-	if r.StatusCode == http.StatusTooManyRequests {
-		seconds, _ := strconv.Atoi(r.Header.Get("Retry-After"))
-		again = time.Duration(seconds) * time.Second
-	}
-	return string(answer), again, err
-}
-
 // approve approves an event from inside a guest. That can be on its way to another
 // QEMU before its agent tells how that went: then the host's record counts.
 func approve(ctx context.Context, n *cluster.Node, name, id string) error {
-	_, err := fetch(ctx, n, name, azurePath, `{"StartRequests":[{"EventId":"`+id+`"}]}`)
+	_, err := guest.Metadata(ctx, n, name, guest.EventsPath, guest.Approval(id))
 	if err == nil {
 		return nil
 	}
@@ -140,24 +45,9 @@ func approve(ctx context.Context, n *cluster.Node, name, id string) error {
 	return err
 }
 
-const azurePath = "/metadata/scheduledevents?api-version=2020-07-01"
-
-// azureDocument is what a client of Azure reads.
-type azureDocument struct {
-	DocumentIncarnation uint64
-	Events              []struct {
-		EventID           string `json:"EventId"`
-		EventType         string
-		Resources         []string
-		EventStatus       string
-		NotBefore         string
-		DurationInSeconds int
-	}
-}
-
-func document(ctx context.Context, t *testing.T, n *cluster.Node, name string) (d azureDocument) {
+func document(ctx context.Context, t *testing.T, n *cluster.Node, name string) (d guest.ScheduledEvents) {
 	t.Helper()
-	text, err := fetch(ctx, n, name, azurePath, "")
+	text, err := guest.Metadata(ctx, n, name, guest.EventsPath, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -168,7 +58,7 @@ func document(ctx context.Context, t *testing.T, n *cluster.Node, name string) (
 }
 
 // awaitDocument asks until the document is as it should be.
-func awaitDocument(ctx context.Context, t *testing.T, n *cluster.Node, name string, so func(azureDocument) bool) azureDocument {
+func awaitDocument(ctx context.Context, t *testing.T, n *cluster.Node, name string, so func(guest.ScheduledEvents) bool) guest.ScheduledEvents {
 	t.Helper()
 	for {
 		d := document(ctx, t, n, name)
@@ -198,7 +88,7 @@ func TestGuestsAreToldAndApprove(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	before := make(map[string]azureDocument)
+	before := make(map[string]guest.ScheduledEvents)
 	for _, name := range names {
 		if before[name] = awaitAnswer(ctx, t, n, name); len(before[name].Events) > 0 {
 			t.Errorf("%s is shown %+v", name, before[name])
@@ -208,13 +98,13 @@ func TestGuestsAreToldAndApprove(t *testing.T) {
 	if err := n.BelayJSON(ctx, &op, "hold", "--all", "--detach", "--", "sleep", "0.2"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := inGuest(ctx, n, "web-1", "", "/bin/busybox", "sh", "-c", "printf '#!/bin/sh\\necho woken >>/run/woken\\n' >/bin/wake; chmod 755 /bin/wake"); err != nil {
+	if _, err := guest.Inside(ctx, n, "web-1", "", "/bin/busybox", "sh", "-c", "printf '#!/bin/sh\\necho woken >>/run/woken\\n' >/bin/wake; chmod 755 /bin/wake"); err != nil {
 		t.Fatal(err)
 	}
 	hotPlug(ctx, t, n, "web-1")
 	ids := make(map[string]string)
 	for _, name := range names {
-		d := awaitDocument(ctx, t, n, name, func(d azureDocument) bool { return len(d.Events) > 0 })
+		d := awaitDocument(ctx, t, n, name, func(d guest.ScheduledEvents) bool { return len(d.Events) > 0 })
 		e := d.Events[0]
 		if len(d.Events) != 1 || e.EventType != "Freeze" || e.EventStatus != "Scheduled" || len(e.Resources) != 1 || e.Resources[0] != name || d.DocumentIncarnation == before[name].DocumentIncarnation {
 			t.Errorf("%s is shown %+v", name, d)
@@ -241,13 +131,13 @@ func TestGuestsAreToldAndApprove(t *testing.T) {
 		t.Fatalf("%s %+v, %v", op.Outcome, op.Problems, err)
 	}
 	for _, name := range names {
-		awaitDocument(ctx, t, n, name, func(d azureDocument) bool { return len(d.Events) == 0 })
-		history, err := fetch(ctx, n, name, "/belay/v1/history", "")
+		awaitDocument(ctx, t, n, name, func(d guest.ScheduledEvents) bool { return len(d.Events) == 0 })
+		history, err := guest.Metadata(ctx, n, name, "/belay/v1/history", "")
 		if err != nil || !strings.Contains(history, ids[name]) || !strings.Contains(history, `"pause_seconds":0.`) {
 			t.Errorf("%s: history %s, %v", name, history, err)
 		}
 	}
-	if out, err := inGuest(ctx, n, "web-1", "", "/bin/busybox", "cat", "/run/woken"); err != nil || !strings.Contains(out, "woken") {
+	if out, err := guest.Inside(ctx, n, "web-1", "", "/bin/busybox", "cat", "/run/woken"); err != nil || !strings.Contains(out, "woken") {
 		t.Errorf("its agent was not asked to wake it: %q, %v", out, err)
 	}
 	var checks []maint.Check
@@ -281,10 +171,10 @@ func hotPlug(ctx context.Context, t *testing.T, n *cluster.Node, name string) {
 }
 
 // awaitAnswer asks in a guest that has just booted until it is known.
-func awaitAnswer(ctx context.Context, t *testing.T, n *cluster.Node, name string) (d azureDocument) {
+func awaitAnswer(ctx context.Context, t *testing.T, n *cluster.Node, name string) (d guest.ScheduledEvents) {
 	t.Helper()
 	for end := time.Now().Add(time.Minute); ; {
-		text, err := fetch(ctx, n, name, azurePath, "")
+		text, err := guest.Metadata(ctx, n, name, guest.EventsPath, "")
 		if err == nil {
 			err = json.Unmarshal([]byte(text), &d)
 		}
@@ -319,7 +209,7 @@ func TestEventsMoveWithTheirGuest(t *testing.T) {
 	if err := a.BelayJSON(ctx, &op, "migrate", "web-1", "--to", b.Name, "--detach"); err != nil {
 		t.Fatal(err)
 	}
-	d := awaitDocument(ctx, t, a, "web-1", func(d azureDocument) bool { return len(d.Events) == 1 })
+	d := awaitDocument(ctx, t, a, "web-1", func(d guest.ScheduledEvents) bool { return len(d.Events) == 1 })
 	seen[d.DocumentIncarnation] = true
 	if err := approve(ctx, a, "web-1", d.Events[0].EventID); err != nil {
 		t.Fatal(err)
@@ -332,7 +222,7 @@ func TestEventsMoveWithTheirGuest(t *testing.T) {
 	if len(after.Events) != 0 || seen[after.DocumentIncarnation] {
 		t.Errorf("on %s it is shown %+v, and has seen %v", b.Name, after, seen)
 	}
-	history, err := fetch(ctx, b, "web-1", "/belay/v1/history", "")
+	history, err := guest.Metadata(ctx, b, "web-1", "/belay/v1/history", "")
 	if err != nil || !strings.Contains(history, d.Events[0].EventID) || !strings.Contains(history, "pause_seconds") {
 		t.Errorf("history %s, %v", history, err)
 	}
@@ -356,7 +246,7 @@ func TestGuestAsksBySerialPort(t *testing.T) {
 		t.Fatal(err)
 	}
 	upload(ctx, t, n, "web-1", filepath.Join(filepath.Dir(n.Belayd()), "belay-guest"), "/bin/belay-guest")
-	if _, err := inGuest(ctx, n, "web-1", "", "/bin/busybox", "sh", "-c", "chmod 755 /bin/belay-guest; belay-guest -via serial >/run/belay-guest.log 2>&1 &"); err != nil {
+	if _, err := guest.Inside(ctx, n, "web-1", "", "/bin/busybox", "sh", "-c", "chmod 755 /bin/belay-guest; belay-guest -via serial >/run/belay-guest.log 2>&1 &"); err != nil {
 		t.Fatal(err)
 	}
 	awaitAnswer(ctx, t, n, "web-1")
@@ -364,7 +254,7 @@ func TestGuestAsksBySerialPort(t *testing.T) {
 	if err := n.BelayJSON(ctx, &op, "replace-vmm", "web-1", "--method", "copy", "--detach"); err != nil {
 		t.Fatal(err)
 	}
-	d := awaitDocument(ctx, t, n, "web-1", func(d azureDocument) bool { return len(d.Events) == 1 })
+	d := awaitDocument(ctx, t, n, "web-1", func(d guest.ScheduledEvents) bool { return len(d.Events) == 1 })
 	if err := approve(ctx, n, "web-1", d.Events[0].EventID); err != nil {
 		t.Fatal(err)
 	}
@@ -383,7 +273,7 @@ func upload(ctx context.Context, t *testing.T, n *cluster.Node, name, from, to s
 		t.Fatal(err)
 	}
 	var handle int
-	if err := agentCommand(ctx, n, name, "guest-file-open", map[string]any{"path": to, "mode": "w"}, &handle); err != nil {
+	if err := guest.AgentCommand(ctx, n, name, "guest-file-open", map[string]any{"path": to, "mode": "w"}, &handle); err != nil {
 		t.Fatal(err)
 	}
 	const chunk = 64 << 10 // virsh has it as an argument
@@ -391,12 +281,12 @@ func upload(ctx context.Context, t *testing.T, n *cluster.Node, name, from, to s
 		part := b[:min(chunk, len(b))]
 		b = b[len(part):]
 		var wrote struct{ Count int }
-		err := agentCommand(ctx, n, name, "guest-file-write", map[string]any{"handle": handle, "buf-b64": base64.StdEncoding.EncodeToString(part)}, &wrote)
+		err := guest.AgentCommand(ctx, n, name, "guest-file-write", map[string]any{"handle": handle, "buf-b64": base64.StdEncoding.EncodeToString(part)}, &wrote)
 		if err != nil || wrote.Count != len(part) {
 			t.Fatalf("wrote %d of %d bytes: %v", wrote.Count, len(part), err)
 		}
 	}
-	if err := agentCommand(ctx, n, name, "guest-file-close", map[string]any{"handle": handle}, &struct{}{}); err != nil {
+	if err := guest.AgentCommand(ctx, n, name, "guest-file-close", map[string]any{"handle": handle}, &struct{}{}); err != nil {
 		t.Fatal(err)
 	}
 }

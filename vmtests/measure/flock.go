@@ -49,10 +49,20 @@ type FlockConfig struct {
 	// writes.
 	Interval time.Duration
 	Dirty    probe.DirtySettings
+	// Edit, unless nil, changes what a guest is to be, which is web-1, web-2, ... without it.
+	Edit func(*guest.Spec)
+	// Stage, unless nil, is told what FlockUp begins to do.
+	Stage func(text string)
 }
 
 // FlockUp makes one, on the first host. If it fails, nothing is left.
 func FlockUp(ctx context.Context, c FlockConfig) (_ *Flock, err error) {
+	if c.Edit == nil {
+		c.Edit = func(*guest.Spec) {}
+	}
+	if c.Stage == nil {
+		c.Stage = func(string) {}
+	}
 	img, accel, _, err := guest.Prepare(ctx, guest.DefaultCache(), slog.New(slog.DiscardHandler))
 	if err != nil {
 		return nil, err
@@ -67,21 +77,25 @@ func FlockUp(ctx context.Context, c FlockConfig) (_ *Flock, err error) {
 		err = errors.Join(err, f.Down(ctx))
 	}()
 	c.Lab.QEMU = img.QEMU
+	c.Stage("making the hosts, each with a libvirtd of its own")
 	if f.Lab, err = lab.Up(ctx, c.Lab); err != nil {
 		return nil, err
 	}
+	c.Stage("starting belayd on each")
 	if f.Cluster, err = cluster.Up(ctx, f.Lab, c.Bin); err != nil {
 		return nil, err
 	}
 	if f.Observer, err = observe(f.Lab, Heartbeats()); err != nil {
 		return nil, err
 	}
+	c.Stage(fmt.Sprintf("booting %d guests on %s", c.Guests, f.At().Name))
 	boot, bootCtx := errgroup.WithContext(ctx)
 	boot.SetLimit(bootAtOnce)
 	for i := range f.Guests {
 		boot.Go(func() error {
 			s := guest.Spec{Name: fmt.Sprintf("web-%d", i+1), Accel: accel, Cmdline: guest.SteadyClock, Heartbeat: Heartbeats(),
 				IP: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 77, 1, byte(i + 1)}), 16), IntervalUs: int(c.Interval.Microseconds())}
+			c.Edit(&s)
 			g, err := guest.Start(bootCtx, f.At(), s, img)
 			if err != nil {
 				return err
@@ -194,25 +208,42 @@ func (f *Flock) evacuate(ctx context.Context, tool string, do func(*Evacuation) 
 	if err := pause(ctx, 2*rest); err != nil {
 		return e, err
 	}
-	mark, begin := f.Observer.Mark(), time.Now()
-	if err := do(&e); err != nil {
+	begin := time.Now()
+	reports, err := f.Feel(ctx, func() error {
+		err := do(&e)
+		e.Total = time.Since(begin)
+		return err
+	})
+	if err != nil {
 		return e, fmt.Errorf("cannot empty %s by %s: %w", f.At().Name, tool, err)
 	}
-	e.Total = time.Since(begin)
 	f.Sent(f.Other())
+	for _, r := range reports {
+		e.Outages = append(e.Outages, r.Pause())
+	}
+	return e, nil
+}
+
+// Feel lets do change something, waits until every guest is heard, and reports what the
+// LAN has seen of each meanwhile, in their order.
+func (f *Flock) Feel(ctx context.Context, do func() error) (reports []observer.Report, err error) {
+	mark := f.Observer.Mark()
+	if err := do(); err != nil {
+		return nil, err
+	}
 	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
 	defer cancel()
 	for _, m := range f.Guests {
 		if err := f.Observer.Await(ctx, m.Spec.Name, wardSettled); err != nil {
-			return e, err
+			return nil, err
 		}
 		r := f.Observer.Since(mark, m.Spec.Name)
 		if r.Restarts != 0 || r.Truncated {
-			return e, fmt.Errorf("guest %s was restarted on the way, or not seen all the time: %+v", m.Spec.Name, r)
+			return nil, fmt.Errorf("guest %s was restarted on the way, or not seen all the time: %+v", m.Spec.Name, r)
 		}
-		e.Outages = append(e.Outages, r.Pause())
+		reports = append(reports, r)
 	}
-	return e, nil
+	return reports, nil
 }
 
 // Sent books that the guests have gone to a host.
