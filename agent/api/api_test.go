@@ -42,6 +42,7 @@ var endpoints = []struct {
 	{"POST", "/v1/drains/plan", `{"to":["b","c"]}`, "operator", "PlanDrain b,c"},
 	{"POST", "/v1/restores", `{"drain":"D"}`, "operator", "Restore D me"},
 	{"GET", "/v1/moves", "", "operator", "Moves  "},
+	{"GET", "/v1/ladder", "", "operator", "Rungs "},
 	{"GET", "/v1/events", "", "viewer operator", "Events false"},
 	{"GET", "/v1/events/{id}", "", "viewer operator", "Event ID"},
 	{"POST", "/v1/events/{id}/approve", `{"reason":"why"}`, "operator", "ApproveEvent ID why me"},

@@ -136,6 +136,11 @@ func (c *Client) Moves(ctx context.Context, guest, to string) (vs []maint.MoveVe
 	return vs, c.call(ctx, "GET", "/v1/moves?"+url.Values{"guest": {guest}, "to": {to}}.Encode(), nil, &vs)
 }
 
+// Ladder asks which rungs can be taken with a guest, or with "" with each that runs.
+func (c *Client) Ladder(ctx context.Context, guest string) (v maint.LadderView, err error) {
+	return v, c.call(ctx, "GET", "/v1/ladder?guest="+url.QueryEscape(guest), nil, &v)
+}
+
 // Clock asks for a guest's clock to be measured, or with "" for all.
 func (c *Client) Clock(ctx context.Context, guest string) (rs []maint.ClockReport, err error) {
 	return rs, c.call(ctx, "GET", "/v1/clocks?guest="+url.QueryEscape(guest), nil, &rs)

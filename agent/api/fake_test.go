@@ -194,6 +194,10 @@ func (f *fakeAgent) ReplaceChoices(_ context.Context, guest string) ([]maint.VMM
 	return []maint.VMMChoice{{Method: maint.VMMCopy}}, f.called("ReplaceChoices "+guest, "")
 }
 
+func (f *fakeAgent) Rungs(_ context.Context, guest string) (maint.LadderView, error) {
+	return maint.LadderView{}, f.called("Rungs "+guest, "")
+}
+
 func (f *fakeAgent) Moves(_ context.Context, guest, to string) ([]maint.MoveVerdict, error) {
 	return []maint.MoveVerdict{{Guest: guest, Peer: to}}, f.called("Moves "+guest+" "+to, "")
 }

@@ -138,6 +138,8 @@ type Clocks interface {
 
 // Planning is how an update would be done, and what guests allow.
 type Planning interface {
+	// Rungs says which rungs of the ladder can be taken with a guest, or with "" with each.
+	Rungs(ctx context.Context, guest string) (maint.LadderView, error)
 	// Plan says how an update would be done to this host, and changes nothing.
 	Plan(ctx context.Context, r maint.PlanRequest) (maint.Plan, error)
 	// Apply carries a plan out, if it is still the one that would be made.
@@ -267,6 +269,9 @@ func routes(a Agent) []route {
 		}},
 		{"GET", "/v1/moves", operators, func(r *http.Request, _ Caller) (any, error) {
 			return a.Moves(r.Context(), r.URL.Query().Get("guest"), r.URL.Query().Get("to"))
+		}},
+		{"GET", "/v1/ladder", operators, func(r *http.Request, _ Caller) (any, error) {
+			return a.Rungs(r.Context(), r.URL.Query().Get("guest"))
 		}},
 		{"GET", "/v1/events", viewers, func(r *http.Request, _ Caller) (any, error) { return events(r, a) }},
 		{"GET", "/v1/events/{id}", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Event(r.Context(), eventID(r)) }},

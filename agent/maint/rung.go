@@ -139,6 +139,73 @@ type LadderPeer struct {
 	Room PeerRoom `json:"room"`
 }
 
+// LadderView is the ladder as it is now, whatever the update: which rungs can be taken with
+// each guest, which may be, what it would feel, and what stands in the way.
+type LadderView struct {
+	Host   string       `json:"host"`
+	Rungs  []HostRung   `json:"rungs"`
+	Guests []GuestRungs `json:"guests"` // that run
+	Off    []string     `json:"off"`    // guests that do not
+}
+
+// HostRung is what doctor says of the rungs of one letter, "A" to "D"; "host" is what all need.
+type HostRung struct {
+	Rung   string      `json:"rung"`
+	Worst  CheckResult `json:"worst"`
+	Checks []Check     `json:"checks"`
+}
+
+// Wanting are the checks that did not go well.
+func (r HostRung) Wanting() (all []Check) {
+	for _, c := range r.Checks {
+		if c.Result == CheckWarn || c.Result == CheckFail {
+			all = append(all, c)
+		}
+	}
+	return all
+}
+
+// ByRung has doctor's checks by rung, in the order in which they come.
+func ByRung(checks []Check) []HostRung {
+	rungs := []HostRung{}
+	order := []CheckResult{CheckNA, CheckOK, CheckWarn, CheckFail}
+	for _, c := range checks {
+		i := slices.IndexFunc(rungs, func(r HostRung) bool { return r.Rung == c.Rung })
+		if i < 0 {
+			i = len(rungs)
+			rungs = append(rungs, HostRung{Rung: c.Rung, Worst: CheckNA})
+		}
+		r := &rungs[i]
+		r.Checks = append(r.Checks, c)
+		if slices.Index(order, c.Result) > slices.Index(order, r.Worst) {
+			r.Worst = c.Result
+		}
+	}
+	return rungs
+}
+
+// GuestRungs is a guest that runs, and every rung: A, B1, B2, B3, C, D.
+type GuestRungs struct {
+	Guest string        `json:"guest"`
+	UUID  string        `json:"uuid"`
+	Rungs []RungVerdict `json:"rungs"`
+}
+
+// RungVerdict says whether a rung can be taken with a guest now, and whether its policy
+// allows that.
+type RungVerdict struct {
+	Rung   Rung      `json:"rung"`
+	Cannot []Problem `json:"cannot,omitempty"`  // why not, and what would lift each
+	MayNot []Problem `json:"may_not,omitempty"` // the same, of its policy
+	Asks   bool      `json:"asks,omitempty"`    // its owner is asked first
+	// Untouched says why nothing would be felt.
+	Untouched string    `json:"untouched,omitempty"`
+	Method    VMMMethod `json:"method,omitempty"` // of B2
+	Peers     []string  `json:"peers,omitempty"`  // of D: those that would take it
+	// Feels is for how long it would stand still, of B1 beside the host's step; none of A and C.
+	Feels *Estimate `json:"feels,omitempty"`
+}
+
 // The codes of what stands in the way of a rung, and of a plan.
 const (
 	CodeRung      Code = "rung-cannot"    // a rung cannot deliver a change, or is not built

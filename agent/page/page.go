@@ -158,25 +158,8 @@ type hostPage struct {
 	Campaigns []maint.Campaign
 	Ended     []maint.Op // the newest first
 	More      int        // how many more have ended
-	Ladder    []rung
+	Ladder    []maint.HostRung
 	Checked   time.Time
-}
-
-// rung is what doctor says of one.
-type rung struct {
-	Name   string
-	Worst  maint.CheckResult
-	Checks []maint.Check
-}
-
-// Wanting are the checks that did not go well.
-func (r rung) Wanting() (all []maint.Check) {
-	for _, c := range r.Checks {
-		if c.Result == maint.CheckWarn || c.Result == maint.CheckFail {
-			all = append(all, c)
-		}
-	}
-	return all
 }
 
 func (p *pages) host(ctx context.Context) (v hostPage, err error) {
@@ -219,7 +202,7 @@ func (p *pages) host(ctx context.Context) (v hostPage, err error) {
 // ladderPage is every check of every rung.
 type ladderPage struct {
 	Host    string
-	Rungs   []rung
+	Rungs   []maint.HostRung
 	Checked time.Time
 }
 
@@ -234,7 +217,7 @@ func (p *pages) rungs(ctx context.Context) (v ladderPage, err error) {
 }
 
 // ladder is what doctor says, and as of when.
-func (p *pages) ladder(ctx context.Context) ([]rung, time.Time, error) {
+func (p *pages) ladder(ctx context.Context) ([]maint.HostRung, time.Time, error) {
 	if p.checked.IsZero() || time.Since(p.checked) >= checkEvery {
 		checks, err := p.agent.Doctor(ctx)
 		if err != nil {
@@ -242,29 +225,7 @@ func (p *pages) ladder(ctx context.Context) ([]rung, time.Time, error) {
 		}
 		p.checks, p.checked = checks, time.Now()
 	}
-	return ladder(p.checks), p.checked, nil
-}
-
-// ladder has doctor's checks by rung, in the order in which they come.
-func ladder(checks []maint.Check) (rungs []rung) {
-	for _, c := range checks {
-		i := slices.IndexFunc(rungs, func(r rung) bool { return r.Name == c.Rung })
-		if i < 0 {
-			i = len(rungs)
-			rungs = append(rungs, rung{Name: c.Rung, Worst: maint.CheckNA})
-		}
-		rungs[i].Checks = append(rungs[i].Checks, c)
-		rungs[i].Worst = worse(rungs[i].Worst, c.Result)
-	}
-	return rungs
-}
-
-func worse(a, b maint.CheckResult) maint.CheckResult {
-	order := []maint.CheckResult{maint.CheckNA, maint.CheckOK, maint.CheckWarn, maint.CheckFail}
-	if slices.Index(order, b) > slices.Index(order, a) {
-		return b
-	}
-	return a
+	return maint.ByRung(p.checks), p.checked, nil
 }
 
 // opPage is the report of an operation.

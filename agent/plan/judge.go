@@ -105,7 +105,7 @@ func (c *candidate) judgeMove(ways []way, l maint.Ladder, o maint.PlanOptions, u
 		}
 	}
 	if len(l.Peers) == 0 && len(ps) == 0 {
-		ps = append(ps, *maint.Problemf(maint.CodeUnknownPeer, "host "+l.Host, "name a peer in its configuration ([peers.NAME])", "has no peer that it could go to"))
+		ps = append(ps, noPeers(l))
 	}
 	if len(ps) > 0 {
 		c.refuse(maint.RungD, ps...)
@@ -123,6 +123,10 @@ func (c *candidate) judgeMove(ways []way, l maint.Ladder, o maint.PlanOptions, u
 		c.move.add(maint.RungD, e)
 	}
 	c.move.weigh(c.g.Policy)
+}
+
+func noPeers(l maint.Ladder) maint.Problem {
+	return *maint.Problemf(maint.CodeUnknownPeer, "host "+l.Host, "name a peer in its configuration ([peers.NAME])", "has no peer that it could go to")
 }
 
 // against is what a peer, empty, has against the guest.

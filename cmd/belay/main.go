@@ -87,7 +87,7 @@ may go on, 70 nothing to do.`,
 	root.PersistentFlags().StringVarP(&a.format, "output", "o", "table", "form of the answer: table, json or yaml")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
 	fixed(root, "output", "table", "json", "yaml")
-	root.AddCommand(a.statusCmd(), a.guestsCmd(), a.holdCmd(), a.replaceCmd(), a.kexecCmd(), a.clockCmd(), a.migrateCmd(), a.drainCmd(), a.restoreCmd(), a.cordonCmd(), a.uncordonCmd(), a.eventsCmd(), a.maintenanceCmd(), a.patchCmd(), a.planCmd(), a.applyCmd(), a.updateCmd(), a.policyCmd(), a.opsCmd(), a.reportCmd(), a.topCmd(), a.doctorCmd(), a.versionCmd(), a.manCmd())
+	root.AddCommand(a.statusCmd(), a.guestsCmd(), a.holdCmd(), a.replaceCmd(), a.kexecCmd(), a.clockCmd(), a.migrateCmd(), a.drainCmd(), a.restoreCmd(), a.cordonCmd(), a.uncordonCmd(), a.eventsCmd(), a.maintenanceCmd(), a.patchCmd(), a.ladderCmd(), a.planCmd(), a.applyCmd(), a.updateCmd(), a.policyCmd(), a.opsCmd(), a.reportCmd(), a.topCmd(), a.doctorCmd(), a.versionCmd(), a.manCmd())
 	return root
 }
 

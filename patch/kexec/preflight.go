@@ -210,20 +210,13 @@ func (t Tree) kexecs(g *judgement) {
 // wayBack finds the image of the kernel that runs, which is started again where the new one
 // is not well, and sees that the boot loader would bring it with the same memory.
 func (t Tree) wayBack(g *judgement, old *maint.KernelImage) {
-	find := func(what string, names ...string) string {
-		for _, n := range names {
-			if t.exists(n + old.Release) {
-				return n + old.Release
-			}
-			if strings.HasSuffix(n, "initramfs-") && t.exists(n+old.Release+".img") {
-				return n + old.Release + ".img"
-			}
+	k := t.Image(old.Release)
+	for _, f := range []struct{ what, path string }{{"image", k.Kernel}, {"initrd", k.Initrd}} {
+		if f.path == "" {
+			g.add(maint.CodeNoWayBack, host, "install the package of the kernel that runs again", "the %s of the kernel that runs, %s, is not in /boot: it could not be started again", f.what, old.Release)
 		}
-		g.add(maint.CodeNoWayBack, host, "install the package of the kernel that runs again", "the %s of the kernel that runs, %s, is not in /boot: it could not be started again", what, old.Release)
-		return ""
 	}
-	old.Kernel = find("image", "/boot/vmlinuz-")
-	old.Initrd = find("initrd", "/boot/initrd.img-", "/boot/initramfs-")
+	old.Kernel, old.Initrd = k.Kernel, k.Initrd
 	grub, err := t.text("/boot/grub/grub.cfg")
 	if err != nil {
 		return // another boot loader

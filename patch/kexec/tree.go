@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"belay/agent/maint"
 )
 
 // Tree is the host's files below Root, "" for its own root folder.
@@ -202,6 +204,22 @@ func room(dir string) (uint64, error) {
 		return 0, fmt.Errorf("%s: %w", dir, err)
 	}
 	return fs.Bavail * uint64(fs.Bsize), nil
+}
+
+// Image is what a kernel of a release is started from: its image and initrd in /boot, "" what
+// is not there.
+func (t Tree) Image(release string) (k maint.KernelImage) {
+	first := func(names ...string) string {
+		for _, n := range names {
+			if t.exists(n) {
+				return n
+			}
+		}
+		return ""
+	}
+	k.Kernel = first("/boot/vmlinuz-" + release)
+	k.Initrd = first("/boot/initrd.img-"+release, "/boot/initramfs-"+release, "/boot/initramfs-"+release+".img")
+	return k
 }
 
 // release reads uname -r out of a kernel's image (Documentation/arch/x86/boot.rst: "HdrS",
