@@ -11,12 +11,6 @@ import (
 	"belay/agent/run"
 )
 
-// fitness is what is written down before an update's first change: who was not well by
-// then is not blamed on it.
-type fitness struct {
-	Sick []string `json:"sick,omitempty"` // UUIDs
-}
-
 // phaseFitness is where it is written down: the plan's first step.
 func (x application) phaseFitness() string { return stepName(x.plan.Steps[0]) }
 
@@ -27,17 +21,10 @@ func (x application) check(ctx context.Context, s *run.Scratch) error {
 	if err := x.a.checkPlan(ctx, what, x.plan); err != nil {
 		return err
 	}
-	var f fitness
-	for _, g := range x.plan.Guests {
-		if r := x.health(ctx, g); r != nil {
-			if err := s.Note("guest %s is not well before the update: %s", g.Guest, r.Reason); err != nil {
-				return err
-			}
-			f.Sick = append(f.Sick, g.UUID)
+	if slices.ContainsFunc(x.plan.Update.Checks, func(c maint.UpdateCheck) bool { return c.Guests }) {
+		if err := x.examine(ctx, s); err != nil {
+			return err
 		}
-	}
-	if err := s.Save(f); err != nil {
-		return err
 	}
 	var ps []maint.Problem
 	for i, c := range x.plan.Update.Checks {
@@ -107,24 +94,26 @@ func (x application) missing(ctx context.Context) *maint.Problem {
 // ask asks one check until it is well, or has failed so often in a row, or its time is up.
 // n is its number.
 func (x application) ask(ctx context.Context, s *run.Scratch, step maint.PlanStep, n int, c maint.UpdateCheck) *maint.Problem {
+	const remedy = "find out why, and apply the plan again"
 	if !pause(ctx, c.WarmUp) {
 		return nil // the caller sees that
 	}
-	in, cancel := context.WithTimeout(ctx, c.Timeout)
-	defer cancel()
-	var last error
-	for tries := 1; ; tries++ {
-		err := x.once(in, s, step, fmt.Sprintf("check-%d-%d", n, tries), c)
-		if err == nil {
+	if c.Guests {
+		ill := x.ailing(ctx, s)
+		if len(ill) == 0 || ctx.Err() != nil {
 			return nil
 		}
-		if last == nil || in.Err() == nil {
-			last = err // what the end of the time has cut off says less
-		}
-		if tries >= c.Failures || !pause(in, checkEvery) {
-			return maint.Problemf(maint.CodeStep, "check "+c.Name, "find out why, and apply the plan again", "has failed %d times in a row: %v", tries, last)
-		}
+		return maint.Problemf(maint.CodeStep, "check "+c.Name, remedy, "%s", few(ill))
 	}
+	tries := 0
+	r := health.Pace{Every: checkEvery, Within: c.Timeout, Failures: c.Failures}.Until(ctx, time.Time{}, func(ctx context.Context) error {
+		tries++
+		return x.once(ctx, s, step, fmt.Sprintf("check-%d-%d", n, tries), c)
+	})
+	if r.Healthy {
+		return nil
+	}
+	return maint.Problemf(maint.CodeStep, "check "+c.Name, remedy, "has failed %d times in a row: %s", r.Tries, r.Reason)
 }
 
 // checkEvery is the pause between tries of a check.
@@ -133,53 +122,12 @@ const checkEvery = time.Second
 func (x application) once(ctx context.Context, s *run.Scratch, step maint.PlanStep, name string, c maint.UpdateCheck) error {
 	do := maint.HostStep{Command: c.Command}
 	switch {
-	case c.Guests:
-		for _, g := range x.plan.Guests {
-			if r := x.health(ctx, g); r != nil && !x.wasSick(s, g.UUID) {
-				return fmt.Errorf("guest %s: %s", g.Guest, r.Reason)
-			}
-		}
-		return nil
 	case c.TCP != "" || c.HTTP != "":
-		return health.Once(ctx, nil, "", health.Check{TCP: c.TCP, HTTP: c.HTTP})
+		return x.a.askOnce(ctx, "", health.Check{TCP: c.TCP, HTTP: c.HTTP})
 	case c.Unit != "":
 		do.Command = []string{"/usr/bin/systemctl", "is-active", "--quiet", "--", c.Unit}
 	}
 	id := string(maint.StepOp(x.op.ID, step.N)) + "-" + name
 	defer x.a.preserve.Steps.Forget(id)
 	return failedRun("check", do, x.a.preserve.Steps.Run(ctx, id, do, nil))
-}
-
-// health is how a guest does that is not well, nil for one that is, or that nobody knows how
-// to ask. One that has moved was asked by the host that it has come to.
-func (x application) health(ctx context.Context, p maint.PlannedGuest) *maint.HealthReport {
-	now, _ := x.a.journal.Op(x.op.ID)
-	for _, m := range now.Moves {
-		if m.GuestUUID != p.UUID || m.State != maint.MoveMoved {
-			continue
-		}
-		child, _ := x.a.journal.Op(m.Op)
-		if child.Arrival != nil && child.Arrival.Health != nil && !child.Arrival.Health.Healthy {
-			return child.Arrival.Health
-		}
-		return nil
-	}
-	g, err := x.a.hyp.Guest(ctx, p.UUID)
-	if err != nil {
-		return nil // see missing
-	}
-	c, within, ok := x.a.healthOf(g)
-	if !ok {
-		return nil
-	}
-	if r := health.Until(ctx, x.a.hyp, g.UUID, c, within); !r.Healthy {
-		return &r
-	}
-	return nil
-}
-
-func (x application) wasSick(s *run.Scratch, uuid string) bool {
-	var f fitness
-	_, _ = s.Load(x.phaseFitness(), &f) // none: nobody was
-	return slices.Contains(f.Sick, uuid)
 }

@@ -103,7 +103,7 @@ func (a *Agent) reportOn(life context.Context, came maint.Arrived) (r maint.Arri
 	runs := err == nil && g.State == maint.GuestRunning
 	var ports sync.WaitGroup
 	if runs {
-		ports.Go(func() { r.Health = a.healthOfArrival(life, g) }) // has a time of its own
+		ports.Go(func() { r.Health = a.healthOfArrival(life, came, g) }) // has a time of its own
 		ports.Go(func() { r.Ports = a.portsOfArrival(ctx, g) })
 	}
 	r.Clock = a.clockOfArrival(ctx, came, g, err)

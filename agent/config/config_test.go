@@ -213,6 +213,22 @@ libvirt_uri = "qemu+ssh://root@host-c/system"
 
 // TestMistakes says what a person reads who has made a mistake: always the
 // file, the line and the key.
+// A check of guests says only what it asks: ten failures in a row, a second apart, are one.
+func TestHealthDefaults(t *testing.T) {
+	t.Parallel()
+	c, err := Load(one(t, "[[health]]\nguests = ['a']\nhttp = 'http://{guest}/'\n[[health]]\nguests = ['b']\nheartbeat = true\nwarm_up = '1m'\nfailures = 3\nevery = '2s'\nwithin = '9s'\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []Health{
+		{Guests: []string{"a"}, HTTP: "http://{guest}/", Every: Duration{time.Second}, Failures: 10, Within: Duration{30 * time.Second}},
+		{Guests: []string{"b"}, Heartbeat: true, WarmUp: Duration{time.Minute}, Every: Duration{2 * time.Second}, Failures: 3, Within: Duration{9 * time.Second}},
+	}
+	if d := cmp.Diff(want, c.Health); d != "" {
+		t.Error(d)
+	}
+}
+
 func TestMistakes(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -246,11 +262,14 @@ func TestMistakes(t *testing.T) {
 		{"a group of nobody", "[anti_affinity]\ndb = []\n",
 			[]string{"anti_affinity.db", "for no guests"}},
 		{"a check of nobody", "[[health]]\ntcp = 'a:1'\n", []string{"health, number 1", "for no guests"}},
-		{"a check in no way", "[[health]]\nguests = ['a']\n", []string{"health, number 1", "has 0 of tcp, http and command"}},
-		{"a check in two ways", "[[health]]\nguests = ['a']\ntcp = 'a:1'\nhttp = 'http://a'\n", []string{"has 2 of tcp, http and command"}},
+		{"a check in no way", "[[health]]\nguests = ['a']\n", []string{"health, number 1", "has 0 of tcp, http, command, agent and heartbeat"}},
+		{"a check in two ways", "[[health]]\nguests = ['a']\ntcp = 'a:1'\nhttp = 'http://a'\n", []string{"has 2 of tcp, http, command, agent and heartbeat"}},
 		{"a check of no port", "[[health]]\nguests = ['a']\ntcp = '{guest}'\n", []string{`"{guest}" is not host:port`}},
 		{"a check of no URL", "[[health]]\nguests = ['a']\nhttp = 'ftp://{guest}/'\n", []string{"is not a URL"}},
 		{"a check by no path", "[[health]]\nguests = ['a']\ncommand = ['true']\n", []string{`"true" is not an absolute path`}},
+		{"a check too often", "[[health]]\nguests = ['a']\nagent = true\nevery = '1ms'\n", []string{"every: 1ms is not between 100ms and 1m"}},
+		{"a check too late", "[[health]]\nguests = ['a']\nheartbeat = true\nwarm_up = '5m'\n", []string{"warm_up: 5m0s is not between 0s and 4m"}},
+		{"a check that never fails", "[[health]]\nguests = ['a']\nhttp = 'http://a'\nfailures = -1\n", []string{"failures: -1 is not between 1 and 1000"}},
 		{"a check for too long", "[[health]]\nguests = ['a']\ntcp = 'a:1'\nwithin = '1h'\n", []string{"within", "is not between 1s and 5m"}},
 		{"a group without a name", "[anti_affinity]\n'' = ['db-1']\n",
 			[]string{"anti_affinity", `"" is not a name`}},

@@ -1,9 +1,11 @@
-// Package health asks a guest whether it does its work: by a TCP port, a URL, or a command
-// that its guest agent runs. It knows neither why it is asked nor what follows.
+// Package health asks a guest whether it does its work, again and again where it need not be
+// well at once. It knows neither why it is asked nor what follows.
 //
-//	tcp      connects                                  net.Dialer, from this host
-//	http     GET, answered with 200 to 399             net/http, from this host, follows nothing
-//	command  exits with 0                              guest-exec, guest-exec-status
+//	tcp        connects                                  net.Dialer, from this host
+//	http       GET, answered with 200 to 399             net/http, from this host, follows nothing
+//	command    exits with 0                              guest-exec, guest-exec-status
+//	agent      its guest agent answers                   guest-ping
+//	heartbeat  it asks for its events                    169.254.169.254, vsock, virtio-serial
 package health
 
 import (
@@ -23,19 +25,28 @@ import (
 const (
 	// tryTimeout bounds one try.
 	tryTimeout = 3 * time.Second
-	// tryEvery is the pause between tries, and pollEvery how often a command in a guest is
-	// asked whether it has ended: its agent tells of nothing by itself.
-	tryEvery  = 250 * time.Millisecond
+	// pollEvery is how often a command in a guest is asked whether it has ended, and it is
+	// looked whether a guest was heard of: nothing tells by itself.
 	pollEvery = 100 * time.Millisecond
 	// maxReason bounds what is kept of an answer, bytes.
 	maxReason = 300
 )
 
-// Check is what is asked. One of TCP, HTTP and Command is set.
+// Check is what is asked. One of them is set.
 type Check struct {
-	TCP     string   // host:port
-	HTTP    string   // URL
-	Command []string // program in the guest, and its arguments
+	TCP       string   // host:port
+	HTTP      string   // URL
+	Command   []string // program in the guest, and its arguments
+	Agent     bool     // that its guest agent answers
+	Heartbeat bool     // that it asks for its events while a try lasts
+}
+
+// Pace is how often is asked, and what counts as a failure.
+type Pace struct {
+	WarmUp   time.Duration // after something was done to a guest it is not asked for so long
+	Every    time.Duration // between tries
+	Within   time.Duration // for so long at most is tried
+	Failures int           // so many in a row are a failure before that is over; less than 2: one
 }
 
 // For puts a guest's name in the place of "{guest}".
@@ -57,17 +68,24 @@ func (c Check) String() string {
 		return "tcp " + c.TCP
 	case c.HTTP != "":
 		return "http " + c.HTTP
+	case c.Agent:
+		return "guest agent"
+	case c.Heartbeat:
+		return "heartbeat"
 	}
 	return "command " + strings.Join(c.Command, " ")
 }
 
-// Agent passes a command to a guest's agent (see hypervisor.Host.AgentCommand).
-type Agent interface {
+// Guests is how guests are asked otherwise than over the network.
+type Guests interface {
+	// AgentCommand passes a command to a guest's agent (see hypervisor.Host.AgentCommand).
 	AgentCommand(ctx context.Context, uuid, command string, args any) (json.RawMessage, error)
+	// Heard is when a guest has last asked for its events, the zero time for never.
+	Heard(uuid string) time.Time
 }
 
 // Once tries one check once, and takes 3 s at most. nil is healthy.
-func Once(ctx context.Context, a Agent, uuid string, c Check) error {
+func Once(ctx context.Context, g Guests, uuid string, c Check) error {
 	ctx, cancel := context.WithTimeout(ctx, tryTimeout)
 	defer cancel()
 	switch {
@@ -79,31 +97,48 @@ func Once(ctx context.Context, a Agent, uuid string, c Check) error {
 		return conn.Close()
 	case c.HTTP != "":
 		return get(ctx, c.HTTP)
+	case c.Agent:
+		_, err := g.AgentCommand(ctx, uuid, "guest-ping", nil)
+		return err
+	case c.Heartbeat:
+		return hear(ctx, g, uuid)
 	}
-	return run(ctx, a, uuid, c.Command)
+	return run(ctx, g, uuid, c.Command)
 }
 
-// Until tries until the guest is healthy, or for so long.
-func Until(ctx context.Context, a Agent, uuid string, c Check, within time.Duration) maint.HealthReport {
+// Until tries until the guest is healthy, has failed too often in a row, or its time is up.
+// touched is when something was last done to it, the zero time for nothing.
+func (p Pace) Until(ctx context.Context, touched time.Time, try func(context.Context) error) (r maint.HealthReport) {
+	if !wait(ctx, time.Until(touched.Add(p.WarmUp))) {
+		r.Reason = Reason(ctx.Err())
+		return r
+	}
 	began := time.Now()
-	r := maint.HealthReport{Check: c.String()}
-	ctx, cancel := context.WithTimeout(ctx, within)
+	in, cancel := context.WithTimeout(ctx, p.Within)
 	defer cancel()
 	for {
-		err := Once(ctx, a, uuid, c)
+		err := try(in)
 		// What the end of the time has cut off says less than the try before it.
-		if r.Tries == 0 || time.Since(began) < within && ctx.Err() == nil {
+		if r.Tries == 0 || err == nil || in.Err() == nil {
 			r.Healthy, r.Reason = err == nil, Reason(err)
 		}
-		r.Tries++
-		select {
-		case <-time.After(tryEvery):
-		case <-ctx.Done():
-		}
-		if err == nil || ctx.Err() != nil {
+		if r.Tries++; r.Healthy || r.Tries >= p.Failures || !wait(in, p.Every) {
 			r.Took = time.Since(began)
 			return r
 		}
+	}
+}
+
+// wait waits for d, and reports whether ctx is still alive.
+func wait(ctx context.Context, d time.Duration) bool {
+	if d <= 0 {
+		return ctx.Err() == nil
+	}
+	select {
+	case <-time.After(d):
+		return true
+	case <-ctx.Done():
+		return false
 	}
 }
 
@@ -137,9 +172,26 @@ func get(ctx context.Context, url string) error {
 	return nil
 }
 
+// hear waits until a guest asks for its events, from now on.
+func hear(ctx context.Context, g Guests, uuid string) error {
+	from := time.Now()
+	for {
+		last := g.Heard(uuid)
+		if last.After(from) {
+			return nil
+		}
+		if !wait(ctx, pollEvery) {
+			if last.IsZero() {
+				return errors.New("has never asked for its events")
+			}
+			return fmt.Errorf("has not asked for its events for %s", time.Since(last).Round(time.Second))
+		}
+	}
+}
+
 // run has the guest's agent run a command. One that does not end in time goes on in the
 // guest.
-func run(ctx context.Context, a Agent, uuid string, command []string) error {
+func run(ctx context.Context, a Guests, uuid string, command []string) error {
 	var started struct {
 		PID int64 `json:"pid"`
 	}
@@ -166,15 +218,13 @@ func run(ctx context.Context, a Agent, uuid string, command []string) error {
 		default:
 			return nil
 		}
-		select {
-		case <-time.After(pollEvery):
-		case <-ctx.Done():
+		if !wait(ctx, pollEvery) {
 			return fmt.Errorf("has not ended after %s", tryTimeout)
 		}
 	}
 }
 
-func ask(ctx context.Context, a Agent, uuid, command string, args, answer any) error {
+func ask(ctx context.Context, a Guests, uuid, command string, args, answer any) error {
 	reply, err := a.AgentCommand(ctx, uuid, command, args)
 	if err != nil {
 		return err

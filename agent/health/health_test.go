@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"belay/agent/health"
@@ -20,10 +21,19 @@ type agent struct {
 	status string
 	asked  int
 	args   map[string]any
+	silent bool // does not answer a ping
+	heard  func() time.Time
 }
+
+func (a *agent) Heard(string) time.Time { return a.heard() }
 
 func (a *agent) AgentCommand(_ context.Context, _, command string, args any) (json.RawMessage, error) {
 	switch command {
+	case "guest-ping":
+		if a.silent {
+			return nil, errors.New("guest agent is not responding")
+		}
+		return json.RawMessage(`{}`), nil
 	case "guest-exec":
 		a.args = args.(map[string]any)
 		return json.RawMessage(`{"pid":7}`), nil
@@ -87,23 +97,117 @@ func TestHTTP(t *testing.T) {
 	}
 }
 
-// A guest may take its time, and no longer than it is given.
+func TestPing(t *testing.T) {
+	t.Parallel()
+	c := health.Check{Agent: true}
+	if err := health.Once(t.Context(), &agent{}, "u", c); err != nil {
+		t.Error(err)
+	}
+	if err := health.Once(t.Context(), &agent{silent: true}, "u", c); err == nil || !strings.Contains(err.Error(), "not responding") {
+		t.Error(err)
+	}
+}
+
+// A heartbeat is one that comes while the try lasts; what was heard before says nothing.
+func TestHeartbeat(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		every time.Duration // how often the guest asks
+		until time.Duration // and for how long
+		want  string
+	}{
+		"every second": {time.Second, time.Hour, ""},
+		"too seldom":   {10 * time.Second, time.Hour, "has not asked for its events for 9s"},
+		"no more":      {time.Second, time.Minute, "has not asked for its events for 9s"},
+		"never":        {time.Hour, 0, "has never asked"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				began := time.Now()
+				a := &agent{heard: func() time.Time {
+					d := min(time.Since(began), c.until).Truncate(c.every)
+					if d == 0 {
+						return time.Time{}
+					}
+					return began.Add(d)
+				}}
+				time.Sleep(66 * time.Second)
+				err := health.Once(t.Context(), a, "u", health.Check{Heartbeat: true})
+				if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+					t.Errorf("%v, want %q", err, c.want)
+				}
+			})
+		})
+	}
+}
+
+// A guest may take its time, and no longer than it is given. The servers are real, and outside
+// of the bubble: while one is asked, time stands still.
 func TestUntil(t *testing.T) {
 	t.Parallel()
-	var asked atomic.Int32
-	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		if asked.Add(1) < 3 {
-			w.WriteHeader(503)
-		}
-	}))
-	defer s.Close()
-	r := health.Until(t.Context(), nil, "", health.Check{HTTP: s.URL}, time.Minute)
-	if !r.Healthy || r.Tries != 3 || r.Reason != "" || r.Took <= 0 || r.Check != "http "+s.URL {
-		t.Errorf("%+v", r)
+	pace := health.Pace{WarmUp: 20 * time.Second, Every: time.Second, Within: 30 * time.Second, Failures: 10}
+	for name, c := range map[string]struct {
+		pace    func(*health.Pace)
+		touched time.Duration // so long ago
+		bad     int           // so many times in a row the server says no
+		healthy bool
+		tries   int
+		waited  time.Duration // for it to be warm
+		took    time.Duration
+	}{
+		"well at once":            {nil, time.Hour, 0, true, 1, 0, 0},
+		"nine failures":           {nil, time.Hour, 9, true, 10, 0, 9 * time.Second},
+		"ten failures":            {nil, time.Hour, 10, false, 10, 0, 9 * time.Second},
+		"three are too many":      {func(p *health.Pace) { p.Failures = 3 }, time.Hour, 3, false, 3, 0, 2 * time.Second},
+		"its time is up":          {func(p *health.Pace) { p.Every = 7 * time.Second }, time.Hour, 1000, false, 5, 0, 30 * time.Second},
+		"just touched":            {nil, 0, 0, true, 1, 20 * time.Second, 0},
+		"touched a moment ago":    {nil, 15 * time.Second, 2, true, 3, 5 * time.Second, 2 * time.Second},
+		"cold, and ill":           {nil, 0, 10, false, 10, 20 * time.Second, 9 * time.Second},
+		"one failure is too many": {func(p *health.Pace) { p.Failures = 0 }, time.Hour, 1, false, 1, 0, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var asked atomic.Int32
+			s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				if int(asked.Add(1)) <= c.bad {
+					w.WriteHeader(503)
+				}
+			}))
+			defer s.Close()
+			synctest.Test(t, func(t *testing.T) {
+				p := pace
+				if c.pace != nil {
+					c.pace(&p)
+				}
+				began := time.Now()
+				r := p.Until(t.Context(), began.Add(-c.touched), func(ctx context.Context) error {
+					return health.Once(ctx, nil, "", health.Check{HTTP: s.URL})
+				})
+				if r.Healthy != c.healthy || r.Tries != c.tries || int(asked.Load()) != c.tries || r.Took != c.took || time.Since(began) != c.waited+c.took {
+					t.Errorf("%+v, asked %d times, in %s", r, asked.Load(), time.Since(began))
+				}
+				if (r.Reason == "") != c.healthy || !c.healthy && !strings.Contains(r.Reason, "503") {
+					t.Errorf("reason %q", r.Reason)
+				}
+			})
+		})
 	}
-	asked.Store(-1 << 20)
-	r = health.Until(t.Context(), nil, "", health.Check{HTTP: s.URL}, 400*time.Millisecond)
-	if r.Healthy || r.Tries < 1 || !strings.Contains(r.Reason, "503") || r.Took < 400*time.Millisecond || r.Took > 20*time.Second {
+}
+
+// A server that takes a connection and says nothing is not waited for.
+func TestSilent(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	p := health.Pace{Every: time.Millisecond, Within: 50 * time.Millisecond, Failures: 10}
+	r := p.Until(t.Context(), time.Time{}, func(ctx context.Context) error {
+		return health.Once(ctx, nil, "", health.Check{HTTP: "http://" + l.Addr().String()})
+	})
+	if r.Healthy || r.Tries != 1 || r.Took < p.Within || !strings.Contains(r.Reason, "deadline exceeded") {
 		t.Errorf("%+v", r)
 	}
 }

@@ -193,7 +193,7 @@ type UpdateCheck struct {
 	HTTP    string   `json:"http,omitempty"`
 	Guests  bool     `json:"guests,omitempty"`
 	// WarmUp is waited before the first try, Timeout how long tries go on, and Failures
-	// how many of them in a row are a failure.
+	// how many of them in a row are a failure; of Guests each has its own of the two.
 	WarmUp   time.Duration `json:"warm_up_ns,omitempty"`
 	Timeout  time.Duration `json:"timeout_ns"`
 	Failures int           `json:"failures"`

@@ -290,8 +290,14 @@ func (c *checker) check(k maint.UpdateCheck) {
 		c.add("", "on_fail %.20q is none of %s, %s and %s", k.OnFail, maint.FailUndo, maint.FailStop, maint.FailGoOn)
 	}
 	const most = time.Hour
-	if k.WarmUp < 0 || k.WarmUp > most || k.Timeout <= 0 || k.Timeout > most {
+	if k.WarmUp < 0 || k.WarmUp > most || k.Timeout < 0 || k.Timeout == 0 && !k.Guests || k.Timeout > most {
 		c.add("", "warm_up %s or timeout %s is not between 0 and %s", k.WarmUp, k.Timeout, most)
+	}
+	if k.Guests {
+		if k.Timeout != 0 || k.Failures != 0 {
+			c.add("take them out: each guest has its own, [[health]] in belayd.toml", "has a timeout or failures, and asks guests")
+		}
+		return
 	}
 	if k.Failures < 1 || k.Failures > 1000 {
 		c.add("", "failures %d is not between 1 and 1000", k.Failures)

@@ -222,13 +222,17 @@ const (
 
 func (c check) check() maint.UpdateCheck {
 	m := maint.UpdateCheck{Name: c.Name, Command: c.Command, Unit: c.Unit, TCP: c.TCP, HTTP: c.HTTP, Guests: c.Guests,
-		WarmUp: lasts(c.WarmUp), Timeout: cmp.Or(lasts(c.Timeout), defaultTimeout), Failures: c.Failures, OnFail: cmp.Or(maint.OnFail(c.OnFail), maint.FailUndo)}
+		WarmUp: lasts(c.WarmUp), Timeout: lasts(c.Timeout), Failures: c.Failures, OnFail: cmp.Or(maint.OnFail(c.OnFail), maint.FailUndo)}
 	for _, w := range c.When {
 		m.When = append(m.When, maint.CheckWhen(w))
 	}
 	if c.When == nil {
 		m.When = []maint.CheckWhen{maint.CheckBefore, maint.CheckAfter}
 	}
+	if m.Guests { // each has its own
+		return m
+	}
+	m.Timeout = cmp.Or(m.Timeout, defaultTimeout)
 	if m.Failures == 0 {
 		m.Failures = defaultFailures
 		if m.HTTP != "" {

@@ -1,6 +1,7 @@
 package update_test
 
 import (
+	"bytes"
 	"errors"
 	"os"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"belay/agent/config"
 	"belay/agent/maint"
 	"belay/agent/plan"
 	"belay/agent/update"
@@ -79,7 +81,15 @@ func TestReference(t *testing.T) {
 		t.Error("it has no TOML")
 	}
 	for _, block := range blocks {
-		if _, err := update.Parse("docs/manifest.md", block[1]); err != nil {
+		_, err := update.Parse("docs/manifest.md", block[1])
+		if bytes.HasPrefix(block[1], []byte("[[health]]")) { // of belayd.toml
+			file := filepath.Join(t.TempDir(), "belayd.toml")
+			if err := os.WriteFile(file, block[1], 0o600); err != nil {
+				t.Fatal(err)
+			}
+			_, err = config.Load(file)
+		}
+		if err != nil {
 			t.Errorf("%v\n%s", err, block[1])
 		}
 	}
@@ -121,7 +131,7 @@ func TestDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := maint.UpdateCheck{Name: "a", When: []maint.CheckWhen{"before", "after"}, HTTP: "http://a/", Timeout: 30 * time.Second, Failures: 10, OnFail: "undo"}
-	if diff := cmp.Diff(want, u.Checks[0]); diff != "" || u.Checks[1].Failures != 3 {
+	if diff := cmp.Diff(want, u.Checks[0]); diff != "" || u.Checks[1].Failures != 0 || u.Checks[1].Timeout != 0 {
 		t.Error(diff, u.Checks[1])
 	}
 }
@@ -177,8 +187,9 @@ func TestRefused(t *testing.T) {
 		head + "kind = \"qemu\"\n[[checks]]\nname = \"k\"\nhttp = \"ftp://a\"":                        "is no URL",
 		head + "kind = \"qemu\"\n[[checks]]\nname = \"k\"\nguests = true\nwhen = [\"later\"]":         "when has \"later\"",
 		head + "kind = \"qemu\"\n[[checks]]\nname = \"k\"\nguests = true\non_fail = \"panic\"":        "on_fail \"panic\"",
-		head + "kind = \"qemu\"\n[[checks]]\nname = \"k\"\nguests = true\ntimeout = \"2h\"":           "timeout 2h0m0s is not between",
-		head + "kind = \"qemu\"\n[[checks]]\nname = \"k\"\nguests = true\nfailures = -1":              "failures -1",
+		head + "kind = \"qemu\"\n[[checks]]\nname = \"k\"\ntcp = \"a:1\"\ntimeout = \"2h\"":           "timeout 2h0m0s is not between",
+		head + "kind = \"qemu\"\n[[checks]]\nname = \"k\"\ntcp = \"a:1\"\nfailures = -1":              "failures -1",
+		head + "kind = \"qemu\"\n[[checks]]\nname = \"k\"\nguests = true\nfailures = 5":               "asks guests",
 		strings.Repeat("#", 600<<10):                                                                  "more than any manifest",
 	} {
 		_, err := update.Parse("m", []byte(text))

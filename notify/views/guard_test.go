@@ -55,6 +55,26 @@ func TestNobody(t *testing.T) {
 	}
 }
 
+// Whoever asks was heard of, whatever the answer is; others were not.
+func TestHeard(t *testing.T) {
+	now := time.Unix(1e9, 0)
+	h := handler(t, newWorld(), func(c *Config) { c.Now = func() time.Time { return now } })
+	for _, path := range []string{"/belay/v1/events", "/nowhere"} {
+		now = now.Add(time.Second)
+		serve(h, request("GET", path, "", ours))
+		if got := h.Heard(guestA); !got.Equal(now) {
+			t.Errorf("%s: heard at %s, want %s", path, got, now)
+		}
+	}
+	last := now
+	for range 60 {
+		now = now.Add(time.Second)
+		if got := h.Heard(guestA); !got.Equal(last) || !h.Heard(guestB).IsZero() {
+			t.Fatalf("at %s: heard at %s", now, got)
+		}
+	}
+}
+
 func TestHost(t *testing.T) {
 	h := handler(t, newWorld(), func(c *Config) { c.EC2.IMDSv1 = true })
 	for host, ours := range map[string]bool{

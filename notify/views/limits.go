@@ -84,6 +84,18 @@ type client struct {
 	gone    chan struct{} // closed when none is parked any more
 	drained chan struct{} // closed for those parked to end
 	until   time.Time     // none parks before
+	heard   time.Time     // its latest request
+}
+
+// Heard is when a guest has last asked for anything, the zero time for one that was silent for
+// a minute at least.
+func (h *Handler) Heard(guest string) time.Time {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if cl := h.clients[guest]; cl != nil {
+		return cl.heard
+	}
+	return time.Time{}
 }
 
 func (h *Handler) clientOf(guest string) *client {
@@ -106,6 +118,7 @@ func (h *Handler) admit(guest string, k kind) (cl *client, draining, admitted bo
 	h.sweep(now)
 	cl = h.clientOf(guest)
 	cl.active++
+	cl.heard = now
 	return cl, now.Before(cl.until), cl.buckets[k].AllowN(now, 1)
 }
 
@@ -131,14 +144,14 @@ func (h *Handler) leave(cl *client) {
 }
 
 // sweep forgets, once a minute, the clients of which nothing need be known: their
-// buckets are full again. So those of guests that have gone do not stay.
+// buckets are full again, and they were not heard of for a minute. So those of guests that have gone do not stay.
 func (h *Handler) sweep(now time.Time) {
 	if now.Sub(h.swept) < time.Minute {
 		return
 	}
 	h.swept = now
 	for guest, cl := range h.clients {
-		if cl.active == 0 && !now.Before(cl.until) && cl.full(now) {
+		if cl.active == 0 && !now.Before(cl.until) && now.Sub(cl.heard) >= time.Minute && cl.full(now) {
 			delete(h.clients, guest)
 		}
 	}
