@@ -141,6 +141,32 @@ func TestApply(t *testing.T) {
 	}
 }
 
+// TestRestoreAfterAnUpdate: the guests of a host that has left service come back when it is
+// back; those that an update has brought back itself are nobody's to fetch.
+func TestRestoreAfterAnUpdate(t *testing.T) {
+	t.Parallel()
+	u := newUpdates(t, nil)
+	if op := u.apply(leaves, false); op.Outcome != maint.OutcomeDone || u.count()["b"] != 3 || u.cordoned() == nil {
+		t.Fatalf("%s: %v, %v", op.Outcome, op.Problems, u.at())
+	}
+	if op := u.restore(maint.RestoreRequest{}); op.Outcome != maint.OutcomeDone || u.count()["a"] != 3 || u.cordoned() != nil {
+		t.Fatalf("%s: %v, %v", op.Outcome, op.Problems, u.at())
+	}
+	left := u.apply(byMove, false)
+	u.apply(byPause, false)
+	if op := u.restore(maint.RestoreRequest{}); op.Outcome != maint.OutcomeDone || op.Restore.Drain != left.ID || u.count()["a"] != 3 {
+		t.Fatalf("%s of %s: %v, %v", op.Outcome, op.Restore.Drain, op.Problems, u.at())
+	}
+
+	u = newUpdates(t, nil)
+	u.apply(byMove, true)
+	u.apply(byMove+goesBad, false)
+	var refusal *maint.Refusal
+	if _, err := u.a.Client.Restore(u.ctx, maint.RestoreRequest{}); !errors.As(err, &refusal) || refusal.Problems[0].Code != maint.CodeNothing {
+		t.Errorf("guests that are back are fetched: %v", err)
+	}
+}
+
 // settled sees that nothing is left of an apply.
 func (u *updates) settled(op maint.Op) {
 	u.t.Helper()

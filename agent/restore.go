@@ -25,8 +25,8 @@ const (
 // byRestore is who asks for a restore's uncordoning.
 const byRestore = "restore:"
 
-// Restore admits the return of what a drain has moved away, writes it down and
-// starts it.
+// Restore admits the return of what a drain or an update has moved away, writes it down
+// and starts it.
 func (a *Agent) Restore(ctx context.Context, by string, r maint.RestoreRequest) (maint.Op, error) {
 	what := "cannot restore host " + a.cfg.Host
 	if r.Timeout < 0 || r.Timeout > maxTimeout {
@@ -48,30 +48,43 @@ func (a *Agent) Restore(ctx context.Context, by string, r maint.RestoreRequest) 
 		Deadline: now.Add(r.Timeout), Restore: &r})
 }
 
-// drained is the drain of that ID, or for "" the last that has moved any guest.
+// drained is the drain or apply of that ID, or for "" the last that has moved guests away
+// and has not brought them back itself.
 func (a *Agent) drained(what string, id maint.OpID) (maint.Op, error) {
 	moved := func(op maint.Op) bool {
 		return slices.ContainsFunc(op.Moves, func(m maint.GuestMove) bool { return m.State == maint.MoveMoved })
 	}
 	for _, op := range slices.Backward(a.journal.Ops()) {
 		switch {
-		case op.Kind != maint.OpDrain || id != "" && op.ID != id:
+		case op.Kind != maint.OpDrain && op.Kind != maint.OpApply || id != "" && op.ID != id:
 		case op.State != maint.OpEnded:
 			return op, refuse(what, maint.Problemf(maint.CodeBusy, "operation "+string(op.ID),
-				fmt.Sprintf("wait for it (belay ops watch %s) or abort it (belay ops abort %s)", op.ID, op.ID), "still drains this host"))
-		case moved(op):
+				fmt.Sprintf("wait for it (belay ops watch %s) or abort it (belay ops abort %s)", op.ID, op.ID), "is still at work on this host"))
+		case moved(op) && (id != "" || !returned(op)):
 			return op, nil
 		case id != "":
 			return op, refuse(what, maint.Problemf(maint.CodeNothing, "operation "+string(op.ID), "", "has moved no guest"))
 		}
 	}
 	if id == "" {
-		return maint.Op{}, refuse(what, maint.Problemf(maint.CodeNothing, "host "+a.cfg.Host, "", "no drain that the journal knows of has moved a guest"))
+		return maint.Op{}, refuse(what, maint.Problemf(maint.CodeNothing, "host "+a.cfg.Host, "", "nothing that the journal knows of has moved a guest away and left it there"))
 	}
 	if op, known := a.journal.Op(id); known {
-		return op, refuse(what, maint.Problemf(maint.CodeBadRequest, "operation "+string(id), "see 'belay ops list' for drains", "is no drain but a %s", op.Kind))
+		return op, refuse(what, maint.Problemf(maint.CodeBadRequest, "operation "+string(id), "see 'belay ops list' for drains and applies", "is neither, but a %s", op.Kind))
 	}
 	return maint.Op{}, refuse(what, maint.Problemf(maint.CodeUnknownOp, "operation "+string(id), "see 'belay ops list' for the IDs", "is not in the journal of %s", a.cfg.Host))
+}
+
+// returned reports whether an apply has brought back the guests that it has moved: by its
+// plan, or as it was taken back.
+func returned(op maint.Op) bool {
+	switch op.Outcome {
+	case maint.OutcomeFailed, maint.OutcomeAborted:
+		return op.Kind == maint.OpApply
+	case maint.OutcomeDone:
+		return op.Kind == maint.OpApply && op.Apply.Plan.Options.Return
+	}
+	return false
 }
 
 // restoreSteps wires a restore to the runner.

@@ -127,9 +127,9 @@ func (a *app) restoreCmd() *cobra.Command {
 	var detach bool
 	var wait time.Duration
 	c := &cobra.Command{
-		Use: "restore [DRAIN]", Short: "Bring back what the last drain has moved away",
-		Long: `Bring back exactly what a drain has moved away: the last one that has moved any, or
-DRAIN. The host takes guests in again, and each peer is asked to migrate back what it
+		Use: "restore [OP]", Short: "Bring back the guests that a drain or an update has moved away",
+		Long: `Bring back exactly what a drain or an update (belay apply) has moved away: the last one
+that has moved any and left them there, or OP. The host takes guests in again, and each peer is asked to migrate back what it
 was sent, several at once, the last that went first. A guest that has moved on, is off,
 or is gone is listed and left. Ctrl-C detaches.
 
@@ -143,7 +143,7 @@ Exit codes: 0 done; 1 failed or aborted; 2 wrong usage; 3 refused before any eff
 				return usage("%s: one argument too many: %q", c.CommandPath(), args[1])
 			}
 			if len(args) == 1 && args[0] == "" {
-				return usage("%s: DRAIN is empty; leave it out for the last drain that has moved any guest", c.CommandPath())
+				return usage("%s: OP is empty; leave it out for the last that has moved guests away", c.CommandPath())
 			}
 			return nil
 		},
@@ -172,7 +172,7 @@ func (a *app) completeDrains(c *cobra.Command, args []string, _ string) ([]strin
 	return a.complete(c, args, func(ctx context.Context) (ids []string) {
 		ops, _ := a.client().Ops(ctx)
 		for _, op := range ops {
-			if op.Kind == maint.OpDrain && op.State == maint.OpEnded {
+			if (op.Kind == maint.OpDrain || op.Kind == maint.OpApply) && op.State == maint.OpEnded {
 				ids = append(ids, string(op.ID))
 			}
 		}
