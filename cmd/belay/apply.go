@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"os"
 	"strings"
 	"time"
 
@@ -22,7 +21,8 @@ func (a *app) applyCmd() *cobra.Command {
 		Use:   "apply {PLAN | MANIFEST} [flags]",
 		Short: "Do an update to this host, each guest with the least impact",
 		Long: `Carry out a plan that 'belay plan --out' has saved, or plan the update of a manifest
-and carry that out. A plan is refused if it would not be the same any more.
+and carry that out; "-" reads either from standard input. A plan is refused if it would
+not be the same any more.
 
 Guests are told first, where belayd tells guests; then each step is an operation of its
 own, in the plan's order. If one fails, or a check of the update after it, what was done
@@ -73,7 +73,7 @@ nothing was changed; 4 done, but not all is well; 5 goes on.`,
 
 // readPlan reads a plan, or has one made of a manifest.
 func (a *app) readPlan(ctx context.Context, file string, o maint.PlanOptions, options bool) (maint.Plan, error) {
-	text, err := os.ReadFile(file)
+	text, err := readFile(file, maxSavedPlan)
 	if err != nil {
 		return maint.Plan{}, err
 	}
