@@ -84,9 +84,13 @@ func (j *Job) goDown(blind bool) error {
 		}
 		asked = j.Rebooter.Kexec(j.Life)
 	}
-	for seen := time.Now(); time.Since(seen) < j.Pace.Going; {
-		if going, err := j.Rebooter.Going(j.Life); going || err != nil {
-			seen = time.Now() // also systemd that does not answer is no sign that it stays up
+	// It is asked once more when the time is up: this process may have stood still meanwhile.
+	for seen := time.Now(); ; {
+		going, err := j.Rebooter.Going(j.Life)
+		if going || err != nil { // also systemd that does not answer is no sign that it stays up
+			seen = time.Now()
+		} else if time.Since(seen) >= j.Pace.Going {
+			break
 		}
 		if !wait(j.Life, j.Pace.Poll) {
 			return context.Cause(j.Life)

@@ -226,6 +226,40 @@ func TestNobodyEndsWithTheHost(t *testing.T) {
 	}
 }
 
+// asked is a systemd that tells how often it was asked whether it goes down.
+type asked struct {
+	kexec.Rebooter
+	times int
+	then  func(times int)
+}
+
+func (a *asked) Going(ctx context.Context) (bool, error) {
+	a.times++
+	a.then(a.times)
+	return a.Rebooter.Going(ctx)
+}
+
+// A host that goes down is not taken for one that stays up by a belayd that has stood still
+// meanwhile: the guests that it restored would end with the host.
+func TestBelaydStandsStill(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	life, end := context.WithCancel(t.Context())
+	b.Life, b.Pace.Poll = life, 3*b.Pace.Going // it asks less often than it should
+	b.m.OnKexec = func(string) {}              // which takes longer
+	b.Rebooter = &asked{Rebooter: b.m, then: func(times int) {
+		if times == 3 { // before, after, and once more
+			end()
+		}
+	}}
+	b.do(kexec.PhasePreflight, b.Preflight)
+	b.do(kexec.PhaseLoad, b.Load)
+	b.do(kexec.PhaseSave, b.Save)
+	if err := b.Boot(t.Context(), b.s); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+}
+
 // A guest that has run again is never taken back to what was saved of it.
 func TestNeverTwice(t *testing.T) {
 	t.Parallel()
