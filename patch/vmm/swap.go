@@ -250,7 +250,8 @@ func (r *Replacement) wake(ctx context.Context, pl plan, t *timing) error {
 		t.mark("state in")
 	}
 	// From here on the guest's memory may be ahead of the state that is kept.
-	if !g.has(guardResumed) {
+	again := g.has(guardResumed)
+	if !again {
 		if err := g.stamp(guardResumed); err != nil {
 			return err
 		}
@@ -263,6 +264,11 @@ func (r *Replacement) wake(ctx context.Context, pl plan, t *timing) error {
 		return err
 	}
 	t.end()
+	if again && state != runRunning { // an earlier belayd died before it did
+		if err := g.stamp(guardResumed); err != nil {
+			r.Log.Warn("the record will tell too short a pause", "guest", r.Guest, "err", err)
+		}
+	}
 	if pl.Method == maint.VMMInPlace {
 		// Again in Finish, where it must succeed.
 		if err := setIgnoreShared(ctx, r.Host, pl.UUID, false); err != nil {
