@@ -197,9 +197,9 @@ type beginning = func(edit func(*maint.Op)) (maint.Op, error)
 // the apply is to end, so is that.
 func (x application) through(ctx context.Context, id maint.OpID, begin beginning) (end maint.Op, err error) {
 	a := x.a
-	if _, begun := a.journal.Op(id); !begun {
+	if !x.begun(id) {
 		_, err := begin(func(child *maint.Op) { child.ID, child.Part = id, x.op.ID })
-		if _, begun := a.journal.Op(id); err != nil && !begun {
+		if err != nil && !x.begun(id) {
 			return maint.Op{}, err
 		}
 	}
@@ -251,6 +251,12 @@ func (x application) outcome(end maint.Op) error {
 		return &run.Stuck{Problem: &p}
 	}
 	return &p
+}
+
+// begun reports whether the operation of a step has been.
+func (x application) begun(id maint.OpID) bool {
+	_, begun := x.a.journal.Op(id)
+	return begun
 }
 
 // done reports whether the operation of a step has had its effect.

@@ -3,8 +3,6 @@ package agent_test
 import (
 	"context"
 	"errors"
-	"os"
-	"slices"
 	"strings"
 	"testing"
 
@@ -280,102 +278,4 @@ func TestApplyTellsOnce(t *testing.T) {
 		t.Fatalf("%s %v: %v", op.Outcome, op.Problems, u.at())
 	}
 	u.settled(op)
-}
-
-// TestApplyKilledAnywhere kills the agent at every single thing that it does for an apply,
-// starts it again, and looks: the apply has ended, well or taken back, every guest runs once,
-// and nothing is left.
-func TestApplyKilledAnywhere(t *testing.T) {
-	t.Parallel()
-	for _, c := range []struct {
-		name, manifest string
-		back           bool
-		want           []maint.Outcome
-		at             string
-		least          int // points
-		step           int // every so many of them, unless all are wanted
-	}{
-		{"by a pause", byPause, false, []maint.Outcome{maint.OutcomeDone, maint.OutcomeFailed}, "a", 30, 5},
-		{"by a pause, going bad", byPause + goesBad, false, []maint.Outcome{maint.OutcomeFailed}, "a", 40, 11},
-		{"untouched", untouched, false, []maint.Outcome{maint.OutcomeDone}, "a", 10, 3},
-		{"by moves, and back", byMove, true, []maint.Outcome{maint.OutcomeDone}, "a", 100, 41},
-		{"by moves, going bad", byMove + goesBad, false, []maint.Outcome{maint.OutcomeFailed}, "a", 100, 37},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			t.Parallel()
-			step, points := 1, 0
-			if os.Getenv("BELAY_LONG") == "" {
-				step = c.step
-			}
-			for n := 0; ; n += step {
-				at := applyKilledAt(t, c.manifest, c.back, c.want, c.at, n)
-				if at == "" {
-					break
-				}
-				points++
-			}
-			if (points+1)*step < c.least {
-				t.Fatalf("only %d points were met", points)
-			}
-			t.Logf("killed at %d points", points)
-		})
-	}
-}
-
-func applyKilledAt(t *testing.T, manifest string, back bool, want []maint.Outcome, place string, n int) string {
-	t.Helper()
-	u := newUpdates(t, nil)
-	p := u.plan(manifest, back)
-	k := &killer{node: u.a, left: n, dead: make(chan struct{})}
-	u.a.Stop()
-	u.a.Start(k.hook)
-	op, err := u.a.Client.Apply(u.ctx, maint.ApplyRequest{Plan: p})
-	restarted := make(chan struct{})
-	go func() {
-		defer close(restarted)
-		select {
-		case <-k.dead:
-			u.a.Restart()
-		case <-u.ctx.Done():
-		}
-	}()
-	if err != nil { // killed while it was being admitted
-		<-restarted
-		for _, o := range u.ops(u.a) {
-			if o.Kind == maint.OpApply {
-				op = o
-			}
-		}
-	}
-	if op.ID != "" {
-		op = await(t, u.ctx, u.a, op.ID)
-		k.mu.Lock()
-		k.off = true
-		k.mu.Unlock()
-		// The move of a guest that has come back here is settled after the apply.
-		for open := true; open; {
-			ops, err := u.a.Client.Ops(u.ctx) // it may be down just now
-			open = err != nil || slices.ContainsFunc(ops, func(o maint.Op) bool { return o.State != maint.OpEnded })
-			if u.ctx.Err() != nil {
-				t.Fatalf("killed at %q (%d): what goes on after the apply? %v", k.at, n, err)
-			}
-		}
-		if !slices.Contains(want, op.Outcome) {
-			t.Fatalf("killed at %q (%d): %s %v", k.at, n, op.Outcome, op.Problems)
-		}
-		if k.at != "" {
-			<-restarted
-		}
-		u.settled(op)
-	} else {
-		place = "a" // it has not begun
-	}
-	at := k.at
-	if got := u.count(); got[place] != 3 {
-		t.Fatalf("killed at %q (%d): guests are at %v, and the apply was %s %v", at, n, u.at(), op.Outcome, op.Problems)
-	}
-	if c := u.cordoned(); c != nil {
-		t.Fatalf("killed at %q (%d): the host is cordoned: %+v", at, n, c)
-	}
-	return at
 }

@@ -17,7 +17,11 @@ import (
 
 // hold has guests held around a change, or does it right away if none of them is here.
 func (x application) hold(ctx context.Context, s *run.Scratch, step maint.PlanStep) error {
-	c := x.change(step.Changes[0])
+	c, id := x.change(step.Changes[0]), maint.StepOp(x.op.ID, step.N)
+	if x.begun(id) { // its guests have been waited for
+		_, err := x.through(ctx, id, nil)
+		return err
+	}
 	if err := x.await(ctx, step); err != nil {
 		return err
 	}
@@ -39,9 +43,7 @@ func (x application) hold(ctx context.Context, s *run.Scratch, step maint.PlanSt
 	if c.Undo != nil {
 		r.Undo = &c.Undo.HostStep
 	}
-	_, err = x.through(ctx, maint.StepOp(x.op.ID, step.N), func(edit func(*maint.Op)) (maint.Op, error) {
-		return x.a.hold(ctx, x.by(), r, edit)
-	})
+	_, err = x.through(ctx, id, func(edit func(*maint.Op)) (maint.Op, error) { return x.a.hold(ctx, x.by(), r, edit) })
 	return err
 }
 
@@ -80,17 +82,20 @@ func (x application) reason() string {
 
 // replace puts a new QEMU under a guest, unless it is not there any more.
 func (x application) replace(ctx context.Context, s *run.Scratch, step maint.PlanStep) error {
-	if err := x.await(ctx, step); err != nil {
-		return err
+	id := maint.StepOp(x.op.ID, step.N)
+	if !x.begun(id) {
+		if err := x.await(ctx, step); err != nil {
+			return err
+		}
+		guests, _, err := x.here(ctx, step.Guests)
+		if err != nil {
+			return err
+		}
+		if len(guests) == 0 {
+			return s.Note("the guest does not run here any more")
+		}
 	}
-	guests, _, err := x.here(ctx, step.Guests)
-	if err != nil {
-		return err
-	}
-	if _, begun := x.a.journal.Op(maint.StepOp(x.op.ID, step.N)); len(guests) == 0 && !begun {
-		return s.Note("the guest does not run here any more")
-	}
-	_, err = x.through(ctx, maint.StepOp(x.op.ID, step.N), x.renew(ctx, step.Guests[0], x.emergency()))
+	_, err := x.through(ctx, id, x.renew(ctx, step.Guests[0], x.emergency()))
 	return err
 }
 
@@ -108,7 +113,7 @@ func (x application) renew(ctx context.Context, uuid, emergency string) beginnin
 // kexec starts another kernel under the guests that stay.
 func (x application) kexec(ctx context.Context, s *run.Scratch, step maint.PlanStep) error {
 	id := maint.StepOp(x.op.ID, step.N)
-	if _, begun := x.a.journal.Op(id); begun { // guests may be saved, and not be here
+	if x.begun(id) { // guests may be saved, and not be here
 		_, err := x.through(ctx, id, nil)
 		return err
 	}

@@ -79,6 +79,17 @@ func (k *killer) hook(what string) {
 	k.left--
 }
 
+// cut fails the test unless the agent was killed: then whoever asks it for something has an
+// error, which says nothing.
+func (k *killer) cut(t *testing.T, err error) {
+	t.Helper()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.at == "" {
+		t.Fatal(err)
+	}
+}
+
 // TestKilledAnywhere kills one of the two agents at every single thing that
 // it does for a migration, starts it again, and looks: the operation has
 // ended, its record is true, and exactly one copy of the guest runs, defined
@@ -163,6 +174,7 @@ func killedAt(t *testing.T, victim, n int, fail, late, disk, paused bool) (at st
 		}
 	}()
 	if err != nil { // killed while it was being admitted
+		k.cut(t, err)
 		<-restarted
 		ops, err := source.Client.Ops(ctx)
 		if err != nil {

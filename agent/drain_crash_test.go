@@ -43,7 +43,7 @@ func everywhere(t *testing.T, stride int, f func(n int) (at string)) {
 		})
 	}
 	all.Wait()
-	if !t.Failed() && points < 10 {
+	if !t.Failed() && points*stride < 20 {
 		t.Fatalf("only %d points were met", points)
 	}
 	t.Logf("killed at %d points", points)
@@ -119,6 +119,7 @@ func killedInDrain(t *testing.T, restore bool, victim, n int) (at string) {
 		op, err = f.a.Client.Drain(ctx, maint.DrainRequest{})
 	}
 	if err != nil { // killed while it was being admitted
+		k.cut(t, err)
 		<-restarted
 		for _, known := range f.ops(f.a) {
 			if known.Kind == map[bool]maint.OpKind{true: maint.OpRestore, false: maint.OpDrain}[restore] {

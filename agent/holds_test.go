@@ -73,6 +73,7 @@ func holdKilledAt(t *testing.T, step string, n int) (at string) {
 		}
 	}()
 	if err != nil { // killed while it was being admitted
+		k.cut(t, err)
 		<-restarted
 		ops, err := node.Client.Ops(ctx)
 		if err != nil {

@@ -21,6 +21,7 @@ import (
 // that starts with the host, and one that its owner has paused.
 type kexecBed struct {
 	*agenttest.Node
+	w     *agenttest.World
 	t     *testing.T
 	ctx   context.Context
 	m     *kexectest.Machine
@@ -39,7 +40,7 @@ const longAgo = -time.Hour
 func newKexecBed(t *testing.T, edit func(*config.Config)) *kexecBed {
 	t.Helper()
 	w := agenttest.New(t, quiet(t), edit, "a")
-	b := &kexecBed{Node: w.Nodes[0], t: t, ctx: ctxFor(t, 60*time.Second), onBoot: func(_ int, r string) string { return r }}
+	b := &kexecBed{Node: w.Nodes[0], w: w, t: t, ctx: ctxFor(t, 60*time.Second), onBoot: func(_ int, r string) string { return r }}
 	b.Stop()
 	b.m = kexectest.New(t, filepath.Join(t.TempDir(), "root"), b.Host)
 	b.m.OnKexec = b.reboot
@@ -68,6 +69,15 @@ func (b *kexecBed) reboot(release string) {
 	}
 	b.Crash()
 	b.RestartWith(b.hook)
+}
+
+// again starts an agent that was killed, unless the host has gone down since, and started one.
+func (b *kexecBed) again() {
+	b.power.Lock()
+	defer b.power.Unlock()
+	if !b.Alive() {
+		b.Restart()
+	}
 }
 
 func (b *kexecBed) request() maint.KexecRequest {
@@ -268,7 +278,6 @@ func kexecKilledAt(t *testing.T, n int, sick bool) (at string) {
 	}
 	op, err := maint.Op{}, error(nil)
 	k := &killer{node: b.Node, left: n, dead: make(chan struct{})}
-	bootsThen := 0
 	b.hook = func(what string) {
 		if strings.Contains(what, " Sweep") {
 			return
@@ -282,16 +291,13 @@ func kexecKilledAt(t *testing.T, n int, sick bool) (at string) {
 		defer close(done)
 		select {
 		case <-k.dead:
-			b.power.Lock()
-			defer b.power.Unlock()
-			if b.boots == bootsThen || !b.Alive() { // the host's going down has not started one since
-				b.Restart()
-			}
+			b.again()
 		case <-b.ctx.Done():
 		}
 	}()
 	op, err = b.Client.Kexec(b.ctx, b.request())
 	if err != nil { // killed while it was being admitted
+		k.cut(t, err)
 		<-done
 		ops, err := b.Client.Ops(b.ctx)
 		check(t, err)

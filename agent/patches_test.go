@@ -312,6 +312,7 @@ func patchKilledAt(t *testing.T, n int, before, stall, revert, boot bool) (at st
 		}
 	}()
 	if err != nil { // killed while it was being admitted
+		k.cut(t, err)
 		<-restarted
 		ops, err := b.Client.Ops(b.ctx)
 		if err != nil {

@@ -236,6 +236,7 @@ func (b *qemuBed) killedAt(n int, revert bool) (at string) {
 	if err == nil {
 		await(b.t, b.ctx, b.Node, op.ID)
 	} else { // killed while it was being admitted
+		k.cut(b.t, err)
 		<-restarted
 	}
 	k.mu.Lock()
