@@ -108,7 +108,7 @@ func (x application) ask(ctx context.Context, s *run.Scratch, step maint.PlanSte
 	tries := 0
 	r := health.Pace{Every: checkEvery, Within: c.Timeout, Failures: c.Failures}.Until(ctx, time.Time{}, func(ctx context.Context) error {
 		tries++
-		return x.once(ctx, s, step, fmt.Sprintf("check-%d-%d", n, tries), c)
+		return x.once(ctx, s, step, fmt.Sprintf("check-%d", n), c)
 	})
 	if r.Healthy {
 		return nil
@@ -128,6 +128,10 @@ func (x application) once(ctx context.Context, s *run.Scratch, step maint.PlanSt
 		do.Command = []string{"/usr/bin/systemctl", "is-active", "--quiet", "--", c.Unit}
 	}
 	id := string(maint.StepOp(x.op.ID, step.N)) + "-" + name
+	if _, err := x.a.preserve.Steps.End(ctx, id); err != nil { // of an earlier belayd: what it found is out of date
+		return err
+	}
+	x.a.preserve.Steps.Forget(id)
 	defer x.a.preserve.Steps.Forget(id)
 	return failedRun("check", do, x.a.preserve.Steps.Run(ctx, id, do, nil))
 }

@@ -305,7 +305,9 @@ func (x application) host(ctx context.Context, s *run.Scratch, what string, step
 	if _, err := s.Load(stepName(step), &h); err != nil {
 		return err
 	}
+	name := string(maint.StepOp(x.op.ID, step.N)) + "-" + what
 	if r, ended := h.Runs[what]; ended {
+		x.a.preserve.Steps.Forget(name) // a belayd that died may not have
 		return failedRun(what, do.HostStep, r)
 	}
 	if !slices.Contains(h.Begun, what) {
@@ -314,7 +316,6 @@ func (x application) host(ctx context.Context, s *run.Scratch, what string, step
 			return err
 		}
 	}
-	name := string(maint.StepOp(x.op.ID, step.N)) + "-" + what
 	r := x.a.preserve.Steps.Run(ctx, name, do.HostStep, nil)
 	if x.a.life.Err() != nil {
 		return x.a.life.Err()
