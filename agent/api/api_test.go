@@ -193,6 +193,10 @@ func TestWrongBodies(t *testing.T) {
 		}
 		f := &fakeAgent{}
 		h := Handler(f, as("me", role), quiet)
+		most := maxBody
+		if c.path == "/v1/applies" {
+			most = maxPlanBody
+		}
 		for name, body := range map[string]string{
 			"empty":            "",
 			"blank":            " \n",
@@ -204,7 +208,7 @@ func TestWrongBodies(t *testing.T) {
 			"a list":           "[" + c.good + "]",
 			"a text":           `"web-1"`,
 			"wrong type":       `{"op":5,"guest":5,"timeout_ns":"1h","reason":5}`,
-			"too big":          c.good + strings.Repeat(" ", maxBody),
+			"too big":          c.good + strings.Repeat(" ", most),
 			"endless nesting":  strings.Repeat(`{"op":`, 20000),
 		} {
 			w := ask(h, c.method, c.path, body)
@@ -215,7 +219,7 @@ func TestWrongBodies(t *testing.T) {
 				t.Errorf("%s %s, %s: the agent was asked for %v", c.method, c.path, name, calls)
 			}
 		}
-		largest := c.good + strings.Repeat(" ", maxBody-len(c.good))
+		largest := c.good + strings.Repeat(" ", most-len(c.good))
 		if w := ask(h, c.method, c.path, largest); w.Code != http.StatusOK {
 			t.Errorf("%s %s, %d bytes: refused with %d: %s", c.method, c.path, len(largest), w.Code, w.Body)
 		}

@@ -57,7 +57,7 @@ func NewTLS(name, address string, config *tls.Config) *Client {
 		help: "see that belayd runs there, that " + address + " can be reached from here and that both trust the same CA",
 		most: maxBody,
 		http: &http.Client{CheckRedirect: stay, Transport: &http.Transport{ResponseHeaderTimeout: answerTimeout,
-			TLSClientConfig: config, IdleConnTimeout: 90 * time.Second, TLSHandshakeTimeout: 5 * time.Second,
+			TLSClientConfig: config, IdleConnTimeout: 90 * time.Second, MaxIdleConnsPerHost: 16, TLSHandshakeTimeout: 5 * time.Second,
 			DialContext: (&net.Dialer{Timeout: 5 * time.Second}).DialContext}}}
 }
 
@@ -472,7 +472,7 @@ func (c *Client) do(ctx context.Context, method, path string, body any) (*http.R
 	}
 	defer resp.Body.Close()
 	var f failure
-	if err := json.NewDecoder(io.LimitReader(resp.Body, maxBody)).Decode(&f); err != nil || f.Error == nil || len(f.Error.Problems) == 0 {
+	if err := json.NewDecoder(io.LimitReader(resp.Body, c.most)).Decode(&f); err != nil || f.Error == nil || len(f.Error.Problems) == 0 {
 		return nil, c.unreachable(ctx, fmt.Errorf("it answered %s", resp.Status))
 	}
 	if f.Error.What == "" && len(f.Error.Problems) == 1 {

@@ -13,8 +13,12 @@ import (
 	"belay/agent/maint"
 )
 
-// maxBody bounds a request's body, bytes; a guest's definition fits well.
-const maxBody = 1 << 20
+// maxBody bounds a request's body, bytes; a guest's definition fits well. One that brings a
+// plan has maxPlanBody.
+const (
+	maxBody     = 1 << 20
+	maxPlanBody = maint.MaxPlan + maxBody
+)
 
 // writeTimeout bounds how long a caller may take to read an answer, or the
 // next line of one.
@@ -231,13 +235,19 @@ func routes(a Agent) []route {
 		{"GET", "/v1/status", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Status(r.Context()) }},
 		{"GET", "/v1/guests", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Inventory(r.Context()) }},
 		{"GET", "/v1/doctor", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Doctor(r.Context()) }},
-		{"GET", "/v1/ops", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Ops(r.Context()) }},
+		{"GET", "/v1/ops", viewers, func(r *http.Request, _ Caller) (any, error) {
+			ops, err := a.Ops(r.Context())
+			for i := range ops {
+				ops[i] = brief(ops[i])
+			}
+			return ops, err
+		}},
 		{"GET", "/v1/ops/{id}", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Op(r.Context(), opID(r)) }},
 		{"GET", "/v1/ops/{id}/records", viewers, func(r *http.Request, c Caller) (any, error) { return records(r.Context(), a, opID(r), c) }},
 		{"GET", "/v1/ops/{id}/report", viewers, func(r *http.Request, _ Caller) (any, error) { return a.Report(r.Context(), opID(r)) }},
 		{"GET", "/v1/ops/{id}/watch", viewers, func(r *http.Request, _ Caller) (any, error) {
 			return stream(func(tell func(any) error) error {
-				return a.Watch(r.Context(), opID(r), func(op maint.Op) error { return tell(op) })
+				return a.Watch(r.Context(), opID(r), func(op maint.Op) error { return tell(brief(op)) })
 			}), nil
 		}},
 		{"POST", "/v1/migrations", operators, func(r *http.Request, c Caller) (any, error) {
@@ -315,7 +325,7 @@ func routes(a Agent) []route {
 			})
 		}},
 		{"POST", "/v1/applies", operators, func(r *http.Request, c Caller) (any, error) {
-			return with(r, func(q maint.ApplyRequest) (any, error) { return a.Apply(r.Context(), c.Name, q) })
+			return withUpTo(maxPlanBody, r, func(q maint.ApplyRequest) (any, error) { return a.Apply(r.Context(), c.Name, q) })
 		}},
 		{"PUT", "/v1/cordon", operators, func(r *http.Request, c Caller) (any, error) {
 			return with(r, func(q Reason) (any, error) { return a.Cordon(r.Context(), c.Name, q.Reason) })
@@ -373,6 +383,16 @@ func routes(a Agent) []route {
 			return with(r, func(q maint.Settlement) (any, error) { return nil, a.Settle(r.Context(), c.Name, q) })
 		}},
 	}
+}
+
+// brief is an operation as it is among many: without what is large, and never changes.
+func brief(op maint.Op) maint.Op {
+	if op.Apply != nil {
+		r := *op.Apply
+		r.Plan = r.Plan.Brief()
+		op.Apply = &r
+	}
+	return op
 }
 
 // records hides from mere viewers what steps wrote down for themselves: a
@@ -446,16 +466,20 @@ func Handler(a Agent, id Identify, log *slog.Logger) http.Handler {
 
 // with decodes the body strictly into a T.
 func with[T any](r *http.Request, f func(T) (any, error)) (any, error) {
+	return withUpTo(maxBody, r, f)
+}
+
+func withUpTo[T any](most int64, r *http.Request, f func(T) (any, error)) (any, error) {
 	var v T
-	body, err := io.ReadAll(io.LimitReader(r.Body, maxBody+1))
+	body, err := io.ReadAll(io.LimitReader(r.Body, most+1))
 	bad := func(format string, args ...any) error {
 		return maint.Problemf(maint.CodeBadRequest, "request body", "send one JSON object as the API reference has it", format, args...)
 	}
 	switch {
 	case err != nil:
 		return nil, bad("cannot be read: %v", err)
-	case len(body) > maxBody:
-		return nil, bad("is larger than %d bytes", maxBody)
+	case int64(len(body)) > most:
+		return nil, bad("is larger than %d bytes", most)
 	}
 	if err := decodeStrict(body, &v); err != nil {
 		return nil, bad("is not valid: %v", err)

@@ -142,6 +142,11 @@ func (p Plan) hash() string {
 	return hex.EncodeToString(sum[:])
 }
 
+// Brief is a plan without its guests, its steps and what was decided of each.
+func (p Plan) Brief() Plan {
+	return Plan{Version: p.Version, Hash: p.Hash, World: p.World, Host: p.Host, HostUUID: p.HostUUID, Made: p.Made, Deadline: p.Deadline, Options: p.Options, Update: p.Update}
+}
+
 // Encode writes a plan: one form for one plan.
 func (p Plan) Encode() []byte { return p.encode() }
 
@@ -153,8 +158,9 @@ func (p Plan) encode() []byte {
 	return append(b, '\n')
 }
 
-// maxPlan is more than a plan for a host can have, bytes.
-const maxPlan = 64 << 20
+// MaxPlan is more than a plan for a host can have, bytes: of 2000 guests, for each of which
+// there is much to be said, it has a quarter of that.
+const MaxPlan = 32 << 20
 
 // DecodePlan reads a plan that was saved. One that is not as it was made is refused. The
 // hash is no signature: who applies a plan makes it again, and compares.
@@ -162,7 +168,7 @@ func DecodePlan(name string, b []byte) (p Plan, err error) {
 	bad := func(format string, args ...any) (Plan, error) {
 		return Plan{}, Problemf(CodeTampered, "plan "+name, "make it again (belay plan MANIFEST --out FILE)", format, args...)
 	}
-	if len(b) > maxPlan {
+	if len(b) > MaxPlan {
 		return bad("has %d MiB, more than any plan", len(b)>>20)
 	}
 	d := json.NewDecoder(bytes.NewReader(b))

@@ -73,7 +73,7 @@ nothing was changed; 4 done, but not all is well; 5 goes on.`,
 
 // readPlan reads a plan, or has one made of a manifest.
 func (a *app) readPlan(ctx context.Context, file string, o maint.PlanOptions, options bool) (maint.Plan, error) {
-	text, err := readFile(file, maxSavedPlan)
+	text, err := readFile(file, maint.MaxPlan)
 	if err != nil {
 		return maint.Plan{}, err
 	}

@@ -91,11 +91,8 @@ func (a *app) makePlan(ctx context.Context, manifest string, o maint.PlanOptions
 	return a.client().Plan(ctx, maint.PlanRequest{Name: manifest, Manifest: string(text), Options: o})
 }
 
-// maxSavedPlan is more than a plan has, bytes.
-const maxSavedPlan = 64 << 20
-
 func readPlan(file string) (maint.Plan, error) {
-	text, err := readFile(file, maxSavedPlan)
+	text, err := readFile(file, maint.MaxPlan)
 	if err != nil {
 		return maint.Plan{}, err
 	}

@@ -48,6 +48,8 @@ import (
 //	world patch NAME              a livepatch for a's kernel, by a vendor whom it trusts; $PATCH is its file
 //	world qemu-patch NAME         a livepatch of QEMU, likewise; web-1's takes it, and web-2's is a stock one
 //	world pending FILE            a's package manager says what is in it
+//	world crowd N                 so many more guests on a, which may not move
+//	world large FILE              a file that is larger than any plan
 //	world cut FILE                has half of it from now on
 //	world straggler               a task of a's holds up every livepatch
 //	world runs GUEST HOST         it runs there, and on no other host
@@ -221,6 +223,19 @@ func (p *stage) command(s *testscript.TestScript, args []string) {
 		a.Stop()
 		a.Pending = pending.Host{Root: s.MkAbs("root"), Simulate: func(context.Context) ([]byte, error) { return []byte(text), nil }}
 		a.Start(nil)
+	case "crowd":
+		n, err := strconv.Atoi(arg(0))
+		s.Check(err)
+		for i := range n {
+			a.Host.PutGuest(fmt.Sprintf("guest-%04d", i), func(g *maint.Guest) { g.Policy = `refuse = ["D"]` })
+		}
+		for st := (maint.Status{}); st.Guests[maint.GuestRunning] < n; {
+			st, err = a.Client.Status(ctx)
+			s.Check(err)
+		}
+	case "large":
+		s.Check(os.WriteFile(s.MkAbs(arg(0)), nil, 0o600))
+		s.Check(os.Truncate(s.MkAbs(arg(0)), maint.MaxPlan+1))
 	case "cut":
 		info, err := os.Stat(arg(0))
 		s.Check(err)
