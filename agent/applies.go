@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -90,14 +89,12 @@ func (a *Agent) applySteps(op maint.Op) []run.Step {
 			i++
 			part = append(part, x.plan.Steps[i]) // side by side
 		}
-		steps = append(steps, run.Step{Name: stepName(at), Commit: i == last,
+		steps = append(steps, run.Step{Name: at.Name(), Commit: i == last,
 			Do:   func(ctx context.Context, s *run.Scratch) error { return x.orCordon(x.do(ctx, s, part)) },
 			Undo: func(ctx context.Context, s *run.Scratch) error { return x.orCordonAny(x.undo(ctx, s, part)) }})
 	}
 	return append(steps, run.Step{Name: phaseAccount, Do: func(context.Context, *run.Scratch) error { return x.account() }})
 }
-
-func stepName(s maint.PlanStep) string { return fmt.Sprintf("%d-%s", s.N, s.Kind) }
 
 // application is one plan on its way.
 type application struct {

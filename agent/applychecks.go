@@ -12,7 +12,7 @@ import (
 )
 
 // phaseFitness is where it is written down: the plan's first step.
-func (x application) phaseFitness() string { return stepName(x.plan.Steps[0]) }
+func (x application) phaseFitness() string { return x.plan.Steps[0].Name() }
 
 // check sees that the plan is still the one that would be made, and the host and its guests
 // are fit for it.

@@ -302,7 +302,7 @@ type hostRun struct {
 // has died is waited for.
 func (x application) host(ctx context.Context, s *run.Scratch, what string, step maint.PlanStep, do *maint.ChangeStep) error {
 	var h hostRun
-	if _, err := s.Load(stepName(step), &h); err != nil {
+	if _, err := s.Load(step.Name(), &h); err != nil {
 		return err
 	}
 	name := string(maint.StepOp(x.op.ID, step.N)) + "-" + what
@@ -334,7 +334,7 @@ func (x application) host(ctx context.Context, s *run.Scratch, what string, step
 // ran reports whether something may have been done to the host in a step.
 func (x application) ran(s *run.Scratch, what string, step maint.PlanStep) bool {
 	var h hostRun
-	_, err := s.Load(stepName(step), &h)
+	_, err := s.Load(step.Name(), &h)
 	return err != nil || slices.Contains(h.Begun, what)
 }
 
@@ -359,7 +359,7 @@ func failedRun(what string, do maint.HostStep, r maint.StepRun) error {
 // reboot boots a host that is without guests.
 func (x application) reboot(ctx context.Context, s *run.Scratch, step maint.PlanStep) error {
 	var h hostRun
-	if _, err := s.Load(stepName(step), &h); err != nil {
+	if _, err := s.Load(step.Name(), &h); err != nil {
 		return err
 	}
 	boot := x.a.preserve.Live.BootID

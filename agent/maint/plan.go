@@ -130,6 +130,9 @@ type PlanStep struct {
 	Undo string `json:"undo,omitempty"`
 }
 
+// Name is what the step is called in an operation: "4-move".
+func (s PlanStep) Name() string { return fmt.Sprintf("%d-%s", s.N, s.Kind) }
+
 // Seal gives the plan with its hash.
 func (p Plan) Seal() Plan {
 	p.Hash = p.hash()

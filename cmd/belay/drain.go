@@ -218,12 +218,19 @@ func printMoves(w io.Writer, op maint.Op) {
 	}
 }
 
-// moveLines tells of each guest whose move has got on since.
-func moveLines(w io.Writer, op maint.Op, last map[string]string) {
+// moveLines tells of each guest whose move has got on since: of those whose moves are
+// over, or of the others.
+func moveLines(w io.Writer, op maint.Op, last map[string]string, over bool) {
 	for _, m := range op.Moves {
+		if over != (m.State == maint.MoveMoved || m.State == maint.MoveLeft) {
+			continue
+		}
 		now := string(m.State)
 		switch m.State {
 		case maint.MoveMoving:
+			if m.Op == "" { // its peer has been asked to, and has not begun
+				continue
+			}
 			now += suffix(" to ", m.Peer)
 			if op.Kind == maint.OpRestore {
 				now = string(m.State) + suffix(" from ", m.Peer)

@@ -5,6 +5,7 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 
 	"go.yaml.in/yaml/v3"
 
@@ -64,6 +65,42 @@ func TestLinesTellOfPostCopy(t *testing.T) {
 	p.close()
 	running := "mig-1: perform: runs on host-b, in post-copy: 1 MiB of 2 MiB left, 0 KiB/s\n"
 	want := "mig-1: perform\n" + running + "mig-1: perform: runs on host-b, in post-copy, which is broken and will be resumed\n" + running
+	if b.String() != want {
+		t.Errorf("it tells\n%swant\n%s", b.String(), want)
+	}
+}
+
+// TestLinesOfAnApply: that guests have their notice is said with the step that waits for
+// it, and of a guest that has moved before the next step.
+func TestLinesOfAnApply(t *testing.T) {
+	t.Parallel()
+	now := time.Now()
+	plan := maint.Plan{
+		Guests: []maint.PlannedGuest{{Guest: "web-1", UUID: "1", Told: now}, {Guest: "web-2", UUID: "2"}},
+		Steps: []maint.PlanStep{{N: 1, Kind: maint.PlanMove, Guests: []string{"1"}, At: now.Add(time.Hour)},
+			{N: 2, Kind: maint.PlanMove, Guests: []string{"2"}, At: now.Add(time.Hour)}, {N: 3, Kind: maint.PlanVerify}},
+	}
+	var b strings.Builder
+	p := newProgress(&b, "apply-1")
+	step := func(name string, moves ...maint.GuestMove) {
+		p.update(maint.Op{ID: "apply-1", State: maint.OpRunning, Started: now, Step: name, Apply: &maint.ApplyRequest{Plan: plan}, Moves: moves})
+	}
+	move := maint.GuestMove{Guest: "web-1", GuestUUID: "1", Peer: "host-b", State: maint.MovePlanned}
+	step("1-move", move)
+	move.State = maint.MoveMoving
+	step("1-move", move) // it has no name yet
+	move.Op = "mig-1"
+	step("1-move", move)
+	step("2-move", move)
+	move.State = maint.MoveMoved
+	step("3-verify", move)
+	p.close()
+	want := `apply-1: 1-move: guests are told, and have their notice unless they approve; see 'belay events list'
+apply-1: web-1 moving to host-b, mig-1
+apply-1: 2-move
+apply-1: web-1 moved
+apply-1: 3-verify
+`
 	if b.String() != want {
 		t.Errorf("it tells\n%swant\n%s", b.String(), want)
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"sync/atomic"
 
 	"github.com/vbauerster/mpb/v8"
@@ -44,6 +45,7 @@ func (l *lines) update(op maint.Op) {
 	if op.State == maint.OpEnded {
 		return
 	}
+	moveLines(l.w, op, l.at, true)
 	now := op.Step
 	if op.State == maint.OpUndoing {
 		if nothingToUndo(op) {
@@ -60,17 +62,32 @@ func (l *lines) update(op maint.Op) {
 			fmt.Fprintf(l.w, "%s: %s\n", l.id, describe(op))
 		}
 	}
-	moveLines(l.w, op, l.at)
+	moveLines(l.w, op, l.at, false)
 }
 
 func (l *lines) close() {}
 
 // waitsFor says what an operation waits for that guests are told of.
 func waitsFor(op maint.Op) string {
-	if op.Step != "announce" {
+	if op.Step != "announce" && !waitsInPlan(op) {
 		return ""
 	}
 	return "guests are told, and have their notice unless they approve; see 'belay events list'"
+}
+
+// waitsInPlan reports whether an apply is at a step whose guests are told beforehand.
+func waitsInPlan(op maint.Op) bool {
+	if op.Apply == nil || op.State != maint.OpRunning {
+		return false
+	}
+	for _, s := range op.Apply.Plan.Steps {
+		if s.Name() == op.Step && s.At.After(op.Started) {
+			return slices.ContainsFunc(op.Apply.Plan.Guests, func(g maint.PlannedGuest) bool {
+				return !g.Told.IsZero() && slices.Contains(s.Guests, g.UUID)
+			})
+		}
+	}
+	return false
 }
 
 // nothingToUndo: a hold that goes back without an --undo only sees that its guests
