@@ -148,6 +148,8 @@ func (x application) do(ctx context.Context, s *run.Scratch, part []maint.PlanSt
 func (x application) undo(ctx context.Context, s *run.Scratch, part []maint.PlanStep) error {
 	step := part[0]
 	switch step.Kind {
+	case maint.PlanCheck: // which is the last that is taken back
+		return x.before().Keep()
 	case maint.PlanAnnounce:
 		x.a.callOff(x.op)
 	case maint.PlanPrepare:
@@ -221,16 +223,24 @@ func (x application) through(ctx context.Context, id maint.OpID, begin beginning
 	return end, err
 }
 
-// back is through for a step that is taken back: an operation that has failed, as one does
-// whose belayd dies while guests are held, leaves them as they were, and is begun anew.
-func (x application) back(ctx context.Context, step maint.PlanStep, begin beginning) (err error) {
-	for try := 1; try <= maxTries; try++ {
-		var stuck *run.Stuck
-		if _, err = x.through(ctx, maint.UndoOp(x.op.ID, step.N, try), begin); err == nil || errors.As(err, &stuck) || ctx.Err() != nil {
+// back is through for a step that is taken back, by one operation or several: one that has
+// failed, as one does whose belayd dies while guests are held, leaves them as they were, and
+// is begun anew.
+func (x application) back(ctx context.Context, step maint.PlanStep, begin ...beginning) (err error) {
+	for i, b := range begin {
+		for try := i*maxTries + 1; try <= (i+1)*maxTries; try++ {
+			var stuck *run.Stuck
+			if _, err = x.through(ctx, maint.UndoOp(x.op.ID, step.N, try), b); err == nil {
+				break
+			} else if errors.As(err, &stuck) || ctx.Err() != nil {
+				return err
+			}
+		}
+		if err != nil {
 			return err
 		}
 	}
-	return err
+	return nil
 }
 
 // outcome is an error unless the operation of a step has done it. What was not as it should
@@ -265,6 +275,9 @@ func (x application) done(id maint.OpID) (maint.Op, bool) {
 // account tells what is not as it should be, of all steps.
 func (x application) account() error {
 	var ps []maint.Problem
+	if err := x.before().Keep(); err != nil {
+		x.a.log.Warn("what was kept to take the update back cannot be removed", "op", x.op.ID, "err", err)
+	}
 	for _, op := range x.a.journal.Ops() {
 		if op.Part == x.op.ID && op.Outcome == maint.OutcomePartly {
 			ps = append(ps, op.Problems...)

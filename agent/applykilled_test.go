@@ -3,6 +3,7 @@ package agent_test
 import (
 	"fmt"
 	"maps"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -110,13 +111,18 @@ func leaving(t *testing.T) (*doomed, string) {
 	return d, leaves
 }
 
+// livepatching has a livepatch loaded in the place of another.
 func livepatching(t *testing.T) (*doomed, string) {
 	b := newPatchBed(t, nil)
+	b.must(b.apply("fix_0"), maint.OutcomeDone)
 	d := newDoomed(t, b.w)
 	d.whole = func(_ maint.Op, done bool) string {
 		v, loaded := b.settled()
-		if want := map[bool]string{true: "fix_1"}[done]; loaded != want || (v.Active != nil) != done || v.NoReload != "" {
+		if want := map[bool]string{true: "fix_1", false: "fix_0"}[done]; loaded != want || v.Active == nil || v.Active.Name != want || v.NoReload != "" {
 			return fmt.Sprintf("loaded is %q, kept %+v, not reloaded %q", loaded, v.Active, v.NoReload)
+		}
+		if left, _ := filepath.Glob(filepath.Join(b.Config.StateDir, "live-before", "*")); len(left) > 0 {
+			return fmt.Sprintf("copies are left: %v", left)
 		}
 		return ""
 	}
@@ -159,11 +165,13 @@ func restarting(t *testing.T) (*doomed, string) {
 	return d, "id = \"u\"\n[[changes]]\nname = \"virtlogd\"\nkind = \"service\"\nrungs = [\"A\"]\napply = { unit = \"virtlogd.service\", job = \"reload\" }\nundo = { command = [\"true\"] }\n"
 }
 
+// patchingQEMU has three QEMUs patched, of which one is before.
 func patchingQEMU(t *testing.T) (*doomed, string) {
 	b := newQEMUBed(t)
+	b.must(b.set(false, "web-2"), maint.OutcomeDone)
 	d := newDoomed(t, b.w)
 	d.whole = func(_ maint.Op, done bool) string {
-		if got, want := b.QEMUs.Patched(), map[bool]string{true: strings.Join(all, " ")}[done]; got != want {
+		if got, want := b.QEMUs.Patched(), map[bool]string{true: strings.Join(all, " "), false: "web-2"}[done]; got != want {
 			return fmt.Sprintf("patched are %q, want %q", got, want)
 		}
 		return ""

@@ -150,51 +150,6 @@ func (x application) unkexec(ctx context.Context, step maint.PlanStep) error {
 	return x.back(ctx, step, func(edit func(*maint.Op)) (maint.Op, error) { return x.a.kexec(ctx, x.by(), r, edit) })
 }
 
-// patch changes the running host.
-func (x application) patch(ctx context.Context, s *run.Scratch, step maint.PlanStep) error {
-	c := x.change(step.Changes[0])
-	var r maint.PatchRequest
-	switch {
-	case c.Kind == maint.ChangeLivepatch:
-		r = maint.PatchRequest{Action: maint.PatchApply, File: c.File}
-	case c.Kind == maint.ChangeQEMU:
-		r = maint.PatchRequest{Action: maint.PatchQEMU, File: c.File, All: true}
-	case c.Kind == maint.ChangeMicrocode && c.Apply == nil:
-		r = maint.PatchRequest{Action: maint.PatchMicrocode}
-	case c.Apply != nil && c.Apply.Unit != "" && (c.Apply.Job == "" || c.Apply.Job == "restart" || c.Apply.Job == "reload"):
-		r = maint.PatchRequest{Action: maint.PatchRestart, Name: c.Apply.Unit, Job: c.Apply.Job}
-	default:
-		return x.service(ctx, s, step)
-	}
-	r.Reason = x.reason()
-	_, err := x.through(ctx, maint.StepOp(x.op.ID, step.N), func(edit func(*maint.Op)) (maint.Op, error) {
-		return x.a.patch(ctx, x.by(), r, edit)
-	})
-	if err == nil && c.Verify != nil {
-		err = x.host(ctx, s, "verify", step, c.Verify)
-	}
-	return err
-}
-
-func (x application) unpatch(ctx context.Context, s *run.Scratch, step maint.PlanStep) error {
-	c := x.change(step.Changes[0])
-	op, done := x.done(maint.StepOp(x.op.ID, step.N))
-	r := maint.PatchRequest{Reason: x.reason()}
-	switch {
-	case !done:
-		return x.takeBack(ctx, s, step)
-	case op.Patch.Action == maint.PatchApply:
-		r.Action, r.Name = maint.PatchRevert, op.Patch.Name
-	case op.Patch.Action == maint.PatchQEMU:
-		r.Action, r.File, r.All, r.Revert = maint.PatchQEMU, c.File, true, true
-	case c.Undo != nil:
-		return x.host(ctx, s, "undo", step, c.Undo)
-	default:
-		return nil
-	}
-	return x.back(ctx, step, func(edit func(*maint.Op)) (maint.Op, error) { return x.a.patch(ctx, x.by(), r, edit) })
-}
-
 // service changes the host where no guest can feel it.
 func (x application) service(ctx context.Context, s *run.Scratch, step maint.PlanStep) error {
 	c := x.change(step.Changes[0])
@@ -296,6 +251,8 @@ type hostRun struct {
 	Begun []string                 `json:"begun,omitempty"`
 	Runs  map[string]maint.StepRun `json:"runs,omitempty"`
 	Boot  string                   `json:"boot,omitempty"` // in which the host was to boot
+	// Before is the livepatch that was active before.
+	Before *maint.KeptPatch `json:"before,omitempty"`
 }
 
 // host runs a command or a unit's job on the host, once: one that was begun by a belayd that

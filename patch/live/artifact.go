@@ -259,10 +259,13 @@ func (s Store) folder(name, sha256 string) string {
 	return filepath.Join(s.Dir, name+"-"+sha256)
 }
 
-// Read gives the copy of a livepatch.
-func (s Store) Read(k maint.KeptPatch) (Artifact, error) {
-	return readFiles(filepath.Join(s.folder(k.Name, k.SHA256), "patch"+s.ext()), s.ext())
+// File is where the copy of a livepatch is.
+func (s Store) File(k maint.KeptPatch) string {
+	return filepath.Join(s.folder(k.Name, k.SHA256), "patch"+s.ext())
 }
+
+// Read gives the copy of a livepatch.
+func (s Store) Read(k maint.KeptPatch) (Artifact, error) { return readFiles(s.File(k), s.ext()) }
 
 // Put keeps a copy, which is on disk when it returns.
 func (s Store) Put(name string, a Artifact) error {
