@@ -3,6 +3,7 @@ package live
 import (
 	"context"
 	"errors"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -85,25 +86,34 @@ func (j *Job) Preflight(ctx context.Context, s Scratch) error {
 		return err
 	}
 	known := j.Known()
+	plan := intent{Known: known}
+	// belay-kernel, which has to be started first, and libvirt answer while the files are judged.
+	var unknown []maint.Problem
+	var asked sync.WaitGroup
+	asked.Go(func() { unknown = j.baseline(ctx, &plan) })
+	defer asked.Wait()
 	a, err := j.artifact(known)
 	if err != nil {
 		return maint.Refuse(whatLoad, []maint.Problem{*maint.AsProblem(err, maint.CodePatchFile, "livepatch "+j.Request.File)})
 	}
 	k, _, problems := j.judge(a, known)
-	plan := intent{Patch: k, Known: known}
+	asked.Wait()
+	if problems = append(problems, unknown...); len(problems) > 0 {
+		return maint.Refuse(whatLoad, problems)
+	}
+	plan.Patch = k
 	if known.Active != nil {
 		if p, err := j.Tree.Patch(known.Active.Name); err == nil && p != nil && is(*p, known.Active) {
 			plan.Before = known.Active
 		}
 	}
-	problems = append(problems, j.baseline(ctx, &plan)...)
-	if len(problems) > 0 {
-		return maint.Refuse(whatLoad, problems)
-	}
+	var sleepers []maint.KernelTask
+	asked.Go(func() { sleepers = j.forecast(ctx, k) })
 	if err := j.Store.Put(k.Name, a); err != nil {
 		return maint.Refuse(whatLoad, []maint.Problem{*maint.Problemf(maint.CodePatchFile, "folder "+j.Store.Dir, "make it writable, and room in it", "no copy can be kept: %v", err)})
 	}
-	if sleepers := j.forecast(ctx, k); len(sleepers) > 0 {
+	asked.Wait()
+	if len(sleepers) > 0 {
 		if err := s.Note("these may hold up the transition: %s", names(sleepers)); err != nil {
 			return err
 		}

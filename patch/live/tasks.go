@@ -41,20 +41,32 @@ func (t Tree) Tasks(functions []string) ([]maint.KernelTask, error) {
 			}
 		}
 	}
-	dirs, err := filepath.Glob(t.path("proc/[0-9]*/task/[0-9]*"))
+	processes, err := filepath.Glob(t.path("proc/[0-9]*"))
 	if err != nil {
 		return nil, err
 	}
 	var tasks []maint.KernelTask
-	for _, dir := range dirs {
-		state := read(dir, "patch_state")
-		waited := target != "" && state != "" && state != "-1" && state != target
-		if !waited && len(functions) == 0 {
-			continue
+	for _, process := range processes {
+		// A kernel thread has no memory of its own: of size resident shared … all are 0.
+		kernel := strings.HasPrefix(read(process, "statm"), "0 0 ")
+		if target == "" && !(kernel && len(functions) > 0) {
+			continue // without a transition nobody is waited for
 		}
-		task := describe(dir, changed)
-		if waited || task.Kernel && task.Function != "" {
-			tasks = append(tasks, task)
+		dirs, err := filepath.Glob(filepath.Join(process, "task/[0-9]*"))
+		if err != nil {
+			return nil, err
+		}
+		for _, dir := range dirs {
+			state := read(dir, "patch_state")
+			waited := target != "" && state != "" && state != "-1" && state != target
+			if !waited && !(kernel && len(functions) > 0) {
+				continue
+			}
+			task := describe(dir, changed)
+			task.Kernel = kernel
+			if waited || task.Function != "" {
+				tasks = append(tasks, task)
+			}
 		}
 	}
 	slices.SortFunc(tasks, func(a, b maint.KernelTask) int { return a.TID - b.TID })
@@ -72,8 +84,6 @@ func describe(dir string, changed map[string]bool) maint.KernelTask {
 	tid, _ := strconv.Atoi(filepath.Base(dir))
 	pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(filepath.Dir(dir))))
 	task := maint.KernelTask{PID: pid, TID: tid, Comm: read(dir, "comm")}
-	// A kernel thread has no memory of its own: of size resident shared … all are 0.
-	task.Kernel = strings.HasPrefix(read(dir, "statm"), "0 0 ")
 	for line := range strings.Lines(read(dir, "stack")) {
 		_, call, found := strings.Cut(strings.TrimSpace(line), "] ")
 		if !found {

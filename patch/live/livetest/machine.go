@@ -169,7 +169,7 @@ func (m *Machine) task(tid int, comm, function string) {
 	if tid >= 100 {
 		statm = "0 0 0 0 0 0 0"
 	}
-	m.put(dir+"statm", statm)
+	m.put(fmt.Sprintf("proc/%d/statm", tid), statm)
 	m.put(dir+"patch_state", "-1")
 }
 
