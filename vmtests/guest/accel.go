@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"belay/vmtests/imagecache"
+	"belay/vmtests/program"
 )
 
 // Accel is how a guest's CPU is made.
@@ -60,7 +61,7 @@ func DetectAccel(ctx context.Context, img Image, log *slog.Logger) (Accel, strin
 	if err != nil {
 		return "", "", fmt.Errorf("choose accelerator: %w", err)
 	}
-	version, err := run(ctx, "", qemuProgram, "--version")
+	version, err := program.Output(ctx, "", qemuProgram, "--version")
 	if err != nil {
 		return "", "", fmt.Errorf("choose accelerator: %w", err)
 	}

@@ -15,6 +15,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"belay/vmtests/program"
 )
 
 // Debian's kernel without drivers for hardware: a small one that boots fast.
@@ -46,7 +48,7 @@ func fetchKernel(ctx context.Context, dir string, log *slog.Logger) (string, err
 	if path, err := newestKernel(ctx, dir); path != "" || err != nil {
 		return path, err
 	}
-	out, err := run(ctx, dir, "apt-cache", "depends", kernelMeta)
+	out, err := program.Output(ctx, dir, "apt-cache", "depends", kernelMeta)
 	if err != nil {
 		return "", err
 	}
@@ -64,7 +66,7 @@ func fetchKernel(ctx context.Context, dir string, log *slog.Logger) (string, err
 		return "", fmt.Errorf("download %s: %w", pkg, err)
 	}
 	defer os.RemoveAll(tmp)
-	if _, err := run(ctx, tmp, "apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", pkg); err != nil {
+	if _, err := program.Output(ctx, tmp, "apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", pkg); err != nil {
 		return "", err
 	}
 	path, err := newestKernel(ctx, tmp)
@@ -225,17 +227,4 @@ func depends(ko []byte) ([]string, error) {
 		}
 	}
 	return nil, nil
-}
-
-// run runs a program in dir and returns its standard output; the error holds
-// what it said on standard error.
-func run(ctx context.Context, dir, name string, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.Dir = dir
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil {
-		return "", fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, bytes.TrimSpace(stderr.Bytes()))
-	}
-	return stdout.String(), nil
 }

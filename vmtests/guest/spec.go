@@ -14,6 +14,7 @@ import (
 	"text/template"
 
 	"belay/vmtests/probe"
+	"belay/vmtests/program"
 )
 
 const (
@@ -247,7 +248,7 @@ func CreateDisk(ctx context.Context, path string, sizeMiB int) error {
 		return fmt.Errorf("create disk: %s exists", path)
 	}
 	format := Spec{Disk: path}.diskFormat()
-	if _, err := run(ctx, "", "qemu-img", "create", "-q", "-f", format, path, strconv.Itoa(sizeMiB)+"M"); err != nil {
+	if _, err := program.Output(ctx, "", "qemu-img", "create", "-q", "-f", format, path, strconv.Itoa(sizeMiB)+"M"); err != nil {
 		return fmt.Errorf("create disk: %w", err)
 	}
 	return nil

@@ -17,9 +17,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"belay/vmtests/program"
 )
 
 // firstWhole is the first version whose TCG migrates guests whole.
@@ -97,10 +98,10 @@ func unpack(ctx context.Context, dir string) error {
 	}
 	options := []string{"-qq", "-o", "Dir::Etc::sourcelist=" + list, "-o", "Dir::Etc::sourceparts=/dev/null",
 		"-o", "Dir::State::lists=" + filepath.Join(apt, "lists"), "-o", "Dir::Cache=" + filepath.Join(apt, "cache"), "-o", "APT::Sandbox::User=root"}
-	if err := run(ctx, apt, "apt-get", append(options, "update")...); err != nil {
+	if _, err := program.Output(ctx, apt, "apt-get", append(options, "update")...); err != nil {
 		return err
 	}
-	if err := run(ctx, apt, "apt-get", append(append(options, "download", "-t", "bookworm-backports"), packages()...)...); err != nil {
+	if _, err := program.Output(ctx, apt, "apt-get", append(append(options, "download", "-t", "bookworm-backports"), packages()...)...); err != nil {
 		return err
 	}
 	debs, err := filepath.Glob(filepath.Join(apt, "*.deb"))
@@ -108,18 +109,9 @@ func unpack(ctx context.Context, dir string) error {
 		return fmt.Errorf("apt-get fetched %d of %d packages: %w", len(debs), len(packages()), err)
 	}
 	for _, deb := range debs {
-		if err := run(ctx, apt, "dpkg", "-x", deb, dir); err != nil {
+		if _, err := program.Output(ctx, apt, "dpkg", "-x", deb, dir); err != nil {
 			return err
 		}
-	}
-	return nil
-}
-
-func run(ctx context.Context, dir, program string, args ...string) error {
-	cmd := exec.CommandContext(ctx, program, args...)
-	cmd.Dir = dir
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("%s: %w: %s", program, err, strings.TrimSpace(string(out)))
 	}
 	return nil
 }
