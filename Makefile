@@ -13,7 +13,7 @@ BENCHFLAGS ?=
 LABS = $(sort $(dir $(shell grep -rlE --include='*_test.go' 'BELAY_LAB|"belay/vmtests/(lab|guest|cluster)"' [a-z]* | sed 's,^,./,')))
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo test test-unit test-page test-long image vmtest box lint bench man completion package clean clean-cache
+.PHONY: help deps build demo test test-unit test-page test-long image vmtest vmtest-long box lint bench man completion package clean clean-cache
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -47,8 +47,11 @@ image: build ## the image of hosts that are whole machines, for vmtest (needs ro
 	@scripts/deps machine
 	@$(BIN)/machine image
 
-vmtest: image ## tests with hosts that are whole machines: kernel, systemd, package (needs root; 12 minutes)
+vmtest: image ## tests with hosts that are whole machines, the short form: each rung once (needs root; 12 minutes)
 	BELAY_MACHINES=1 $(GO) test -timeout 60m -count=1 $(TESTFLAGS) ./vmtests/wholehost
+
+vmtest-long: image ## the same with all that can go wrong: kills at each step, panics, power cuts, boots (an hour)
+	BELAY_MACHINES=1 BELAY_LONG=1 $(GO) test -timeout 180m -count=1 -v $(TESTFLAGS) ./vmtests/wholehost
 
 box: image ## a box for Vagrant into bin/box, see Vagrantfile (needs root and vagrant)
 	@scripts/deps vagrant

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"belay/agent/api"
+	"belay/vmtests/program"
 )
 
 // The sockets in a host that programs of this machine speak to.
@@ -106,7 +107,7 @@ func (h *Host) Client() *api.Client { return api.NewUnix(h.file("belayd")) }
 // arguments are this machine's. It returns what virsh prints on standard output.
 func (h *Host) Virsh(ctx context.Context, args ...string) (string, error) {
 	uri := "qemu+unix:///system?socket=" + h.file("libvirt")
-	out, err := run(ctx, nil, "env", append([]string{"LC_ALL=C", "virsh", "-q", "-c", uri}, args...)...)
+	out, err := program.Output(ctx, "", "env", append([]string{"LC_ALL=C", "virsh", "-q", "-c", uri}, args...)...)
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", h.Name, err)
 	}

@@ -13,9 +13,10 @@ import (
 	"time"
 
 	"belay/vmtests/guest"
+	"belay/vmtests/program"
 )
 
-// Hosts that were provisioned and have nothing to do are frozen: their memory and devices
+// Two hosts that were provisioned and have nothing to do are frozen: their memory and devices
 // into a file (QEMU's migration stream), beside their disk. Whoever wants such hosts has them
 // a few seconds later, as often as need be, each time as they were then.
 
@@ -31,7 +32,7 @@ func (l *Lab) frozen(ctx context.Context, cache string, g guest.Image) (string, 
 	if err != nil {
 		return "", err
 	}
-	version, err := run(ctx, nil, qemuProgram, "--version")
+	version, err := program.Output(ctx, "", qemuProgram, "--version")
 	if err != nil {
 		return "", err
 	}
@@ -39,13 +40,13 @@ func (l *Lab) frozen(ctx context.Context, cache string, g guest.Image) (string, 
 	fmt.Fprintln(sum, frozenFormat, commandLine, l.Image.Dir, g.Kernel, g.Initrd, l.config.MemoryMiB, version)
 	sum.Write(provisionScript)
 	sum.Write(deb)
-	return filepath.Join(cache, fmt.Sprintf("frozen-%d-%s", l.config.Hosts, hex.EncodeToString(sum.Sum(nil)[:8]))), nil
+	return filepath.Join(cache, "frozen-"+hex.EncodeToString(sum.Sum(nil)[:8])), nil
 }
 
-// freeze freezes all hosts, which are off then, into the folder. Others of so many hosts are
-// removed: they were of another package.
+// freeze freezes all hosts, which are off then, into the folder. Others are removed: they were
+// of another package.
 func (l *Lab) freeze(ctx context.Context, dir string) error {
-	old, err := filepath.Glob(filepath.Join(filepath.Dir(dir), fmt.Sprintf("frozen-%d-*", l.config.Hosts)))
+	old, err := filepath.Glob(filepath.Join(filepath.Dir(dir), "frozen-*"))
 	if err != nil {
 		return err
 	}
@@ -120,6 +121,9 @@ func (h *Host) awaitQEMU(ctx context.Context, query, status string) error {
 // thaw takes up the hosts that were frozen into the folder, with disks of their own on top of
 // those.
 func (l *Lab) thaw(ctx context.Context, dir string) error {
+	if err := l.plug(l.config.Hosts); err != nil {
+		return err
+	}
 	l.payload = filepath.Join(dir, "payload.img")
 	return l.each(func(h *Host) error {
 		begin := time.Now()

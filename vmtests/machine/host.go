@@ -13,7 +13,6 @@ import (
 	"regexp"
 	"runtime"
 	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -124,8 +123,9 @@ func freePort() (int, error) {
 
 const qemuProgram = "qemu-system-x86_64"
 
-// commandLine is the kernel's. The reserved memory is above the hole that q35 has below 4 GiB.
-const commandLine = "root=/dev/vda rw console=ttyS0 memmap=512M!4G mitigations=off"
+// commandLine is the kernel's. The reserved memory is above the hole that q35 has below 4 GiB. A
+// kernel that panics resets the machine.
+const commandLine = "root=/dev/vda rw console=ttyS0 memmap=512M!4G mitigations=off panic=1"
 
 func (h *Host) arguments(port int) []string {
 	number := int(h.Addr.As4()[3])
@@ -134,7 +134,7 @@ func (h *Host) arguments(port int) []string {
 		"-machine", "q35", "-smp", "2", "-m", strconv.Itoa(h.lab.config.MemoryMiB),
 		"-nodefaults", "-no-user-config", "-display", "none",
 		"-kernel", h.lab.Image.Kernel(h.Kernel), "-initrd", h.lab.Image.Initrd(h.Kernel),
-		"-append", strings.TrimSpace(commandLine + " " + h.lab.config.Append),
+		"-append", commandLine,
 		// Neither does a power cut take what is in this machine's cache.
 		"-drive", "if=virtio,cache=unsafe,format=qcow2,file=" + h.file("disk.qcow2"),
 		"-drive", "if=virtio,cache=unsafe,format=raw,readonly=on,file=" + h.lab.payload,

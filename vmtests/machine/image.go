@@ -7,7 +7,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -102,17 +101,4 @@ func makeImage(ctx context.Context, cacheDir, final string) error {
 		return fmt.Errorf("image.sh: %w: %s", err, out)
 	}
 	return os.Rename(tmp, final)
-}
-
-// run runs a program of this machine and returns its standard output; the error holds what
-// it said on standard error.
-func run(ctx context.Context, stdin io.Reader, name string, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.Stdin = stdin
-	var stdout, stderr strings.Builder
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil {
-		return "", fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, strings.TrimSpace(stderr.String()))
-	}
-	return stdout.String(), nil
 }

@@ -17,6 +17,7 @@ import (
 	"belay/vmtests/guest"
 	"belay/vmtests/imagecache"
 	"belay/vmtests/observer"
+	"belay/vmtests/program"
 )
 
 const (
@@ -31,14 +32,10 @@ const (
 type Config struct {
 	Hosts     int    // 1 or 2, default 1
 	MemoryMiB int    // of each host, default 3072; 512 of them are reserved, as /dev/pmem0
-	Append    string // more for the hosts' kernel command line
 	Package   string // path of belay_*.deb; default: built from the sources
 	// Keys are minisign public keys of those who sign livepatches (*.pub).
 	Keys []string
-	// Fresh has the hosts boot and be provisioned anew. Else they are taken up where such
-	// hosts were frozen, once they had been provisioned (freeze.go), unless Append makes them others.
-	Fresh bool
-	Log   *slog.Logger
+	Log  *slog.Logger
 }
 
 // Lab is a set of hosts that are up.
@@ -124,14 +121,6 @@ func (l *Lab) up(ctx context.Context) (err error) {
 	if l.lan, err = newLAN(netip.MustParsePrefix("10.77.0.254/16")); err != nil {
 		return err
 	}
-	for i := range c.Hosts {
-		h := &Host{Name: hostName(i), Addr: hostAddr(i), Kernel: l.Image.Kernels[0], lab: l}
-		h.Dir = filepath.Join(l.dir, h.Name)
-		l.Hosts = append(l.Hosts, h)
-		if err := h.plug(); err != nil {
-			return err
-		}
-	}
 	if c.Package == "" {
 		if c.Package, err = BuildPackage(ctx, l.dir, ""); err != nil {
 			return err
@@ -151,28 +140,36 @@ func (l *Lab) up(ctx context.Context) (err error) {
 	})
 }
 
-// raise has the hosts boot or takes up frozen ones.
+// raise takes the hosts up where such hosts were frozen, once they had booted and been
+// provisioned (freeze.go).
 func (l *Lab) raise(ctx context.Context, cache string, g guest.Image) error {
-	if c := l.config; c.Fresh || c.Append != "" || l.kvm { // with KVM a boot takes no time
-		return l.install(ctx, g)
+	if l.kvm { // a boot takes no time
+		return l.install(ctx, g, l.config.Hosts)
 	}
 	frozen, err := l.frozen(ctx, cache, g)
 	if err != nil {
 		return err
 	}
 	if _, err := os.Stat(frozen); errors.Is(err, os.ErrNotExist) {
-		if err := l.install(ctx, g); err != nil {
+		// All that any lab has: which of them one takes up makes no difference.
+		if err := l.install(ctx, g, maxHosts); err != nil {
 			return err
 		}
 		if err := l.freeze(ctx, frozen); err != nil {
+			return err
+		}
+		if err := l.unplug(); err != nil {
 			return err
 		}
 	}
 	return l.thaw(ctx, frozen)
 }
 
-// install has the hosts boot, and provisions them.
-func (l *Lab) install(ctx context.Context, g guest.Image) error {
+// install has so many hosts boot, and provisions them.
+func (l *Lab) install(ctx context.Context, g guest.Image, hosts int) error {
+	if err := l.plug(hosts); err != nil {
+		return err
+	}
 	if err := l.makePayload(ctx, g); err != nil {
 		return err
 	}
@@ -240,8 +237,38 @@ func (l *Lab) makePayload(ctx context.Context, g guest.Image) error {
 		return err
 	}
 	l.payload = filepath.Join(l.dir, "payload.img")
-	_, err := run(ctx, nil, "mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-L", "lab", "-d", dir, l.payload, "256M")
+	_, err := program.Output(ctx, "", "mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-L", "lab", "-d", dir, l.payload, "256M")
 	return errors.Join(err, os.RemoveAll(dir))
+}
+
+// plug sets up so many hosts, which are off.
+func (l *Lab) plug(hosts int) error {
+	for i := range hosts {
+		h := &Host{Name: hostName(i), Addr: hostAddr(i), Kernel: l.Image.Kernels[0], lab: l}
+		h.Dir = filepath.Join(l.dir, h.Name)
+		l.Hosts = append(l.Hosts, h)
+		if err := h.plug(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// unplug cuts the power of all hosts, and removes them.
+func (l *Lab) unplug() error {
+	var errs []error
+	for _, h := range l.Hosts {
+		for _, listener := range h.forwards {
+			errs = append(errs, listener.Close())
+		}
+		errs = append(errs, h.Cut())
+		if h.tap != nil {
+			errs = append(errs, h.tap.Close())
+		}
+		errs = append(errs, os.RemoveAll(h.Dir))
+	}
+	l.Hosts = nil
+	return errors.Join(errs...)
 }
 
 // plug gives the host its cables.
@@ -257,7 +284,7 @@ func (h *Host) plug() (err error) {
 
 // addDisk makes the host's disk, with what is on another in the beginning.
 func (h *Host) addDisk(ctx context.Context, on, format string) error {
-	_, err := run(ctx, nil, "qemu-img", "create", "-q", "-f", "qcow2", "-F", format, "-b", on, h.file("disk.qcow2"))
+	_, err := program.Output(ctx, "", "qemu-img", "create", "-q", "-f", "qcow2", "-F", format, "-b", on, h.file("disk.qcow2"))
 	return err
 }
 
@@ -333,16 +360,7 @@ func (l *Lab) Observe() (*observer.Observer, error) {
 
 // Down ends the hosts, as a power cut does, and removes what there was of them.
 func (l *Lab) Down() error {
-	var errs []error
-	for _, h := range l.Hosts {
-		for _, listener := range h.forwards {
-			errs = append(errs, listener.Close())
-		}
-		errs = append(errs, h.Cut())
-		if h.tap != nil {
-			errs = append(errs, h.tap.Close())
-		}
-	}
+	errs := []error{l.unplug()}
 	if l.lan != nil {
 		l.lan.close()
 	}

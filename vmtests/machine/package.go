@@ -7,12 +7,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+
+	"belay/vmtests/program"
 )
 
 // BuildPackage builds Belay's Debian package for hosts in a new folder in dir, and returns
 // its path. The version is that of the sources, or the given one.
 func BuildPackage(ctx context.Context, dir, version string) (string, error) {
-	mod, err := run(ctx, nil, "go", "env", "GOMOD")
+	mod, err := program.Output(ctx, "", "go", "env", "GOMOD")
 	if err != nil {
 		return "", err
 	}

@@ -8,10 +8,10 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"belay/vmtests/guest"
 	"belay/vmtests/pki"
+	"belay/vmtests/program"
 )
 
 //go:embed provision.sh
@@ -88,6 +88,6 @@ func Box(ctx context.Context, dir string, hosts int, log *slog.Logger) error {
 	if err := fillPayload(payload, names, g, deb); err != nil {
 		return err
 	}
-	_, err = run(ctx, strings.NewReader(boxScript), "sh", "-s", img.Dir, dir)
+	_, err = program.Output(ctx, "", "sh", "-c", boxScript, "box.sh", img.Dir, dir)
 	return err
 }

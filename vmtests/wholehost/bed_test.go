@@ -2,8 +2,11 @@ package wholehost
 
 import (
 	"context"
+	"errors"
 	"net/netip"
+	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -16,6 +19,16 @@ import (
 
 // beatUs is the time between two heartbeats: each costs an emulated host a good deal.
 const beatUs = 50_000
+
+// inFull skips a test, or a part of one, that only the long form has: BELAY_LONG=1, make vmtest-long.
+func inFull(t *testing.T) {
+	t.Helper()
+	if !long {
+		t.Skip("in the long form only (BELAY_LONG=1, make vmtest-long)")
+	}
+}
+
+var long = os.Getenv("BELAY_LONG") != ""
 
 // bed is a lab with a guest, which writes memory, on its first host, and an observer.
 type bed struct {
@@ -49,22 +62,41 @@ func newEmptyBed(t *testing.T, c machine.Config) *bed {
 // boot starts the bed's guest, web-1, on the first host.
 func (b *bed) boot(s guest.Spec) {
 	b.t.Helper()
+	b.guest = b.start(b.Hosts[0], web1(s))[0]
+	b.meet()
+}
+
+// web1 has a guest be web-1.
+func web1(s guest.Spec) guest.Spec {
 	s.Name, s.IP = "web-1", netip.MustParsePrefix("10.77.1.1/16")
-	b.guest = b.start(b.Hosts[0], s)
+	return s
+}
+
+// meet has the guest write memory, and takes it for the one that it is by now.
+func (b *bed) meet() {
+	b.t.Helper()
 	b.dirty(b.Hosts[0], 4)
 	b.first, b.mem = b.look(b.Hosts[0])
 }
 
-// start starts a guest, under KVM and with heartbeats.
-func (b *bed) start(h *machine.Host, s guest.Spec) *guest.Guest {
+// start starts guests, all at once, under KVM and with heartbeats.
+func (b *bed) start(h *machine.Host, specs ...guest.Spec) []*guest.Guest {
 	b.t.Helper()
-	s.Accel, s.Heartbeat, s.IntervalUs = guest.KVM, b.obs.Addr(), beatUs
-	g, err := guest.Start(b.ctx(5*time.Minute), h, s, b.Guest)
-	if err != nil {
+	guests, errs := make([]*guest.Guest, len(specs)), make([]error, len(specs))
+	ctx := b.ctx(5 * time.Minute)
+	var wg sync.WaitGroup
+	for i, s := range specs {
+		s.Accel, s.Heartbeat, s.IntervalUs = guest.KVM, b.obs.Addr(), beatUs
+		wg.Go(func() { guests[i], errs[i] = guest.Start(ctx, h, s, b.Guest) })
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
 		b.t.Fatal(err)
 	}
-	b.t.Logf("guest %s: probe after %s, agent after %s", s.Name, g.Boot.Probe.Round(time.Second), g.Boot.Agent.Round(time.Second))
-	return g
+	for _, g := range guests {
+		b.t.Logf("guest %s: probe after %s, agent after %s", g.Spec.Name, g.Boot.Probe.Round(time.Second), g.Boot.Agent.Round(time.Second))
+	}
+	return guests
 }
 
 func (b *bed) ctx(d time.Duration) context.Context {

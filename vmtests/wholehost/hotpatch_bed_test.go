@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"log/slog"
+	"net/netip"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -47,10 +48,12 @@ func newPatchBed(t *testing.T) *patchBed {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &patchBed{bed: newBed(t, machine.Config{Keys: pub}), vendor: vendor, files: make(map[string]string)}
+	b := &patchBed{bed: newEmptyBed(t, machine.Config{Keys: pub}), vendor: vendor, files: make(map[string]string)}
 	b.h = b.Hosts[0]
 	b.set = b.modules(b.h.Kernel)
 	b.script(patchConfig)
+	b.guest = b.start(b.h, web1(guest.Spec{}), guest.Spec{Name: "web-2", IP: netip.MustParsePrefix("10.77.1.2/16")})[0]
+	b.meet()
 	return b
 }
 

@@ -1,7 +1,6 @@
 package wholehost
 
 import (
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -13,7 +12,6 @@ import (
 // A moment in which belayd is killed: conditions of a shell, which come one after the other.
 // A shell in the host looks for them without a pause; what it is killed in takes much longer.
 type moment struct {
-	now   bool // it is of this form of the test
 	name  string
 	until []string
 }
@@ -32,22 +30,18 @@ func whole(name string) string {
 }
 
 // killed: wherever belayd dies, its next start goes on or back, and the host is patched and
-// recorded as such, or as it was. The short form has the moments that matter most.
+// recorded as such, or as it was.
 func (b *patchBed) killed() {
-	long := os.Getenv("BELAY_LONG") != ""
 	b.begin(livepatch.Fix1)
 	now, next := livepatch.Fix1, livepatch.Fix2
 	for i := range 5 {
 		m := []moment{
-			{true, "load: the kernel has it", []string{loaded(next)}},
-			{true, "load: every task runs it", []string{loaded(next), whole(next)}},
-			{true, "soak: the host's health is asked for", []string{"[ -e /run/asked ]"}},
-			{long, "preflight: a copy is kept", []string{"set -- /var/lib/belay/live/" + next + "-*/patch.ko; [ -e \"$1\" ]"}},
-			{long, "finish: the one before is unloaded", []string{loaded(next), unloaded(now)}},
+			{"load: the kernel has it", []string{loaded(next)}},
+			{"load: every task runs it", []string{loaded(next), whole(next)}},
+			{"soak: the host's health is asked for", []string{"[ -e /run/asked ]"}},
+			{"preflight: a copy is kept", []string{"set -- /var/lib/belay/live/" + next + "-*/patch.ko; [ -e \"$1\" ]"}},
+			{"finish: the one before is unloaded", []string{loaded(next), unloaded(now)}},
 		}[i]
-		if !m.now {
-			continue
-		}
 		op, _ := b.killedAt(m, func() (maint.Op, int) { return b.patch("apply", b.signed(next)) })
 		switch op.Outcome {
 		case maint.OutcomeDone:
@@ -59,25 +53,19 @@ func (b *patchBed) killed() {
 		b.has(now)
 	}
 	for _, m := range []moment{
-		{long, "undo: it is being disabled", []string{loaded(livepatch.Warn), whole(livepatch.Warn), disabled(livepatch.Warn)}},
-		{true, "undo: it has gone", []string{loaded(livepatch.Warn), whole(livepatch.Warn), vanished(livepatch.Warn)}},
-		{long, "undo: the one before is back", []string{loaded(livepatch.Warn), whole(livepatch.Warn), unloaded(livepatch.Warn), loaded(now)}},
+		{"undo: it is being disabled", []string{loaded(livepatch.Warn), whole(livepatch.Warn), disabled(livepatch.Warn)}},
+		{"undo: it has gone", []string{loaded(livepatch.Warn), whole(livepatch.Warn), vanished(livepatch.Warn)}},
+		{"undo: the one before is back", []string{loaded(livepatch.Warn), whole(livepatch.Warn), unloaded(livepatch.Warn), loaded(now)}},
 	} {
-		if !m.now {
-			continue
-		}
 		op, code := b.killedAt(m, func() (maint.Op, int) { return b.read(livepatch.Warn) })
 		b.failed(op, code, maint.CodeUnwell, "WARNING")
 		b.has(now)
 	}
 	for _, m := range []moment{
-		{true, "withdraw: it is being disabled", []string{disabled(now)}},
-		{long, "withdraw: it has gone", []string{vanished(now)}},
-		{long, "finish: it is unloaded", []string{unloaded(now)}},
+		{"withdraw: it is being disabled", []string{disabled(now)}},
+		{"withdraw: it has gone", []string{vanished(now)}},
+		{"finish: it is unloaded", []string{unloaded(now)}},
 	} {
-		if !m.now {
-			continue
-		}
 		b.begin(now)
 		if op, _ := b.killedAt(m, func() (maint.Op, int) { return b.patch("revert", now) }); op.Outcome != maint.OutcomeDone {
 			b.t.Errorf("the revert has ended %s: %+v", op.Outcome, op.Problems)

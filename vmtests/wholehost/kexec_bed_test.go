@@ -36,22 +36,23 @@ const (
 	diskSeed = 7
 )
 
-// newEstate brings one up. A kernel that panics has the host reset.
+// newEstate brings one up.
 func newEstate(t *testing.T) *estate {
 	t.Helper()
-	b := newBed(t, machine.Config{Append: "panic=1"})
+	b := newEmptyBed(t, machine.Config{})
 	e := &estate{Host: b.Hosts[0], t: t, kernels: b.Image.Kernels, guests: []*tenant{{bed: b, name: "web-1"}}}
 	const disk = "/var/lib/libvirt/images/db-1.qcow2"
 	must(t, e.Host, "qemu-img", "create", "-q", "-f", "qcow2", disk, "64M")
 	db := &tenant{bed: b.within(t), name: "db-1"}
-	db.guest = b.start(e.Host, guest.Spec{Name: db.name, IP: netip.MustParsePrefix("10.77.1.2/16"), Disk: disk})
-	db.dirty(e.Host, 4)
+	guests := b.start(e.Host, web1(guest.Spec{}), guest.Spec{Name: db.name, IP: netip.MustParsePrefix("10.77.1.2/16"), Disk: disk})
+	b.guest, db.guest = guests[0], guests[1]
+	b.meet()
 	db.probe(e.Host, func(ctx context.Context, c *guest.Control) error {
 		r, err := c.DiskWrite(ctx, probe.DiskSettings{SizeMiB: diskMiB, Seed: diskSeed})
 		db.disk = &r
 		return err
 	})
-	db.first, db.mem = db.look(e.Host)
+	db.meet()
 	e.guests = append(e.guests, db)
 	if _, err := e.Virsh(b.ctx(time.Minute), "autostart", db.name); err != nil {
 		t.Fatal(err)
@@ -79,6 +80,12 @@ func (e *estate) step(name string, f func(e *estate)) {
 			f(e)
 		})
 	}
+}
+
+// longStep is step in the long form.
+func (e *estate) longStep(name string, f func(e *estate)) {
+	e.t.Helper()
+	e.step(name, func(e *estate) { inFull(e.t); f(e) })
 }
 
 // are checks that the guests named, all if none is, go on where they were: each is the one
@@ -125,8 +132,7 @@ func (e *estate) meet(name string) {
 	e.t.Helper()
 	for _, g := range e.guests {
 		if g.name == name {
-			g.dirty(e.Host, 4)
-			g.first, g.mem = g.look(e.Host)
+			g.bed.meet()
 		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 
 // TestKexecPowerCut: with the power goes the memory, and every guest is told as lost.
 func TestKexecPowerCut(t *testing.T) {
+	inFull(t)
 	e := newEstate(t)
 
 	e.step("power is cut", func(e *estate) {

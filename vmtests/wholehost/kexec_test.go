@@ -13,8 +13,8 @@ import (
 // that it stood still.
 const clockTolerance = 500 * time.Millisecond
 
-// TestKexec: a host's kernel is replaced under two guests, which go on where they were, also
-// when all of Belay is killed at each stage of it.
+// TestKexec: a host's kernel is replaced under two guests, which go on where they were; in the
+// long form also when all of Belay is killed at each stage of it.
 func TestKexec(t *testing.T) {
 	e := newEstate(t)
 
@@ -40,9 +40,9 @@ func TestKexec(t *testing.T) {
 	})
 
 	e.step("another version", func(e *estate) { e.change(1) })
-	e.step("and back", func(e *estate) { e.change(0) })
-	e.step("Belay is killed", (*estate).killed)
-	e.step("belayd does not come back", (*estate).rescued)
+	e.longStep("and back", func(e *estate) { e.change(0) })
+	e.longStep("Belay is killed", (*estate).killed)
+	e.longStep("belayd does not come back", (*estate).rescued)
 }
 
 // change has the host run the i-th kernel, and tells how long guests stood still for it.

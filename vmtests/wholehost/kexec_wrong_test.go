@@ -1,6 +1,7 @@
 package wholehost
 
 import (
+	"strings"
 	"testing"
 	"time"
 
@@ -10,6 +11,7 @@ import (
 // TestKexecGoesWrong: the new kernel does not come up, or is not well. The old one is there again,
 // and no guest is gone without a word.
 func TestKexecGoesWrong(t *testing.T) {
+	inFull(t)
 	e := newEstate(t)
 
 	// The boot loader brings the old kernel after a panic. What the memory still holds is
@@ -55,5 +57,36 @@ func TestKexecGoesWrong(t *testing.T) {
 		}
 		e.runs(e.kernels[0])
 		e.are()
+	})
+
+	// Without the reservation nothing of a guest would outlive the kernel: none is saved, and it is
+	// told what to reserve. The host has RAM from 4 GiB to 5 GiB, above its hole.
+	e.step("no memory is reserved", func(e *estate) {
+		e.configure("")
+		for _, g := range e.guests {
+			if _, err := e.Virsh(e.ctx(time.Minute), "destroy", g.name); err != nil {
+				e.t.Fatal(err)
+			}
+		}
+		e.guests[0].again(e.Host, func() error {
+			_, err := e.Script(e.ctx(time.Minute), `sed -i '/pmem0/d' /etc/fstab
+kexec -l /boot/vmlinuz-`+e.kernels[0]+` --initrd=/boot/initrd.img-`+e.kernels[0]+` --command-line="$(sed 's/memmap=[^ ]*//' /proc/cmdline)"
+systemctl --no-block kexec`)
+			return err
+		})
+		e.guests[0].awaitBelayd(e.Host)
+		if _, err := e.Virsh(e.ctx(2*time.Minute), "start", "web-1"); err != nil {
+			e.t.Fatal(err)
+		}
+		const remedy = `GRUB_CMDLINE_LINUX="... memmap=1G!4G"`
+		r := e.boots(1)
+		got, err := e.Belay(e.ctx(time.Minute), "kexec", "--kernel", r.Kernel, "--initrd", r.Initrd, "--all", "--dry-run")
+		if err != nil || got.Code != 3 || !strings.Contains(got.Stderr, "keeps no memory over a boot") || !strings.Contains(got.Stderr, remedy) {
+			e.t.Errorf("exit code %d, want 3, and what to reserve: %v\n%s%s", got.Code, err, got.Stdout, got.Stderr)
+		}
+		got, err = e.Belay(e.ctx(time.Minute), "doctor")
+		if err != nil || !strings.Contains(got.Stdout, remedy) {
+			e.t.Errorf("doctor does not say what to reserve (exit code %d): %v\n%s%s", got.Code, err, got.Stdout, got.Stderr)
+		}
 	})
 }

@@ -49,6 +49,7 @@ func TestPair(t *testing.T) {
 	}
 
 	t.Run("upgrade within a migration", func(t *testing.T) {
+		inFull(t)
 		b := b.within(t)
 		deb := b.newer(here, "99.1")
 		ctx := b.ctx(8 * time.Minute)

@@ -7,16 +7,21 @@ import (
 	"testing"
 	"time"
 
+	"belay/vmtests/guest"
 	"belay/vmtests/machine"
 )
 
 // mostExposed is what systemd-analyze security may count at most, of 10.
 const mostExposed = 4.5
 
-// TestBoot: a host on which Belay's package was installed, as it comes from its boot.
-func TestBoot(t *testing.T) {
-	b := newBed(t, machine.Config{Fresh: true})
+// TestHost: a host on which Belay's package was installed, with one guest: what systemd and
+// logind do with belayd, and for it; holds, and a new QEMU by every method. In the end it boots
+// in every way that there is.
+func TestHost(t *testing.T) {
+	b := newEmptyBed(t, machine.Config{})
 	h := b.Hosts[0]
+	must(t, h, "sh", "-c", `echo 'memory_backing_dir = "/dev/shm"' >>/etc/libvirt/qemu.conf && systemctl restart libvirtd.service`)
+	b.boot(guest.Spec{FileMemory: true})
 
 	t.Run("unit", func(t *testing.T) {
 		for property, want := range map[string]string{
@@ -99,8 +104,17 @@ func TestBoot(t *testing.T) {
 			t.Errorf("belayd delays shutdowns after the operation:\n%s", list)
 		}
 	})
+
+	t.Run("watchdog", func(t *testing.T) { b.within(t).watchdog() })
+	for _, method := range []string{"in-place", "prewarmed", "copy", "bounce"} {
+		if !t.Failed() { // else the guest may be anywhere
+			t.Run(method, func(t *testing.T) { b.within(t).replaceVMM(method) })
+		}
+	}
+	t.Run("reboot within a hold", func(t *testing.T) { inFull(t); b.within(t).reboot() })
 	// What the tests of other kernels stand on: a reset keeps the memory, a power cut does not.
 	t.Run("reset", func(t *testing.T) {
+		inFull(t)
 		b := b.within(t)
 		must(t, h, "sh", "-c", "echo kept >/var/lib/belay/memory/word && sync")
 		b.again(h, func() error { return h.Reset(t.Context()) })
@@ -110,6 +124,7 @@ func TestBoot(t *testing.T) {
 		b.awaitBelayd(h)
 	})
 	t.Run("power cut", func(t *testing.T) {
+		inFull(t)
 		b := b.within(t)
 		must(t, h, "sh", "-c", "echo kept >/root/word && sync")
 		b.again(h, func() error {
