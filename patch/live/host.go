@@ -32,7 +32,7 @@ type Timing struct {
 }
 
 // DefaultTiming goes by the kernel, which signals stragglers after 15 s.
-var DefaultTiming = Timing{Poll: 100 * time.Millisecond, Name: 15 * time.Second, Limit: 60 * time.Second, Back: 3 * time.Minute, Soak: 30 * time.Second}
+var DefaultTiming = Timing{Poll: 25 * time.Millisecond, Name: 15 * time.Second, Limit: 60 * time.Second, Back: 3 * time.Minute, Soak: 30 * time.Second}
 
 // View is what is to be seen of the host, with what Belay knows of it.
 func (h Host) View(ctx context.Context, known maint.Patches) (v maint.PatchView, err error) {

@@ -107,16 +107,8 @@ func (j *Job) Preflight(ctx context.Context, s Scratch) error {
 			plan.Before = known.Active
 		}
 	}
-	var sleepers []maint.KernelTask
-	asked.Go(func() { sleepers = j.forecast(ctx, k) })
 	if err := j.Store.Put(k.Name, a); err != nil {
 		return maint.Refuse(whatLoad, []maint.Problem{*maint.Problemf(maint.CodePatchFile, "folder "+j.Store.Dir, "make it writable, and room in it", "no copy can be kept: %v", err)})
-	}
-	asked.Wait()
-	if len(sleepers) > 0 {
-		if err := s.Note("these may hold up the transition: %s", names(sleepers)); err != nil {
-			return err
-		}
 	}
 	plan.Patch.Since = time.Now().Round(0)
 	return s.Save(plan)
@@ -139,6 +131,10 @@ func (j *Job) baseline(ctx context.Context, plan *intent) (problems []maint.Prob
 		problems = append(problems, *maint.Problemf(maint.CodeUnwell, "this host", "see that belay-kernel runs, which reads it (systemctl status belay-kernel.socket)",
 			"%s cannot be read, so nobody could tell whether the host is well after it: %v", what, err))
 	}
+	var guests []maint.Guest
+	var noGuests error
+	var libvirt sync.WaitGroup
+	libvirt.Go(func() { guests, noGuests = j.Guests(ctx) })
 	var err error
 	if plan.Taint, err = j.Tree.Taint(); err != nil {
 		add("the kernel's taint", err)
@@ -149,9 +145,8 @@ func (j *Job) baseline(ctx context.Context, plan *intent) (problems []maint.Prob
 	} else if len(lines) > 0 {
 		plan.LogSeq = lines[len(lines)-1].Seq
 	}
-	guests, err := j.Guests(ctx)
-	if err != nil {
-		problems = append(problems, *maint.Problemf(maint.CodeHypervisorDown, "libvirt", "systemctl status libvirtd virtqemud", "does not answer: %v", err))
+	if libvirt.Wait(); noGuests != nil {
+		problems = append(problems, *maint.Problemf(maint.CodeHypervisorDown, "libvirt", "systemctl status libvirtd virtqemud", "does not answer: %v", noGuests))
 	}
 	for _, g := range guests {
 		if g.State == maint.GuestRunning {
@@ -220,7 +215,7 @@ func (h Host) bringIn(ctx context.Context, s Scratch, k maint.KeptPatch, since t
 	if !is(*p, &k) {
 		return maint.Problemf(maint.CodePatchStack, "livepatch "+k.Name, "see 'belay patch list'", "another livepatch of that name is loaded")
 	}
-	return h.await(ctx, s, k.Name, since, limit, func(p *maint.LivePatch) (bool, error) {
+	return h.await(ctx, s, k, since, limit, func(p *maint.LivePatch) (bool, error) {
 		switch {
 		case p == nil:
 			return false, maint.Problemf(maint.CodePatchStack, "livepatch "+k.Name, "see 'belay patch list', and who else loads livepatches here", "has gone: somebody has disabled it, or put another in its place")
@@ -231,19 +226,26 @@ func (h Host) bringIn(ctx context.Context, s Scratch, k maint.KeptPatch, since t
 	})
 }
 
-// await looks at a livepatch until it is as wanted. It names those who are waited for, and
-// gives up in time.
-func (h Host) await(ctx context.Context, s Scratch, name string, since time.Time, limit time.Duration, over func(*maint.LivePatch) (bool, error)) error {
+// await looks at a livepatch until it is as wanted. It names those who may be waited for, as
+// soon as that is known, then those who are, and gives up in time.
+func (h Host) await(ctx context.Context, s Scratch, k maint.KeptPatch, since time.Time, limit time.Duration, over func(*maint.LivePatch) (bool, error)) error {
 	tick := time.NewTicker(h.Timing.Poll)
 	defer tick.Stop()
+	asking, stop := context.WithCancel(ctx)
+	defer stop()
+	var sleepers chan []maint.KernelTask
 	named := false
 	for {
-		p, err := h.Tree.Patch(name)
+		p, err := h.Tree.Patch(k.Name)
 		if err != nil {
 			return err
 		}
 		if done, err := over(p); done || err != nil {
 			return err
+		}
+		if sleepers == nil {
+			sleepers = make(chan []maint.KernelTask, 1)
+			go func() { sleepers <- h.forecast(asking, k) }()
 		}
 		waited := time.Since(since)
 		if waited >= h.Timing.Name && !named || waited >= limit {
@@ -253,7 +255,7 @@ func (h Host) await(ctx context.Context, s Scratch, name string, since time.Time
 				who = "tasks that cannot be told: " + err.Error()
 			}
 			if waited >= limit {
-				return maint.Problemf(maint.CodeStalled, "livepatch "+name, "try again when they do something else, or use rung B3 or D; it is never forced",
+				return maint.Problemf(maint.CodeStalled, "livepatch "+k.Name, "try again when they do something else, or use rung B3 or D; it is never forced",
 					"its transition has not come to its end in %s; it waits for %s", limit, who)
 			}
 			named = true
@@ -263,6 +265,12 @@ func (h Host) await(ctx context.Context, s Scratch, name string, since time.Time
 		}
 		select {
 		case <-tick.C:
+		case who := <-sleepers:
+			if len(who) > 0 {
+				if err := s.Note("these may hold up the transition: %s", names(who)); err != nil {
+					return err
+				}
+			}
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -304,7 +312,7 @@ func (h Host) unload(ctx context.Context, name string) error {
 // takeOut disables a livepatch, or turns its transition round, and waits until it has gone.
 func (h Host) takeOut(ctx context.Context, s Scratch, k maint.KeptPatch, limit time.Duration) error {
 	var said error
-	err := h.await(ctx, s, k.Name, time.Now(), limit, func(p *maint.LivePatch) (bool, error) {
+	err := h.await(ctx, s, k, time.Now(), limit, func(p *maint.LivePatch) (bool, error) {
 		switch {
 		case p == nil:
 			return true, nil

@@ -85,5 +85,5 @@ func (j *Job) UndoWithdraw(ctx context.Context, s Scratch) error {
 
 // turned waits until a livepatch is on its way in again, or out for good.
 func (h Host) turned(ctx context.Context, s Scratch, k maint.KeptPatch) error {
-	return h.await(ctx, s, k.Name, time.Now(), h.Timing.Back, func(p *maint.LivePatch) (bool, error) { return p == nil || p.Enabled, nil })
+	return h.await(ctx, s, k, time.Now(), h.Timing.Back, func(p *maint.LivePatch) (bool, error) { return p == nil || p.Enabled, nil })
 }

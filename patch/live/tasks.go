@@ -11,22 +11,29 @@ import (
 	"belay/agent/maint"
 )
 
-// Tasks are those that a transition waits for and, with functions ("object/function"),
-// those of kernel threads that are in one of them. It wants CAP_SYS_PTRACE for patch_state
-// and CAP_SYS_ADMIN for stacks.
-//
-// patch_state is -1 while no transition goes on, 1 for a task that runs the new code, 0 for one that
-// does not; the target is 1 while a livepatch is being enabled, and 0 on its way back.
-func (t Tree) Tasks(functions []string) ([]maint.KernelTask, error) {
+// Tasks are those that a transition waits for or, with functions ("object/function"), the
+// kernel threads that are in one of them. It wants CAP_SYS_PTRACE for patch_state and
+// CAP_SYS_ADMIN for stacks.
+func (t Tree) Tasks(functions []string) (tasks []maint.KernelTask, err error) {
+	if len(functions) > 0 {
+		tasks, err = t.asleep(functions)
+	} else {
+		tasks, err = t.waited()
+	}
+	slices.SortFunc(tasks, func(a, b maint.KernelTask) int { return a.TID - b.TID })
+	return tasks, err
+}
+
+// waited are those that a transition waits for. patch_state is -1 while none goes on, 1 for a
+// task that runs the new code, 0 for one that does not; the target is 1 while a livepatch is
+// being enabled, and 0 on its way back.
+func (t Tree) waited() (tasks []maint.KernelTask, err error) {
 	patches, err := t.Patches()
 	if err != nil {
 		return nil, err
 	}
 	target := ""
 	changed := make(map[string]bool)
-	for _, f := range functions {
-		changed[f[strings.LastIndexByte(f, '/')+1:]] = true
-	}
 	for _, p := range patches {
 		if !p.Transition {
 			continue
@@ -41,37 +48,43 @@ func (t Tree) Tasks(functions []string) ([]maint.KernelTask, error) {
 			}
 		}
 	}
-	processes, err := filepath.Glob(t.path("proc/[0-9]*"))
-	if err != nil {
-		return nil, err
+	if target == "" {
+		return nil, nil
 	}
-	var tasks []maint.KernelTask
-	for _, process := range processes {
-		// A kernel thread has no memory of its own: of size resident shared … all are 0.
-		kernel := strings.HasPrefix(read(process, "statm"), "0 0 ")
-		if target == "" && !(kernel && len(functions) > 0) {
-			continue // without a transition nobody is waited for
-		}
-		dirs, err := filepath.Glob(filepath.Join(process, "task/[0-9]*"))
-		if err != nil {
-			return nil, err
-		}
-		for _, dir := range dirs {
-			state := read(dir, "patch_state")
-			waited := target != "" && state != "" && state != "-1" && state != target
-			if !waited && !(kernel && len(functions) > 0) {
-				continue
-			}
+	dirs, err := filepath.Glob(t.path("proc/[0-9]*/task/[0-9]*"))
+	for _, dir := range dirs {
+		if state := read(dir, "patch_state"); state != "" && state != "-1" && state != target {
 			task := describe(dir, changed)
-			task.Kernel = kernel
-			if waited || task.Function != "" {
-				tasks = append(tasks, task)
-			}
+			task.Kernel = isKernel(filepath.Dir(filepath.Dir(dir)))
+			tasks = append(tasks, task)
 		}
 	}
-	slices.SortFunc(tasks, func(a, b maint.KernelTask) int { return a.TID - b.TID })
-	return tasks, nil
+	return tasks, err
 }
+
+// asleep are the kernel threads that are in one of the functions.
+func (t Tree) asleep(functions []string) (tasks []maint.KernelTask, err error) {
+	changed := make(map[string]bool)
+	for _, f := range functions {
+		changed[f[strings.LastIndexByte(f, '/')+1:]] = true
+	}
+	processes, err := filepath.Glob(t.path("proc/[0-9]*"))
+	for _, process := range processes {
+		if !isKernel(process) {
+			continue
+		}
+		// Each is a process of its own.
+		if task := describe(filepath.Join(process, "task", filepath.Base(process)), changed); task.Function != "" {
+			task.Kernel = true
+			tasks = append(tasks, task)
+		}
+	}
+	return tasks, err
+}
+
+// isKernel reports whether a process is a thread of the kernel's: it has no memory of its own,
+// of size resident shared … all are 0.
+func isKernel(process string) bool { return strings.HasPrefix(read(process, "statm"), "0 0 ") }
 
 // read reads a small file of a task, "" if it has gone or may not be read.
 func read(dir, name string) string {
