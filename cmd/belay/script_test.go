@@ -56,7 +56,7 @@ import (
 //	code N belay …                belay exits with N
 //	json PATH WANT                in the last standard output; PATH is like guests.0.name
 //	start belay …                 in the background
-//	says REGEXP                   wait for that in its standard error
+//	says REGEXP                   wait for that in what it writes
 //	ends N [interrupt]            it exits with N, after a SIGINT
 
 func TestMain(m *testing.M) {
@@ -98,7 +98,7 @@ type stage struct {
 	vendor  *livetest.Vendor
 
 	background *exec.Cmd
-	stderr     *lookup
+	written    *lookup // by it
 }
 
 func on(s *testscript.TestScript) *stage { return s.Value("stage").(*stage) }
@@ -359,8 +359,8 @@ func (p *stage) begin(s *testscript.TestScript, args []string) {
 		}
 	}
 	c := exec.Command(path, args[1:]...)
-	p.stderr = &lookup{grown: make(chan struct{})}
-	c.Stderr = p.stderr
+	p.written = &lookup{grown: make(chan struct{})}
+	c.Stdout, c.Stderr = p.written, p.written
 	c.Env = append(os.Environ(), "BELAY_SOCKET="+s.Getenv("BELAY_SOCKET"))
 	s.Check(c.Start())
 	p.background = c
@@ -373,8 +373,8 @@ func (p *stage) begin(s *testscript.TestScript, args []string) {
 }
 
 func (p *stage) says(s *testscript.TestScript, want string) {
-	if !p.stderr.await(regexp.MustCompile(want), patience) {
-		s.Fatalf("it does not say %s:\n%s", want, p.stderr)
+	if !p.written.await(regexp.MustCompile(want), patience) {
+		s.Fatalf("it does not say %s:\n%s", want, p.written)
 	}
 }
 
@@ -389,7 +389,7 @@ func (p *stage) ends(s *testscript.TestScript, args []string) {
 	got, err := exitOf(p.background.Wait())
 	s.Check(err)
 	if got != want {
-		s.Fatalf("exit code is %d, want %d:\n%s", got, want, p.stderr)
+		s.Fatalf("exit code is %d, want %d:\n%s", got, want, p.written)
 	}
 }
 
