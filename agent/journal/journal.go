@@ -389,8 +389,8 @@ func (j *Journal) Health() error {
 	return j.failed
 }
 
-// Prune deletes the records of operations and scheduled events that ended before t,
-// of reservations that lapsed, of guests that came and of disks that were settled before t.
+// Prune deletes the records of operations and scheduled events that ended before t, but for
+// parts of an operation that has not ended, of reservations that lapsed, of guests that came and of disks that were settled before t.
 // It makes one record of those about
 // scheduled events that are older than an hour: guests can cause many. It returns how
 // many records went.
@@ -399,7 +399,8 @@ func (j *Journal) Prune(t time.Time) (int, error) {
 	defer j.mu.Unlock()
 	gone := make(map[maint.OpID]bool)
 	for id, op := range j.ops {
-		if op.State == maint.OpEnded && op.Ended.Before(t) {
+		whole := j.ops[op.Part]
+		if op.State == maint.OpEnded && op.Ended.Before(t) && (whole == nil || whole.State == maint.OpEnded) {
 			gone[id] = true
 		}
 	}

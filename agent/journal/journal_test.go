@@ -144,6 +144,7 @@ func TestPruneTakesOnlyWhatHasEnded(t *testing.T) {
 	for _, recs := range [][]maint.Record{
 		{accepted("old"), {Op: "old", Kind: maint.RecEnded, Data: end}},
 		{accepted("open"), {Op: "open", Kind: maint.RecStepStart, Step: "one"}},
+		{{Op: "part", Kind: maint.RecAccepted, Data: data(maint.Op{ID: "part", Kind: maint.OpHold, Part: "open"})}, {Op: "part", Kind: maint.RecEnded, Data: end}},
 		{{Op: "r", Kind: maint.RecReserved, Data: data(held)}},
 		{{Op: "s", Kind: maint.RecReserved, Data: data(lapsed)}},
 	} {
@@ -157,8 +158,8 @@ func TestPruneTakesOnlyWhatHasEnded(t *testing.T) {
 	}
 	j.Close()
 	j = open(t, dir)
-	if ops := j.Ops(); len(ops) != 1 || ops[0].ID != "open" {
-		t.Fatalf("left: %v", ops)
+	if ops := j.Ops(); len(ops) != 2 || ops[0].ID != "open" || ops[1].ID != "part" {
+		t.Fatalf("left, and it is not the open operation with its part: %v", ops)
 	}
 	if _, ok := j.Reservation("r"); !ok {
 		t.Fatal("a live reservation was pruned")
