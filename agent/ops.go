@@ -88,7 +88,7 @@ func (a *Agent) admit(what string, op maint.Op) error {
 		if about := inCommon(op, running); about != "" {
 			return refuse(what, maint.Problemf(maint.CodeBusy, about,
 				fmt.Sprintf("wait for it (belay ops watch %s) or abort it (belay ops abort %s)", id, id),
-				"operation %s (%s), begun by %s at %s, is at work on it", id, running.Kind, running.By, running.Started.Format(time.TimeOnly)))
+				"operation %s (%s), begun by %s at %s, is at work on it", id, running.Kind, running.By, running.Started.Format(time.DateTime)))
 		}
 	}
 	for _, r := range a.journal.Reservations(time.Now()) {
