@@ -9,7 +9,9 @@ import (
 	"time"
 
 	"belay/agent/maint"
+	"belay/agent/plan"
 	"belay/agent/run"
+	"belay/agent/update"
 )
 
 // An apply carries a plan out. It does next to nothing itself: each step that guests could
@@ -47,22 +49,34 @@ func (a *Agent) checkPlan(ctx context.Context, what string, p maint.Plan) error 
 	if p.Seal().Hash != p.Hash || p.Version != maint.PlanVersion {
 		return refuse(what, maint.Problemf(maint.CodeTampered, "plan", "make it again (belay plan)", "is not as it was made"))
 	}
-	now, err := a.replan(ctx, p)
+	if err := maint.Refuse(what, update.Check(p.Update)); err != nil {
+		return err
+	}
+	l, err := a.ladder(ctx, p.Update, p.Options)
 	if err != nil {
 		return a.cannotAsk(what, err)
 	}
+	now := plan.Make(p.Update, l, p.Options)
 	if p.Host != now.Host || p.HostUUID != now.HostUUID {
 		return refuse(what, maint.Problemf(maint.CodeTampered, "plan", "make one here (belay plan)", "is for host %s, and this is %s", p.Host, now.Host))
 	}
 	if err := maint.Refuse(what, p.Blockers); err != nil {
 		return err
 	}
-	if p.World == now.World && len(now.Blockers) == 0 {
+	misplaced := plan.Misplaced(p, l)
+	over := p.Deadline.Before(now.Made) && p.Update.Urgency != maint.UrgencyEmergency
+	if p.World == now.World && len(now.Blockers) == 0 && p.Same(now) && len(misplaced) == 0 && !over {
 		return nil
 	}
 	diff := maint.PlanDiff(p, now)
+	for _, why := range misplaced {
+		diff = append(diff, why.Error())
+	}
+	if over {
+		diff = append(diff, "guests were to be waited for until "+p.Deadline.Format(time.RFC3339))
+	}
 	if len(diff) == 0 {
-		diff = []string{"what it was made from has changed"}
+		diff = []string{"its steps, or what they were made from, would be others"}
 	}
 	return refuse(what, maint.Problemf(maint.CodeStalePlan, "plan", "make it again (belay plan), and look at what is different", "is out of date: %s", strings.Join(diff, "; ")))
 }

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 )
 
@@ -148,6 +149,16 @@ func (p Plan) hash() string {
 // Brief is a plan without its guests, its steps and what was decided of each.
 func (p Plan) Brief() Plan {
 	return Plan{Version: p.Version, Hash: p.Hash, World: p.World, Host: p.Host, HostUUID: p.HostUUID, Made: p.Made, Deadline: p.Deadline, Options: p.Options, Update: p.Update}
+}
+
+// Same reports whether another plan does the same to the same guests. When, how long it is
+// expected to take, and to which peers they move may be otherwise.
+func (p Plan) Same(as Plan) bool {
+	return slices.EqualFunc(p.Steps, as.Steps, func(a, b PlanStep) bool {
+		return a.N == b.N && a.Kind == b.Kind && (a.To == "") == (b.To == "") && slices.Equal(a.Changes, b.Changes) && slices.Equal(a.Guests, b.Guests)
+	}) && slices.EqualFunc(p.Guests, as.Guests, func(a, b PlannedGuest) bool {
+		return a.UUID == b.UUID && a.Method == b.Method && (a.To == "") == (b.To == "") && a.Asked == b.Asked && slices.Equal(a.Feels, b.Feels)
+	})
 }
 
 // Encode writes a plan: one form for one plan.

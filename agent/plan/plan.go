@@ -46,6 +46,36 @@ func Make(u maint.Update, l maint.Ladder, o maint.PlanOptions) maint.Plan {
 	return p.Seal()
 }
 
+// Misplaced is why guests cannot move, all of them, where a plan sends them: peers' room goes
+// up and down, and another plan that could be made by now is none that must be.
+func Misplaced(p maint.Plan, l maint.Ladder) (ps []maint.Problem) {
+	rooms := newRooms(l.Peers)
+	for _, step := range p.Steps {
+		if step.Kind != maint.PlanMove {
+			continue
+		}
+		to := slices.IndexFunc(rooms, func(r *room) bool { return r.Name == step.To })
+		for _, g := range l.Guests {
+			if !slices.Contains(step.Guests, g.UUID) {
+				continue
+			}
+			if to < 0 {
+				ps = append(ps, *maint.Problemf(maint.CodeUnknownPeer, "guest "+g.Guest, "", "was to move to %s, which is no peer", step.To))
+				continue
+			}
+			against := rooms[to].against(&candidate{g: g})
+			for _, why := range against {
+				why.Subject, why.Reason = "guest "+g.Guest, "was to move to "+step.To+": "+why.Subject+" "+why.Reason
+				ps = append(ps, why)
+			}
+			if len(against) == 0 {
+				rooms[to].put(g)
+			}
+		}
+	}
+	return ps
+}
+
 // ordered is a ladder in the one order that plans are made from: guests and peers by name.
 func ordered(l maint.Ladder, o maint.PlanOptions) maint.Ladder {
 	l.Now = l.Now.UTC().Round(0)
