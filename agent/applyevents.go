@@ -25,8 +25,12 @@ func (x application) announce(ctx context.Context, s *run.Scratch) error {
 		if err != nil {
 			return err
 		}
+		at, err := x.announced(ctx, step)
+		if err != nil {
+			return err
+		}
 		for _, guests := range campaign.Partition(missing, a.ownerOf(missing), a.policy()) {
-			if err := a.announceTo(child, guests, x.standstill(guests, kind), step.At); err != nil {
+			if err := a.announceTo(child, guests, x.standstill(guests, kind), at); err != nil {
 				return err
 			}
 			told += len(guests)
@@ -70,30 +74,15 @@ func kindOf(k maint.PlanStepKind) maint.OpKind {
 	return ""
 }
 
-// await waits until a step may begin: its guests have had their notice, or approved, or
-// where they are not told its moment has come.
+// await waits until a step may begin, and sees that it still may.
 func (x application) await(ctx context.Context, step maint.PlanStep) error {
-	var ids []maint.EventID
-	for _, e := range x.a.openEvents(maint.StepOp(x.op.ID, step.N)) {
-		ids = append(ids, e.ID)
-	}
 	if x.emergency() != "" {
 		return nil
 	}
-	if len(ids) > 0 {
-		if err := x.a.keeper.Wait(ctx, ids); err != nil {
-			return err
-		}
-		return x.noWorse(ctx)
+	if err := x.untilMoment(ctx, func(now time.Time) (time.Time, error) { return x.moment(ctx, step, now) }); err != nil {
+		return err
 	}
-	t := time.NewTimer(time.Until(step.At))
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return x.noWorse(ctx)
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
+	return x.noWorse(ctx)
 }
 
 // noWorse sees, before the first thing that a guest feels, that the update has come to no more
@@ -102,7 +91,9 @@ func (x application) noWorse(ctx context.Context) error {
 	if slices.ContainsFunc(x.a.journal.Ops(), func(op maint.Op) bool { return op.Part == x.op.ID && op.Kind != maint.OpPatch }) {
 		return nil
 	}
-	now, err := x.a.replan(ctx, x.plan)
+	left := x.plan
+	left.Update.Changes = slices.DeleteFunc(slices.Clone(left.Update.Changes), func(c maint.Change) bool { return x.patched(c.Name) })
+	now, err := x.a.replan(ctx, left)
 	if err != nil {
 		return x.a.cannotAsk("cannot go on with the update", err)
 	}
@@ -124,6 +115,18 @@ func (x application) noWorse(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// patched reports whether a change is done that nobody feels. What is left is planned without
+// it: a livepatch that is loaded cannot be loaded.
+func (x application) patched(change string) bool {
+	now, _ := x.a.journal.Op(x.op.ID)
+	for _, step := range x.plan.Steps {
+		if step.Kind == maint.PlanPatch && slices.Contains(step.Changes, change) {
+			return slices.ContainsFunc(now.Steps, func(s maint.Step) bool { return s.Name == step.Name() && s.Status == "done" })
+		}
+	}
+	return false
 }
 
 // toCome reports whether an operation that is not there yet is a step of an apply that goes

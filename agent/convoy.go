@@ -13,6 +13,7 @@ import (
 	"belay/agent/maint"
 	"belay/agent/run"
 	"belay/migrate/evacuate"
+	"belay/notify/board"
 )
 
 // convoy has many guests moved, each by a migration of its own, here or on a peer.
@@ -46,6 +47,8 @@ type convoy struct {
 	tells func(peer string) bool
 	// waits reports whether the migration waits for its guest's notice.
 	waits func(maint.GuestMove) bool
+	// when is the moment from which on a planned move may begin; nil: any.
+	when func(maint.GuestMove) time.Time
 	// look may plan more; see drainage.
 	look func(ctx context.Context, last bool) (wait bool, err error)
 
@@ -121,7 +124,9 @@ func (c *convoy) later(uuid string) {
 }
 
 // due reports whether a guest's move may be tried, as of when the convoy last woke up.
-func (c *convoy) due(m maint.GuestMove) bool { return !c.now.Before(c.notBefore[m.GuestUUID]) }
+func (c *convoy) due(m maint.GuestMove) bool {
+	return !c.now.Before(c.notBefore[m.GuestUUID]) && (c.when == nil || !c.now.Before(c.when(m)))
+}
 
 // trial is one migration that has ended, or could not begin.
 type trial struct {
@@ -141,7 +146,7 @@ func (c *convoy) run(ctx context.Context) error {
 	ended := make(chan trial)
 	under, aborted := make(map[string]maint.GuestMove), make(map[string]bool)
 	for {
-		changed, seen := c.a.journal.Changed(), c.a.view.changed()
+		changed, seen, told := c.a.journal.Changed(), c.a.view.changed(), c.a.keeper.See(func(board.Board) {})
 		c.now = time.Now()
 		over := ctx.Err() != nil
 		wait := false
@@ -186,6 +191,7 @@ func (c *convoy) run(ctx context.Context) error {
 			}
 		case <-changed:
 		case <-seen:
+		case <-told:
 		case <-alarm.C:
 		case <-done:
 		case <-c.a.life.Done():
@@ -199,9 +205,17 @@ func (c *convoy) run(ctx context.Context) error {
 // wake is how long nothing is to be done unless something happens.
 func (c *convoy) wake() time.Duration {
 	least := time.Minute
-	for _, at := range c.notBefore {
+	until := func(at time.Time) {
 		if at.After(c.now) {
 			least = min(least, max(0, time.Until(at)))
+		}
+	}
+	for _, at := range c.notBefore {
+		until(at)
+	}
+	for _, m := range c.moves() {
+		if c.when != nil && m.State == maint.MovePlanned {
+			until(c.when(m))
 		}
 	}
 	return least

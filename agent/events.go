@@ -157,8 +157,8 @@ var descriptions = map[maint.OpKind]string{
 // It is an error if one was cancelled: that ends the operation, also one that did not
 // live to see it.
 func (a *Agent) untold(ctx context.Context, op maint.Op) (missing []maint.EventGuest, err error) {
-	for _, e := range a.keeper.Events(func(e maint.ScheduledEvent) bool { return e.Op == op.ID && e.State == maint.EventCancelled }) {
-		return nil, maint.Problemf(maint.CodeEventState, "event "+string(e.ID), "begin the operation again", "was called off: %s", e.Note)
+	if err := a.calledOff(op.ID); err != nil {
+		return nil, err
 	}
 	guests, err := a.hyp.Guests(ctx)
 	if err != nil {
@@ -175,6 +175,14 @@ func (a *Agent) untold(ctx context.Context, op maint.Op) (missing []maint.EventG
 		}
 	}
 	return missing, nil
+}
+
+// calledOff is an error if an event of an operation was cancelled.
+func (a *Agent) calledOff(op maint.OpID) error {
+	for _, e := range a.keeper.Events(func(e maint.ScheduledEvent) bool { return e.Op == op && e.State == maint.EventCancelled }) {
+		return maint.Problemf(maint.CodeEventState, "event "+string(e.ID), "begin the operation again", "was called off: %s", e.Note)
+	}
+	return nil
 }
 
 // policy is whose approval operations wait for.

@@ -99,22 +99,42 @@ func (t *timetable) common(some []*candidate, from time.Time) time.Time {
 	if asked {
 		return latest(at, t.deadline)
 	}
+	var waits []Wait
+	for _, c := range some {
+		if len(c.g.Policy.Windows) > 0 {
+			waits = append(waits, Wait{Slots: c.g.Slots, For: c.chosen.longest.High})
+		}
+	}
+	fits, ok := Common(waits, at, t.deadline)
+	if !ok {
+		return t.outside(some, latest(at, t.deadline))
+	}
+	return fits
+}
+
+// Wait is what a guest with windows waits for: so much time in one of them.
+type Wait struct {
+	Slots []maint.Slot
+	For   time.Duration
+}
+
+// Common is the first moment from then on that suits all; false: none does until the
+// deadline.
+func Common(all []Wait, from, deadline time.Time) (at time.Time, ok bool) {
+	at = from
 	for again := true; again; {
 		again = false
-		for _, c := range some {
-			if len(c.g.Policy.Windows) == 0 {
-				continue
-			}
-			fits, ok := within(c.g.Slots, at, c.chosen.longest.High)
-			if !ok || fits.After(t.deadline) {
-				return t.outside(some, latest(at, t.deadline))
+		for _, w := range all {
+			fits, ok := within(w.Slots, at, w.For)
+			if !ok || fits.After(deadline) {
+				return at, false
 			}
 			if fits.After(at) {
 				at, again = fits, true
 			}
 		}
 	}
-	return at
+	return at, true
 }
 
 // outside notes whose windows the moment is not in.
