@@ -104,10 +104,21 @@ func (a *Agent) applySteps(op maint.Op) []run.Step {
 			part = append(part, x.plan.Steps[i]) // side by side
 		}
 		steps = append(steps, run.Step{Name: at.Name(), Commit: i == last,
-			Do:   func(ctx context.Context, s *run.Scratch) error { return x.orCordon(x.do(ctx, s, part)) },
+			Do:   func(ctx context.Context, s *run.Scratch) error { return x.orCordon(midway(at, x.do(ctx, s, part))) },
 			Undo: func(ctx context.Context, s *run.Scratch) error { return x.orCordonAny(x.undo(ctx, s, part)) }})
 	}
 	return append(steps, run.Step{Name: phaseAccount, Do: func(context.Context, *run.Scratch) error { return x.account() }})
+}
+
+// midway has a refusal after an apply's first step not be taken for one of the apply: something
+// was begun by then.
+func midway(step maint.PlanStep, err error) error {
+	var r *maint.Refusal
+	if step.Kind == maint.PlanCheck || !errors.As(err, &r) {
+		return err
+	}
+	p := together(r.Problems[0].Subject, r.Problems)
+	return &p
 }
 
 // application is one plan on its way.
@@ -148,10 +159,8 @@ func (x application) do(ctx context.Context, s *run.Scratch, part []maint.PlanSt
 	case maint.PlanVerify:
 		return x.verify(ctx, s, step)
 	case maint.PlanReturn:
-		return x.home(func(begin beginning) error {
-			_, err := x.through(ctx, maint.StepOp(x.op.ID, step.N), begin)
-			return err
-		})
+		_, err := x.home(func(begin beginning) (maint.Op, error) { return x.through(ctx, maint.StepOp(x.op.ID, step.N), begin) })
+		return err
 	case maint.PlanUncordon:
 		return x.uncordon()
 	}
@@ -171,13 +180,13 @@ func (x application) undo(ctx context.Context, s *run.Scratch, part []maint.Plan
 	case maint.PlanCordon, maint.PlanUncordon:
 		return x.uncordon()
 	case maint.PlanMove:
-		return x.home(func(begin beginning) error { return x.back(ctx, step, begin) })
+		return x.unmove(step)
 	case maint.PlanPatch:
 		return x.unpatch(ctx, s, step)
 	case maint.PlanHold:
 		return x.unhold(ctx, s, step)
 	case maint.PlanKexec:
-		return x.unkexec(ctx, step)
+		return x.unkexec(step)
 	case maint.PlanService:
 		return x.takeBack(ctx, s, step)
 	}
@@ -194,7 +203,7 @@ func (x application) orCordon(err error) error {
 }
 
 func (x application) orCordonAny(err error) error {
-	if err == nil || x.a.life.Err() != nil {
+	if beside := new(run.Beside); err == nil || errors.As(err, &beside) || x.a.life.Err() != nil {
 		return err
 	}
 	if _, cerr := x.a.Cordon(x.a.life, x.by(), "an update is stuck: operation "+string(x.op.ID)); cerr != nil {
@@ -210,10 +219,21 @@ type beginning = func(edit func(*maint.Op)) (maint.Op, error)
 // the apply is to end, so is that.
 func (x application) through(ctx context.Context, id maint.OpID, begin beginning) (end maint.Op, err error) {
 	a := x.a
-	if !x.begun(id) {
+	for since := time.Now(); !x.begun(id); {
+		changed := a.journal.Changed()
 		_, err := begin(func(child *maint.Op) { child.ID, child.Part = id, x.op.ID })
-		if err != nil && !x.begun(id) {
+		if err == nil || x.begun(id) {
+			break
+		}
+		var r *maint.Refusal
+		if !errors.As(err, &r) || !soon(r.Problems) || time.Since(since) > busyGrace {
 			return maint.Op{}, err
+		}
+		select {
+		case <-changed:
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+			return maint.Op{}, context.Cause(ctx)
 		}
 	}
 	ended := func() bool {
@@ -237,24 +257,41 @@ func (x application) through(ctx context.Context, id maint.OpID, begin beginning
 	return end, err
 }
 
+// busyGrace is for how long a step waits for what somebody else has begun with its guests.
+const busyGrace = 2 * time.Minute
+
 // back is through for a step that is taken back, by one operation or several: one that has
 // failed, as one does whose belayd dies while guests are held, leaves them as they were, and
-// is begun anew.
-func (x application) back(ctx context.Context, step maint.PlanStep, begin ...beginning) (err error) {
+// is begun anew. Each has the time that the operation has; end is the last.
+func (x application) back(step maint.PlanStep, begin ...beginning) (end maint.Op, err error) {
+	life := x.a.life
 	for i, b := range begin {
-		for try := i*maxTries + 1; try <= (i+1)*maxTries; try++ {
+		for try := 1; ; try++ {
 			var stuck *run.Stuck
-			if _, err = x.through(ctx, maint.UndoOp(x.op.ID, step.N, try), b); err == nil {
+			if end, err = x.through(life, maint.UndoOp(x.op.ID, step.N, i*maxTries+try), b); err == nil {
 				break
-			} else if errors.As(err, &stuck) || ctx.Err() != nil {
-				return err
 			}
-		}
-		if err != nil {
-			return err
+			if errors.As(err, &stuck) || life.Err() != nil || try == maxTries || end.Kind == maint.OpRestore && onlyOf(end.Problems, noneToFetch) {
+				return end, err
+			}
+			pause(life, time.Duration(try)*time.Second)
 		}
 	}
-	return nil
+	return end, nil
+}
+
+// takeBackBy is back, with what is not as it should be beside.
+func (x application) takeBackBy(step maint.PlanStep, begin ...beginning) error {
+	end, err := x.back(step, begin...)
+	if err == nil && end.Outcome == maint.OutcomePartly {
+		return &run.Beside{Problems: end.Problems}
+	}
+	return err
+}
+
+// onlyOf reports whether there are problems, all of a kind.
+func onlyOf(ps []maint.Problem, kind func(maint.Problem) bool) bool {
+	return len(ps) > 0 && !slices.ContainsFunc(ps, func(p maint.Problem) bool { return !kind(p) })
 }
 
 // outcome is an error unless the operation of a step has done it. What was not as it should
@@ -309,23 +346,29 @@ func (x application) change(name string) maint.Change {
 	return x.plan.Update.Changes[i]
 }
 
-// here are the guests of a step that are on this host; stranger is one that runs here and
-// that nothing was planned for, or that it should have gone.
-func (x application) here(ctx context.Context, of []string) (uuids []string, stranger *maint.Problem, err error) {
+// here are the guests of a step that are on this host, of a hold those that run; stranger is one
+// that runs here and would feel it, although nothing, or something else, was planned for it.
+func (x application) here(ctx context.Context, step maint.PlanStep) (uuids []string, stranger *maint.Problem, err error) {
 	guests, err := x.a.presentAtLast(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
+	const remedy = "make the plan again (belay plan)"
+	hold := step.Kind == maint.PlanHold
 	for _, g := range guests {
 		i := slices.IndexFunc(x.plan.Guests, func(p maint.PlannedGuest) bool { return p.UUID == g.UUID })
 		switch {
 		case !g.State.Active():
-		case slices.Contains(of, g.UUID):
-			uuids = append(uuids, g.UUID)
+		case slices.Contains(step.Guests, g.UUID):
+			if !hold || works(g) {
+				uuids = append(uuids, g.UUID)
+			}
 		case i < 0:
-			stranger = maint.Problemf(maint.CodeStalePlan, "guest "+g.Name, "make the plan again (belay plan)", "has started since the plan was made, and has no part in it")
+			stranger = maint.Problemf(maint.CodeStalePlan, "guest "+g.Name, remedy, "has started since the plan was made, and has no part in it")
 		case x.plan.Guests[i].To != "":
-			stranger = maint.Problemf(maint.CodeStalePlan, "guest "+g.Name, "make the plan again (belay plan)", "was to be moved to %s, and is here", x.plan.Guests[i].To)
+			stranger = maint.Problemf(maint.CodeStalePlan, "guest "+g.Name, remedy, "was to be moved to %s, and is here", x.plan.Guests[i].To)
+		case hold && works(g):
+			stranger = maint.Problemf(maint.CodeStalePlan, "guest "+g.Name, remedy, "was paused when the plan was made, and runs")
 		}
 	}
 	return uuids, stranger, nil

@@ -48,7 +48,8 @@ func (x application) verify(ctx context.Context, s *run.Scratch, step maint.Plan
 	if slices.ContainsFunc(x.plan.Steps[step.N:], func(t maint.PlanStep) bool { return t.Kind == maint.PlanVerify }) {
 		when = maint.CheckBetween
 	}
-	if p := x.missing(ctx); p != nil {
+	asked := slices.ContainsFunc(x.plan.Update.Checks, func(c maint.UpdateCheck) bool { return c.Guests && c.At(when) })
+	if p := x.missing(ctx, asked); p != nil {
 		return p
 	}
 	for i, c := range x.plan.Update.Checks {
@@ -74,21 +75,33 @@ func (x application) verify(ctx context.Context, s *run.Scratch, step maint.Plan
 	return nil
 }
 
-// missing is a guest of the plan that ran, and does not any more.
-func (x application) missing(ctx context.Context) *maint.Problem {
+// missing is a guest of the plan that ran, and is gone, or has crashed, unless a check is to say
+// what follows from that.
+func (x application) missing(ctx context.Context, asked bool) *maint.Problem {
 	guests, err := x.a.presentAtLast(ctx)
 	if err != nil {
 		return maint.AsProblem(err, maint.CodeHypervisorDown, "host "+x.a.cfg.Host)
 	}
 	now, _ := x.a.journal.Op(x.op.ID)
 	for _, g := range x.plan.Guests {
-		here := slices.ContainsFunc(guests, func(h maint.Guest) bool { return keyOf(h) == g.UUID })
+		i := slices.IndexFunc(guests, func(h maint.Guest) bool { return keyOf(h) == g.UUID })
+		if i >= 0 && !asked && !guests[i].State.Active() && !ownDoing(guests[i]) {
+			return maint.Problemf(maint.CodeGuestOff, "guest "+g.Guest, "see its log in /var/log/libvirt/qemu", "ran when the update began, and is %s (%s)", guests[i].State, guests[i].Reason)
+		}
 		moved := slices.ContainsFunc(now.Moves, func(m maint.GuestMove) bool { return m.GuestUUID == g.UUID && m.State == maint.MoveMoved })
-		if !here && !moved {
+		if i < 0 && !moved && !x.taken(g.UUID) {
 			return maint.Problemf(maint.CodeUnknownGuest, "guest "+g.Guest, "look for it with 'belay guests' on other hosts", "is not on %s any more, and this update has not moved it", x.a.cfg.Host)
 		}
 	}
 	return nil
+}
+
+// taken reports whether somebody else has migrated a guest away since the update began.
+func (x application) taken(uuid string) bool {
+	return slices.ContainsFunc(x.a.journal.Ops(), func(op maint.Op) bool {
+		return op.Kind == maint.OpMigrate && op.Part != x.op.ID && op.GuestUUID == uuid && op.Ended.After(x.op.Started) &&
+			(op.Outcome == maint.OutcomeDone || op.Outcome == maint.OutcomePartly)
+	})
 }
 
 // ask asks one check until it is well, or has failed so often in a row, or its time is up.

@@ -116,20 +116,55 @@ func (x application) awaitFirst(ctx context.Context, part []maint.PlanStep) erro
 }
 
 // home brings back those that have moved away, by an operation that do sees through.
-func (x application) home(do func(beginning) error) error {
+func (x application) home(do func(beginning) (maint.Op, error)) (end maint.Op, err error) {
 	now, _ := x.a.journal.Op(x.op.ID)
 	if !slices.ContainsFunc(now.Moves, func(m maint.GuestMove) bool { return m.State == maint.MoveMoved }) {
-		return nil
+		return end, nil
 	}
-	op := maint.Op{Kind: maint.OpRestore, By: x.by(), Reason: x.reason(), Deadline: time.Now().Add(maint.DrainTimeout),
-		Restore: &maint.RestoreRequest{Drain: x.op.ID, Timeout: maint.DrainTimeout, Reason: x.reason()}}
-	err := do(func(edit func(*maint.Op)) (maint.Op, error) {
+	end, err = do(func(edit func(*maint.Op)) (maint.Op, error) {
+		op := maint.Op{Kind: maint.OpRestore, By: x.by(), Reason: x.reason(), Deadline: time.Now().Add(maint.DrainTimeout),
+			Restore: &maint.RestoreRequest{Drain: x.op.ID, Timeout: maint.DrainTimeout, Reason: x.reason()}}
 		edit(&op)
 		return x.a.submit(x.a.life, "cannot bring guests back", op)
 	})
-	var p *maint.Problem
-	if errors.As(err, &p) && p.Code == maint.CodeNothing { // they are back
+	if onlyOf(end.Problems, isBack) {
+		err = nil
+	}
+	return end, err
+}
+
+// isBack says of a guest that it is here again.
+func isBack(p maint.Problem) bool { return p.Code == maint.CodeNothing }
+
+// unmove brings back those that have moved away. It is an error if one could not be, but for
+// those that nobody could fetch: their owners have ended them, or taken them elsewhere.
+func (x application) unmove(step maint.PlanStep) error {
+	end, err := x.home(func(begin beginning) (maint.Op, error) { return x.back(step, begin) })
+	switch {
+	case err != nil && onlyOf(end.Problems, noneToFetch):
+		return &run.Beside{Problems: end.Problems}
+	case err != nil || len(end.Moves) == 0:
+		return err
+	}
+	guests, err := x.a.presentAtLast(x.a.life)
+	if err != nil {
+		return err
+	}
+	var away, beside []maint.Problem
+	for _, m := range end.Moves {
+		switch {
+		case m.State == maint.MoveMoved, onlyOf(m.Problems, noneToFetch):
+			beside = append(beside, slices.DeleteFunc(slices.Clone(m.Problems), isBack)...)
+		case !slices.ContainsFunc(guests, func(g maint.Guest) bool { return keyOf(g) == m.GuestUUID && g.State.Active() }):
+			away = append(away, whyLeft(m))
+		}
+	}
+	if len(away) > 0 {
+		p := together(away[0].Subject, away)
+		return &p
+	}
+	if len(beside) == 0 {
 		return nil
 	}
-	return err
+	return &run.Beside{Problems: beside}
 }

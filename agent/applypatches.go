@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"path/filepath"
+	"slices"
 
 	"belay/agent/maint"
 	"belay/agent/run"
@@ -42,10 +43,10 @@ func (x application) unpatch(ctx context.Context, s *run.Scratch, step maint.Pla
 	op, done := x.done(maint.StepOp(x.op.ID, step.N))
 	r := maint.PatchRequest{Reason: x.reason()}
 	switch {
-	case !done:
+	case !done && !restarted(op):
 		return x.takeBack(ctx, s, step)
 	case op.Patch.Action == maint.PatchApply && op.Patched != nil:
-		return x.unload(ctx, s, step, op)
+		return x.unload(s, step, op)
 	case op.Patch.Action == maint.PatchQEMU && op.Patched != nil:
 		r.Action, r.File, r.Revert = maint.PatchQEMU, c.File, true
 		for _, q := range op.Patched.QEMUs {
@@ -61,7 +62,13 @@ func (x application) unpatch(ctx context.Context, s *run.Scratch, step maint.Pla
 	default:
 		return nil
 	}
-	return x.back(ctx, step, x.patching(ctx, r))
+	return x.takeBackBy(step, x.patching(x.a.life, r))
+}
+
+// restarted reports whether a unit's restart was begun, however it has ended.
+func restarted(op maint.Op) bool {
+	return op.Patch != nil && op.Patch.Action == maint.PatchRestart &&
+		slices.ContainsFunc(op.Steps, func(s maint.Step) bool { return s.Name == live.PhaseRestart })
 }
 
 // patching begins to change the running host.
@@ -92,14 +99,14 @@ func (x application) keepActive(s *run.Scratch, step maint.PlanStep) error {
 }
 
 // unload takes a livepatch back, and loads the one again that was active before it.
-func (x application) unload(ctx context.Context, s *run.Scratch, step maint.PlanStep, op maint.Op) error {
+func (x application) unload(s *run.Scratch, step maint.PlanStep, op maint.Op) error {
 	var h hostRun
 	if _, err := s.Load(step.Name(), &h); err != nil {
 		return err
 	}
-	do := []beginning{x.patching(ctx, maint.PatchRequest{Action: maint.PatchRevert, Name: op.Patched.Name, Reason: x.reason()})}
+	do := []beginning{x.patching(x.a.life, maint.PatchRequest{Action: maint.PatchRevert, Name: op.Patched.Name, Reason: x.reason()})}
 	if b := h.Before; b != nil && op.Patched.Replaced == b.Name {
-		do = append(do, x.patching(ctx, maint.PatchRequest{Action: maint.PatchApply, File: x.before().File(*b), Reason: x.reason()}))
+		do = append(do, x.patching(x.a.life, maint.PatchRequest{Action: maint.PatchApply, File: x.before().File(*b), Reason: x.reason()}))
 	}
-	return x.back(ctx, step, do...)
+	return x.takeBackBy(step, do...)
 }

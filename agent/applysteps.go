@@ -25,7 +25,7 @@ func (x application) hold(ctx context.Context, s *run.Scratch, step maint.PlanSt
 	if err := x.await(ctx, step); err != nil {
 		return err
 	}
-	guests, stranger, err := x.here(ctx, step.Guests)
+	guests, stranger, err := x.here(ctx, step)
 	switch {
 	case err != nil:
 		return err
@@ -43,7 +43,12 @@ func (x application) hold(ctx context.Context, s *run.Scratch, step maint.PlanSt
 	if c.Undo != nil {
 		r.Undo = &c.Undo.HostStep
 	}
-	_, err = x.through(ctx, id, func(edit func(*maint.Op)) (maint.Op, error) { return x.a.hold(ctx, x.by(), r, edit) })
+	_, err = x.through(ctx, id, func(edit func(*maint.Op)) (maint.Op, error) {
+		if r.Guests, stranger, err = x.here(ctx, step); err != nil || stranger != nil {
+			return maint.Op{}, cmp.Or[error](err, stranger)
+		}
+		return x.a.hold(ctx, x.by(), r, edit)
+	})
 	return err
 }
 
@@ -54,15 +59,30 @@ func (x application) unhold(ctx context.Context, s *run.Scratch, step maint.Plan
 	if _, done := x.done(maint.StepOp(x.op.ID, step.N)); !done || c.Undo == nil {
 		return x.takeBack(ctx, s, step)
 	}
-	guests, _, err := x.here(ctx, step.Guests)
-	if err != nil {
-		return err
+	here := func() (guests []string, err error) { // who has come since would feel it, too
+		all, err := x.a.presentAtLast(x.a.life)
+		for _, g := range all {
+			if works(g) {
+				guests = append(guests, g.UUID)
+			}
+		}
+		return guests, err
 	}
-	if len(guests) == 0 {
-		return x.host(ctx, s, "undo", step, c.Undo)
+	if !x.begun(maint.UndoOp(x.op.ID, step.N, 1)) { // else guests may be held
+		switch guests, err := here(); {
+		case err != nil:
+			return err
+		case len(guests) == 0:
+			return x.host(ctx, s, "undo", step, c.Undo)
+		}
 	}
-	r := maint.HoldRequest{Guests: guests, Step: c.Undo.HostStep, Reason: x.reason(), Emergency: x.goingBack(), MaxPause: x.longest(step.Guests)}
-	return x.back(ctx, step, func(edit func(*maint.Op)) (maint.Op, error) { return x.a.hold(ctx, x.by(), r, edit) })
+	r := maint.HoldRequest{Step: c.Undo.HostStep, Reason: x.reason(), Emergency: x.goingBack(), MaxPause: x.longest(step.Guests)}
+	return x.takeBackBy(step, func(edit func(*maint.Op)) (op maint.Op, err error) {
+		if r.Guests, err = here(); err != nil {
+			return op, err
+		}
+		return x.a.hold(x.a.life, x.by(), r, edit)
+	})
 }
 
 // longest is for how long guests may be held: as planned, and the host's default at least.
@@ -83,19 +103,21 @@ func (x application) reason() string {
 // replace puts a new QEMU under a guest, unless it is not there any more.
 func (x application) replace(ctx context.Context, s *run.Scratch, step maint.PlanStep) error {
 	id := maint.StepOp(x.op.ID, step.N)
-	if !x.begun(id) {
-		if err := x.await(ctx, step); err != nil {
-			return err
-		}
-		guests, _, err := x.here(ctx, step.Guests)
-		if err != nil {
-			return err
-		}
-		if len(guests) == 0 {
-			return s.Note("the guest does not run here any more")
-		}
+	if x.begun(id) { // it may be between two QEMUs, and not be here
+		_, err := x.through(ctx, id, nil)
+		return err
 	}
-	_, err := x.through(ctx, id, x.renew(ctx, step.Guests[0], x.emergency()))
+	if err := x.await(ctx, step); err != nil {
+		return err
+	}
+	guests, _, err := x.here(ctx, step)
+	if err != nil {
+		return err
+	}
+	if len(guests) == 0 {
+		return s.Note("the guest does not run here any more")
+	}
+	_, err = x.through(ctx, id, x.renew(ctx, step.Guests[0], x.emergency()))
 	return err
 }
 
@@ -120,7 +142,7 @@ func (x application) kexec(ctx context.Context, s *run.Scratch, step maint.PlanS
 	if err := x.await(ctx, step); err != nil {
 		return err
 	}
-	guests, stranger, err := x.here(ctx, step.Guests)
+	guests, stranger, err := x.here(ctx, step)
 	switch {
 	case err != nil:
 		return err
@@ -140,14 +162,14 @@ func (x application) kexec(ctx context.Context, s *run.Scratch, step maint.PlanS
 }
 
 // unkexec starts the kernel again that was there before.
-func (x application) unkexec(ctx context.Context, step maint.PlanStep) error {
+func (x application) unkexec(step maint.PlanStep) error {
 	op, done := x.done(maint.StepOp(x.op.ID, step.N))
 	if !done || op.Kexeced == nil || op.Kexeced.Before == op.Kexeced.After {
 		return nil
 	}
 	r := maint.KexecRequest{Kernel: "/boot/vmlinuz-" + op.Kexeced.Before, Initrd: "/boot/initrd.img-" + op.Kexeced.Before,
 		All: true, Reason: x.reason(), Emergency: x.goingBack()}
-	return x.back(ctx, step, func(edit func(*maint.Op)) (maint.Op, error) { return x.a.kexec(ctx, x.by(), r, edit) })
+	return x.takeBackBy(step, func(edit func(*maint.Op)) (maint.Op, error) { return x.a.kexec(x.a.life, x.by(), r, edit) })
 }
 
 // service changes the host where no guest can feel it.
@@ -209,6 +231,7 @@ func (x application) unprepare(ctx context.Context, s *run.Scratch, step maint.P
 			return err
 		}
 	}
+	var beside []maint.Problem
 	for _, t := range x.plan.Steps {
 		if t.Kind != maint.PlanReplace || !slices.Contains(t.Changes, c.Name) {
 			continue
@@ -216,9 +239,16 @@ func (x application) unprepare(ctx context.Context, s *run.Scratch, step maint.P
 		if _, done := x.done(maint.StepOp(x.op.ID, t.N)); !done {
 			continue
 		}
-		if err := x.back(ctx, t, x.renew(ctx, t.Guests[0], x.goingBack())); err != nil {
+		err := x.takeBackBy(t, x.renew(x.a.life, t.Guests[0], x.goingBack()))
+		if b := new(run.Beside); errors.As(err, &b) {
+			beside, err = append(beside, b.Problems...), nil
+		}
+		if err != nil {
 			return err
 		}
+	}
+	if len(beside) > 0 {
+		return &run.Beside{Problems: beside}
 	}
 	return nil
 }
