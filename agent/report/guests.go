@@ -19,7 +19,7 @@ func guests(s Source) []maint.GuestReport {
 		all = append(all, replaced(op))
 	case op.Held != nil && op.Hold != nil:
 		for _, g := range op.Held.Guests {
-			all = append(all, heldGuest(g, op.Hold.MaxPause))
+			all = append(all, heldGuest(g, op.Hold.MaxPause, op.Held.Step != nil))
 		}
 	case op.Kexeced != nil:
 		for _, g := range op.Kexeced.Guests {
@@ -156,8 +156,8 @@ func replaced(op maint.Op) maint.GuestReport {
 	return g
 }
 
-// heldGuest is a guest of a hold, which may stand still for limit.
-func heldGuest(h maint.HeldGuest, limit time.Duration) maint.GuestReport {
+// heldGuest is a guest of a hold, which may stand still for limit; begun: its command was.
+func heldGuest(h maint.HeldGuest, limit time.Duration, begun bool) maint.GuestReport {
 	g := maint.GuestReport{Guest: h.Guest, UUID: h.UUID, Limit: limit}
 	if h.Problem != nil {
 		g.Problems = []maint.Problem{*h.Problem}
@@ -170,8 +170,11 @@ func heldGuest(h maint.HeldGuest, limit time.Duration) maint.GuestReport {
 	if h.ReleasedBy != "" {
 		g.Fate = "released by " + h.ReleasedBy
 	}
-	if !h.Paused.IsZero() {
+	switch {
+	case !h.Paused.IsZero():
 		g.Felt = &maint.Standstill{Longest: h.Pause, Times: 1, AtMost: h.AtMost}
+	case begun: // belayd died before it had written down when
+		g.Felt = &maint.Standstill{Times: 1}
 	}
 	return g
 }
