@@ -298,7 +298,7 @@ func onlyOf(ps []maint.Problem, kind func(maint.Problem) bool) bool {
 // be beside is told in the end; see account.
 func (x application) outcome(end maint.Op) error {
 	if end.Outcome == maint.OutcomeDone || end.Outcome == maint.OutcomePartly {
-		return nil
+		return offUnder(end)
 	}
 	p := maint.Problem{Code: maint.CodeFailed, Subject: "operation " + string(end.ID), Reason: "has ended as " + string(end.Outcome),
 		Remedy: "see 'belay ops show " + string(end.ID) + "'"}
@@ -309,6 +309,25 @@ func (x application) outcome(end maint.Op) error {
 		return &run.Stuck{Problem: &p}
 	}
 	return &p
+}
+
+// offUnder is an error if a guest does not run under another kernel: no step that follows brings
+// it back, and another boot would end it.
+func offUnder(end maint.Op) error {
+	if end.Kexeced == nil {
+		return nil
+	}
+	var off []maint.Problem
+	for _, g := range end.Kexeced.Guests {
+		if g.Problem != nil && (g.Fate == maint.KexecKept || g.Fate == maint.KexecLost && !g.Started) {
+			off = append(off, *g.Problem)
+		}
+	}
+	if len(off) == 0 {
+		return nil
+	}
+	p := together(off[0].Subject, off)
+	return &run.Stuck{Problem: &p}
 }
 
 // begun reports whether the operation of a step has been.

@@ -110,3 +110,21 @@ func TestApplyKernel(t *testing.T) {
 	}
 	b.whole("nowhere")
 }
+
+// TestApplyKernelWithoutGuest: when a guest cannot run under the new kernel nothing follows that
+// could end it for good, neither a step nor the way back.
+func TestApplyKernelWithoutGuest(t *testing.T) {
+	t.Parallel()
+	b := newKexecBed(t, nil)
+	b.onBoot = func(_ int, release string) string {
+		check(b.t, b.Host.Launch(b.ctx, b.uuids[0])) // somebody has started it over again
+		check(b.t, b.Host.SetAutostart(b.ctx, b.uuids[0], true))
+		return release
+	}
+	op, parts := applyOn(t, b.Node, fmt.Sprintf("id = \"u\"\n[[changes]]\nname = \"kernel\"\nkind = \"kernel\"\nkernel = \"/boot/vmlinuz-%[1]s\"\ninitrd = \"/boot/initrd.img-%[1]s\"\n", kexectest.Next)+goesBad)
+	s, err := b.Client.Status(b.ctx)
+	check(t, err)
+	if op.Outcome != maint.OutcomeStuck || parts != "kexec partly" || b.boots != 1 || s.Cordon == nil || !strings.Contains(fmt.Sprint(op.Problems), "app-1") {
+		t.Errorf("%s %v: %s, %d boots, cordoned: %v", op.Outcome, op.Problems, parts, b.boots, s.Cordon)
+	}
+}
