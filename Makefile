@@ -26,7 +26,7 @@ build: ## build belay, belayd and the lab's programs into bin/ (installs go-libv
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/... ./vmtests/cmd/...
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/belay-guest # static: guests have any libc, or none
 
-demo: deps build ## two hosts, a guest, and its migration beside virsh's (needs root, under 5 minutes)
+demo: deps build ## four updates of a host with guests, each by another rung, beside plain scripts (needs root, under 8 minutes)
 	@BELAY_BIN=$(CURDIR)/$(BIN) exec $(BIN)/demo
 
 test: test-unit deps ## all tests, with real libvirt and QEMU in labs (needs root); those that need no lab first

@@ -3,7 +3,6 @@ package vmtests
 import (
 	"context"
 	"encoding/base64"
-	"encoding/json"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -32,27 +31,11 @@ func restartWith(ctx context.Context, t *testing.T, n *cluster.Node, settings st
 	}
 }
 
-// approve approves an event from inside a guest. That can be on its way to another
-// QEMU before its agent tells how that went: then the host's record counts.
-func approve(ctx context.Context, n *cluster.Node, name, id string) error {
-	_, err := guest.Metadata(ctx, n, name, guest.EventsPath, guest.Approval(id))
-	if err == nil {
-		return nil
-	}
-	if e, _ := n.Client().Event(ctx, maint.EventID(id)); e.Approval != nil && e.Approval.By == "guest "+name {
-		return nil
-	}
-	return err
-}
-
-func document(ctx context.Context, t *testing.T, n *cluster.Node, name string) (d guest.ScheduledEvents) {
+func document(ctx context.Context, t *testing.T, n *cluster.Node, name string) guest.ScheduledEvents {
 	t.Helper()
-	text, err := guest.Metadata(ctx, n, name, guest.EventsPath, "")
+	d, err := n.EventsInside(ctx, name)
 	if err != nil {
 		t.Fatal(err)
-	}
-	if err := json.Unmarshal([]byte(text), &d); err != nil {
-		t.Fatalf("%v: %s", err, text)
 	}
 	return d
 }
@@ -114,16 +97,16 @@ func TestGuestsAreToldAndApprove(t *testing.T) {
 		}
 		ids[name] = e.EventID
 	}
-	if err := approve(ctx, n, "web-1", ids["web-2"]); err == nil {
+	if err := n.ApproveInside(ctx, "web-1", ids["web-2"]); err == nil {
 		t.Error("one guest has approved the event of another")
 	}
-	if err := approve(ctx, n, "web-1", ids["web-1"]); err != nil {
+	if err := n.ApproveInside(ctx, "web-1", ids["web-1"]); err != nil {
 		t.Error(err)
 	}
 	if d := document(ctx, t, n, "web-2"); len(d.Events) != 1 || d.Events[0].EventStatus != "Scheduled" {
 		t.Errorf("one guest's approval is another's: %+v", d)
 	}
-	if err := approve(ctx, n, "web-2", ids["web-2"]); err != nil {
+	if err := n.ApproveInside(ctx, "web-2", ids["web-2"]); err != nil {
 		t.Error(err)
 	}
 	op, err := n.Client().Watch(ctx, op.ID, func(maint.Op) {})
@@ -171,13 +154,10 @@ func hotPlug(ctx context.Context, t *testing.T, n *cluster.Node, name string) {
 }
 
 // awaitAnswer asks in a guest that has just booted until it is known.
-func awaitAnswer(ctx context.Context, t *testing.T, n *cluster.Node, name string) (d guest.ScheduledEvents) {
+func awaitAnswer(ctx context.Context, t *testing.T, n *cluster.Node, name string) guest.ScheduledEvents {
 	t.Helper()
 	for end := time.Now().Add(time.Minute); ; {
-		text, err := guest.Metadata(ctx, n, name, guest.EventsPath, "")
-		if err == nil {
-			err = json.Unmarshal([]byte(text), &d)
-		}
+		d, err := n.EventsInside(ctx, name)
 		if err == nil {
 			return d
 		}
@@ -211,7 +191,7 @@ func TestEventsMoveWithTheirGuest(t *testing.T) {
 	}
 	d := awaitDocument(ctx, t, a, "web-1", func(d guest.ScheduledEvents) bool { return len(d.Events) == 1 })
 	seen[d.DocumentIncarnation] = true
-	if err := approve(ctx, a, "web-1", d.Events[0].EventID); err != nil {
+	if err := a.ApproveInside(ctx, "web-1", d.Events[0].EventID); err != nil {
 		t.Fatal(err)
 	}
 	op, err := a.Client().Watch(ctx, op.ID, func(maint.Op) {})
@@ -255,7 +235,7 @@ func TestGuestAsksBySerialPort(t *testing.T) {
 		t.Fatal(err)
 	}
 	d := awaitDocument(ctx, t, n, "web-1", func(d guest.ScheduledEvents) bool { return len(d.Events) == 1 })
-	if err := approve(ctx, n, "web-1", d.Events[0].EventID); err != nil {
+	if err := n.ApproveInside(ctx, "web-1", d.Events[0].EventID); err != nil {
 		t.Fatal(err)
 	}
 	op, err := n.Client().Watch(ctx, op.ID, func(maint.Op) {})

@@ -3,7 +3,6 @@ package measure
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -36,16 +35,11 @@ type Config struct {
 
 	Bin cluster.Binaries // see cluster.Programs
 	Log *slog.Logger     // nil discards
-	// Stage, unless nil, is told what Up begins to do.
-	Stage func(text string)
 }
 
 func (c *Config) complete() {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
-	}
-	if c.Stage == nil {
-		c.Stage = func(string) {}
 	}
 	if c.Lab.Log == nil {
 		c.Lab.Log = c.Log
@@ -79,7 +73,7 @@ type Bed struct {
 	Allow []maint.Means
 
 	at    int // index in Cluster.Nodes of the host where the guest is
-	first Proof
+	first identity
 }
 
 // Up makes a bed: the guest runs on the first host and dirties memory when it
@@ -87,7 +81,6 @@ type Bed struct {
 func Up(ctx context.Context, c Config) (_ *Bed, err error) {
 	c.complete()
 	if c.Image.Kernel == "" {
-		c.Stage("preparing the guest's image")
 		img, accel, reason, err := guest.Prepare(ctx, guest.DefaultCache(), c.Log)
 		if err != nil {
 			return nil, err
@@ -111,18 +104,15 @@ func Up(ctx context.Context, c Config) (_ *Bed, err error) {
 		defer cancel()
 		err = errors.Join(err, b.Down(ctx))
 	}()
-	c.Stage("making two hosts, each with a libvirtd of its own")
 	if b.Lab, err = lab.Up(ctx, c.Lab); err != nil {
 		return nil, err
 	}
-	c.Stage("starting belayd on both")
 	if b.Cluster, err = cluster.Up(ctx, b.Lab, c.Bin); err != nil {
 		return nil, err
 	}
 	if b.Observer, err = observe(b.Lab, c.Spec.Heartbeat); err != nil {
 		return nil, err
 	}
-	c.Stage(fmt.Sprintf("booting guest %s on %s", c.Spec.Name, b.At().Name))
 	if b.Guest, err = guest.Start(ctx, b.At(), c.Spec, c.Image); err != nil {
 		return nil, err
 	}
@@ -171,10 +161,6 @@ func (b *Bed) At() *cluster.Node { return b.Cluster.Nodes[b.at] }
 
 // Other is the host where the guest goes next.
 func (b *Bed) Other() *cluster.Node { return b.Cluster.Nodes[1-b.at] }
-
-// Arrived books that the guest has gone to the other host by other means than
-// this package's.
-func (b *Bed) Arrived() { b.at = 1 - b.at }
 
 func (b *Bed) name() string { return b.Guest.Spec.Name }
 

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"belay/agent/maint"
+	"belay/vmtests/cluster"
 )
 
 // ClockSeen is what a guest's probe, which nobody sets a clock by, says of the
@@ -70,13 +71,16 @@ const (
 	syncGood = 250 * time.Millisecond
 )
 
-// Sync has Belay put all clocks right, however far they are behind. One that is
-// ahead, as a guest's can be by half a second after its boot, stays so.
-func (w *Ward) Sync(ctx context.Context) error {
+// Sync has Belay put all clocks right.
+func (w *Ward) Sync(ctx context.Context) error { return SyncClocks(ctx, w.Node) }
+
+// SyncClocks has Belay put the clocks of all guests of a host right, however far they are
+// behind. One that is ahead, as a guest's can be by half a second after its boot, stays so.
+func SyncClocks(ctx context.Context, n *cluster.Node) error {
 	var bad []string
 	for range syncTries {
 		var reports []maint.ClockReport
-		r, err := w.Node.Belay(ctx, "-o", "json", "clock", "--sync")
+		r, err := n.Belay(ctx, "-o", "json", "clock", "--sync")
 		if err != nil {
 			return err
 		}

@@ -21,4 +21,7 @@
 // A [Ward] is one host with many guests that are held, by [Ward.Belay] or by
 // [Ward.Virsh], a loop of the shell. Its rulers are QEMU's own times of its
 // events STOP and RESUME, the heartbeats, and the guests' word on their clocks.
+//
+// A [Flock] is several guests of two hosts or more, that are moved or updated together;
+// [Flock.Feel] tells what the LAN saw of each while anything was done.
 package measure

@@ -77,9 +77,9 @@ func (b *Bed) Belay(ctx context.Context) (Move, error) {
 	})
 }
 
-// VirshArgs is the virsh command that does what Belay does: it moves a running
+// virshArgs is the virsh command that does what Belay does: it moves a running
 // guest and its definition, its memory as plainly as belayd does by default.
-func VirshArgs(guest, destination string) []string {
+func virshArgs(guest, destination string) []string {
 	return []string{"migrate", "--live", "--p2p", "--persistent", "--undefinesource", guest, destination}
 }
 
@@ -87,7 +87,7 @@ func VirshArgs(guest, destination string) []string {
 func (b *Bed) Virsh(ctx context.Context) (Move, error) {
 	return b.move(ctx, Virsh, func(ctx context.Context, from, to *cluster.Node, m *Move) error {
 		begin := time.Now()
-		args := VirshArgs(b.name(), to.PeerURI(b.Lab.TLS))
+		args := virshArgs(b.name(), to.PeerURI(b.Lab.TLS))
 		if b.BandwidthMiBs > 0 {
 			args = append(args, "--bandwidth", fmt.Sprint(b.BandwidthMiBs))
 		}
@@ -115,17 +115,17 @@ func (b *Bed) move(ctx context.Context, tool string, f func(ctx context.Context,
 	if err := f(ctx, from, to, &m); err != nil {
 		return m, fmt.Errorf("cannot move guest %s from %s to %s by %s: %w", b.name(), m.From, m.To, tool, err)
 	}
-	b.Arrived()
+	b.at = 1 - b.at
 	var err error
-	m.Report, err = b.Since(ctx, mark)
+	m.Report, err = b.since(ctx, mark)
 	m.Outage = m.Report.Pause()
 	return m, err
 }
 
-// Since waits until the guest has been heard for a while and reports what the
+// since waits until the guest has been heard for a while and reports what the
 // LAN has seen of it since mark. It is an error if the guest was restarted or
 // the observer itself has lost heartbeats.
-func (b *Bed) Since(ctx context.Context, mark observer.Mark) (observer.Report, error) {
+func (b *Bed) since(ctx context.Context, mark observer.Mark) (observer.Report, error) {
 	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
 	defer cancel()
 	if err := b.Observer.Await(ctx, b.name(), settled); err != nil {

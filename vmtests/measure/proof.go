@@ -6,62 +6,51 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"time"
 
 	"belay/vmtests/cluster"
 )
 
-// Proof is what shows that a guest is the one that was started, and whole.
-type Proof struct {
-	Host     string        // that has the only running copy and the only definition
-	BootID   string        // of the guest's kernel
-	Uptime   time.Duration // of the guest's kernel
-	Pages    uint64        // of memory that were checked, 4096 bytes each
-	Checksum uint64        // of the memory that the guest never writes
-	Dirtied  uint64        // bytes that the guest has written since it was told to
+// identity is what a guest is known by.
+type identity struct {
+	boot     string // ID of its kernel's boot
+	checksum uint64 // of the memory that it never writes
 }
 
 // Prove returns an error unless the guest is the one that was started, with all
 // its memory, runs on the host where it must be and nowhere else, and is
 // defined there and nowhere else.
 func (b *Bed) Prove(ctx context.Context) error {
-	_, err := b.Proof(ctx)
-	return err
-}
-
-// Proof is [Bed.Prove], and tells what it has seen.
-func (b *Bed) Proof(ctx context.Context) (Proof, error) {
-	p, err := b.look(ctx)
+	is, err := b.look(ctx)
 	switch {
 	case err != nil:
-		return p, err
-	case p.BootID != b.first.BootID:
-		return p, fmt.Errorf("guest %s has rebooted: boot ID %s, was %s", b.name(), p.BootID, b.first.BootID)
-	case p.Checksum != b.first.Checksum:
-		return p, fmt.Errorf("memory of guest %s is damaged: checksum %x, was %x", b.name(), p.Checksum, b.first.Checksum)
+		return err
+	case is.boot != b.first.boot:
+		return fmt.Errorf("guest %s has rebooted: boot ID %s, was %s", b.name(), is.boot, b.first.boot)
+	case is.checksum != b.first.checksum:
+		return fmt.Errorf("memory of guest %s is damaged: checksum %x, was %x", b.name(), is.checksum, b.first.checksum)
 	}
 	var errs []error
 	for _, n := range b.Cluster.Nodes {
 		errs = append(errs, b.proveOn(ctx, n, n == b.At()))
 	}
-	return p, errors.Join(errs...)
+	return errors.Join(errs...)
 }
 
-// look asks the guest, on the host where it must be.
-func (b *Bed) look(ctx context.Context) (p Proof, err error) {
+// look asks the guest, on the host where it must be, and has it check its memory.
+func (b *Bed) look(ctx context.Context) (is identity, err error) {
 	c, s, err := b.dial(ctx)
 	if err != nil {
-		return p, err
+		return is, err
 	}
 	defer c.Close()
 	m, err := c.Verify(ctx)
 	if err != nil {
-		return p, err
+		return is, err
 	}
 	if !m.OK() {
-		return p, fmt.Errorf("memory of guest %s is damaged: %d of %d pages, ledger bad: %t", b.name(), m.BadPages, m.Pages, m.BadLedger)
+		return is, fmt.Errorf("memory of guest %s is damaged: %d of %d pages, ledger bad: %t", b.name(), m.BadPages, m.Pages, m.BadLedger)
 	}
-	return Proof{Host: b.At().Name, BootID: s.BootID, Uptime: s.Uptime, Pages: m.Pages, Checksum: m.FixedChecksum, Dirtied: s.Memory.Dirtied}, nil
+	return identity{boot: s.BootID, checksum: m.FixedChecksum}, nil
 }
 
 // proveOn checks that the guest runs and is defined on n, or neither.

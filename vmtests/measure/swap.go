@@ -62,7 +62,7 @@ func (b *Bed) swap(ctx context.Context, by string, f func(*Swap) error) (s Swap,
 		return s, fmt.Errorf("cannot give guest %s another QEMU by %s: %w", b.name(), by, err)
 	}
 	s.Total = time.Since(begin)
-	s.Report, err = b.Since(ctx, mark)
+	s.Report, err = b.since(ctx, mark)
 	s.Outage = s.Report.Pause()
 	return s, err
 }

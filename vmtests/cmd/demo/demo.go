@@ -10,7 +10,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -18,27 +17,30 @@ import (
 	"belay/vmtests/guest"
 	"belay/vmtests/lab"
 	"belay/vmtests/measure"
+	"belay/vmtests/probe"
 )
 
 const (
 	labName = "demo"
 
-	dirtyMiBs     = 8
-	workingSetMiB = 32
+	// asksFirst is the guest whose owner is asked before it moves; the others are web-1
+	// and web-2.
+	asksFirst = "shop-1"
+	guests    = 3
+	// interval is the time between two heartbeats of a guest, and so about how fine its
+	// silence is measured.
+	interval = 5 * time.Millisecond
 
+	dirtyMiBs     = 2
+	workingSetMiB = 16
+
+	// quiet is for how long the guests are watched while nothing is done.
+	quiet = 3 * time.Second
 	// patience bounds the demo once its downloads are there.
-	patience = 4 * time.Minute
+	patience = 8 * time.Minute
 	// cleanupTimeout bounds the cleanup, which goes on when the rest is over.
 	cleanupTimeout = 2 * time.Minute
 )
-
-// turns is who moves the guest when: as often there as back, for each tool, and
-// none always before the other, so that neither a difference between the ways
-// nor a machine that gets slower favours one.
-func turns() []string {
-	b, v := measure.Belay, measure.Virsh
-	return []string{b, v, v, b, b, v, v, b}
-}
 
 // demo is one run of the demonstration.
 type demo struct {
@@ -46,8 +48,13 @@ type demo struct {
 	out   io.Writer
 	begin time.Time
 	accel guest.Accel
-	bed   *measure.Bed
-	mine  bool // the lab of this name is this demo's
+	flock *measure.Flock
+	bin   cluster.Binaries
+	dir   string // of manifests and plans
+	mine  bool   // the lab of this name is this demo's
+	rows  []row  // of the table at the end
+
+	nothing time.Duration // the longest silence while nothing was done
 }
 
 func (d *demo) run(ctx context.Context) (err error) {
@@ -56,25 +63,38 @@ func (d *demo) run(ctx context.Context) (err error) {
 		return errors.New("a demo is already running on this machine: wait until it has ended")
 	}
 	d.mine = true
-	img, accel, reason, err := guest.Prepare(ctx, guest.DefaultCache(), slog.New(&teller{d}))
+	_, accel, reason, err := guest.Prepare(ctx, guest.DefaultCache(), slog.New(&teller{d}))
 	if err != nil {
 		return err
 	}
 	d.accel = accel
-	d.fact("accelerator", "%s, because: %s", accel, firstLine(reason))
+	d.fact("accelerator", "%s%s", accel, emulated(accel))
+	if accel == guest.TCG {
+		d.line("%s", cut("  "+firstLine(reason)))
+	}
 	bin, discard, err := cluster.Programs(ctx)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, discard()) }()
+	d.bin = bin
+	if d.dir, err = os.MkdirTemp("", "belay-demo-"); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(d.dir)) }()
 
 	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("not done after %s", patience))
 	defer cancel()
-	d.title("1. Two hosts and a guest")
-	d.bed, err = measure.Up(ctx, measure.Config{
-		Lab:  lab.Config{Name: labName, Hooks: "dist/hooks"},
-		Spec: guest.Spec{Accel: accel, FileMemory: true}, Image: img, Bin: bin,
-		DirtyMiBs: dirtyMiBs, WorkingSetMiB: workingSetMiB,
+	d.title("1. Two hosts and three guests")
+	d.flock, err = measure.FlockUp(ctx, measure.FlockConfig{
+		Lab: lab.Config{Name: labName, Hooks: "dist/hooks"}, Bin: bin, Guests: guests, Interval: interval,
+		Dirty: probe.DirtySettings{RateMiBs: dirtyMiBs, WorkingSetMiB: workingSetMiB},
+		Edit: func(s *guest.Spec) {
+			s.FileMemory, s.Gateway = true, lab.SwitchAddr() // for a new QEMU in place; to reach the metadata service
+			if s.Name == fmt.Sprintf("web-%d", guests) {
+				s.Name = asksFirst
+			}
+		},
 		Stage: func(text string) { d.now("%s", text) },
 	})
 	if err != nil {
@@ -92,22 +112,22 @@ func why(ctx context.Context, err error) error {
 	return err
 }
 
-// down removes the bed. After a failure the hosts' logs are kept.
+// down removes the hosts and guests. After a failure the hosts' logs are kept.
 func (d *demo) down(failed bool) error {
 	signal.Ignore(endings()...) // also in the programs that clean up
 	d.line("")
 	if failed {
 		dir := filepath.Join(os.TempDir(), "belay-artifacts", labName)
-		if err := d.bed.Lab.CollectLogs(dir); err != nil {
+		if err := d.flock.Lab.CollectLogs(dir); err != nil {
 			d.now("the hosts' logs could not be kept: %v", err)
 		} else {
 			d.now("the demo has failed; the hosts' logs are kept in %s", dir)
 		}
 	}
-	d.now("removing the guest and the hosts (Ctrl-C has no effect meanwhile)")
+	d.now("removing the guests and the hosts (Ctrl-C has no effect meanwhile)")
 	ctx, cancel := context.WithTimeout(context.Background(), cleanupTimeout)
 	defer cancel()
-	if err := d.bed.Down(ctx); err != nil {
+	if err := d.flock.Down(ctx); err != nil {
 		return err
 	}
 	d.now("done; nothing is left but downloads in %s", guest.DefaultCache())
@@ -125,129 +145,69 @@ func (d *demo) acts(ctx context.Context) error {
 	if err := d.cast(ctx); err != nil {
 		return err
 	}
-	d.title("2. Belay services the host under the guest")
-	if err := d.preserve(ctx); err != nil {
+	for i, u := range stays() {
+		d.title("%d. %s", i+2, u.title)
+		if err := d.update(ctx, u); err != nil {
+			return err
+		}
+	}
+	d.title("5. D, and C for one of them: host-a leaves service, and comes back")
+	if err := d.leave(ctx); err != nil {
 		return err
 	}
-	d.title("3. Belay moves the guest")
-	if err := d.migration(ctx); err != nil {
-		return err
-	}
-	moves, err := d.contest(ctx)
-	if err != nil {
-		return err
-	}
-	if err := d.compare(moves); err != nil {
-		return err
-	}
-	if err := d.proof(ctx, len(moves)+1); err != nil {
-		return err
-	}
+	d.title("6. What the updates have cost")
+	d.table()
 	d.next()
 	return nil
 }
 
 func (d *demo) intro() {
-	d.line("Two virtualisation hosts are made on this machine, and a guest that never stops working. Its host")
-	d.line("is serviced under it; then it moves to the other and back: first by Belay, step by step, then by")
-	d.line("Belay and by virsh in turn, measured.")
+	d.line("Two virtualisation hosts are made on this machine, with guests that never stop working. One")
+	d.line("of the hosts has four updates, each by another rung of the ladder: by belay plan and belay")
+	d.line("apply, and then once more as a plain script would do it. What the guests feel is measured")
+	d.line("by an observer on their network, who hears each of them %d times a second.", time.Second/interval)
 	d.line("")
 }
 
-// cast introduces the hosts and the guest.
+// cast introduces the hosts and the guests.
 func (d *demo) cast(ctx context.Context) error {
-	b := d.bed
+	f := d.flock
+	if err := measure.SyncClocks(ctx, f.At()); err != nil { // a kernel boots by an RTC of whole seconds
+		return err
+	}
 	d.now("all is up")
 	d.line("")
-	for _, n := range b.Cluster.Nodes {
+	for _, n := range f.Cluster.Nodes {
 		s, err := n.Client().Status(ctx)
 		if err != nil {
 			return err
 		}
 		d.fact(n.Name, "%s, libvirt %s, QEMU %s, belayd %s", n.Addr, s.Host.LibvirtVersion, s.Host.QEMUVersion, s.Version)
 	}
-	g := b.Guest
-	d.fact("guest "+g.Spec.Name, "%s, %d MiB, on %s; Linux booted in %.1f s", g.Spec.IP.Addr(), g.Spec.MemoryMiB, b.At().Name, g.Boot.Agent.Seconds())
-	d.fact("", "sends 1000 heartbeats a second to an observer on the LAN, who so sees every outage")
-	d.fact("", "writes %d MiB/s to %d MiB of its memory, so that the copy has to catch up with it", dirtyMiBs, workingSetMiB)
-	// A migration by libvirt takes the definition along, but not this.
-	_, err := b.At().Virsh(ctx, "autostart", g.Spec.Name)
-	return err
-}
-
-// contest has both tools move the guest in turn.
-func (d *demo) contest(ctx context.Context) (moves []measure.Move, err error) {
-	d.title("4. Belay and virsh in turn")
-	d.line("  belay:  belay migrate %s --to HOST", d.bed.Guest.Spec.Name)
-	d.line("  virsh:  virsh %s", strings.Join(measure.VirshArgs(d.bed.Guest.Spec.Name, "qemu+tcp://HOST/system"), " "))
-	d.line("")
-	d.line("  tool   way                 outage (LAN)  downtime (QEMU)  total time  memory sent")
-	for _, tool := range turns() {
-		move := d.bed.Belay
-		if tool == measure.Virsh {
-			move = d.bed.Virsh
+	for _, g := range f.Guests {
+		d.fact(g.Spec.Name, "%s, %d MiB, on %s; Linux booted in %.1f s", g.Spec.IP.Addr(), g.Spec.MemoryMiB, f.At().Name, g.Boot.Agent.Seconds())
+	}
+	reports, err := f.Feel(ctx, func() error {
+		select {
+		case <-time.After(quiet): // that nothing happens has no end
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
 		}
-		m, err := move(ctx)
-		if err != nil {
-			return nil, err
-		}
-		d.line("  %-6s %-18s  %12s  %15s  %10s  %11s", m.Tool, m.From+" → "+m.To,
-			millis(m.Outage), millis(m.Downtime), millis(m.Total), fmt.Sprintf("%d MiB", m.MemorySent>>20))
-		moves = append(moves, m)
-	}
-	return moves, nil
-}
-
-// compare prints what the contest comes to.
-func (d *demo) compare(moves []measure.Move) error {
-	b, v := measure.Summarise(measure.Belay, moves), measure.Summarise(measure.Virsh, moves)
-	d.title("5. The comparison")
-	if err := measure.PrintComparison(indented{d}, b, v); err != nil {
-		return err
-	}
-	var phases []string
-	for _, p := range measure.Phases(moves) {
-		phases = append(phases, fmt.Sprintf("%s %s", p.Name, millis(time.Duration(p.Took.Median))))
-	}
-	d.line("")
-	d.line("  Medians of %d rounds each (least to most). Belay's total by its phases:", b.Rounds)
-	d.line("  %s;", strings.Join(phases, ", "))
-	d.line("  virsh does only what perform does, without looking at both hosts before and after.")
-	d.line("  Where the ranges of both overlap widely, a ratio other than 1 may be chance.")
-	d.line("  This is a lab on one machine, accelerator %s%s: the figures compare", d.accel, emulated(d.accel))
-	d.line("  the two tools with each other and say nothing about how fast a real host is.")
-	return nil
-}
-
-func emulated(a guest.Accel) string {
-	if a == guest.TCG {
-		return " (the guest's CPU is emulated)"
-	}
-	return ""
-}
-
-// proof shows that the guest has come through all moves whole.
-func (d *demo) proof(ctx context.Context, moves int) error {
-	d.title("6. The guest after a hold, a new QEMU and %d moves", moves)
-	p, err := d.bed.Proof(ctx)
+	})
 	if err != nil {
 		return err
 	}
-	d.fact("never rebooted", "boot ID %s as at the start, up %.0f s", p.BootID, p.Uptime.Seconds())
-	d.fact("memory intact", "each of %d pages holds what the guest has last written to it;", p.Pages)
-	d.fact("", "%d MiB were written since the start; checksum of the rest %016x", p.Dirtied>>20, p.Checksum)
-	d.fact("one copy", "runs on %s, and not on %s", p.Host, d.bed.Other().Name)
-	d.fact("one definition", "on %s, and not on %s", p.Host, d.bed.Other().Name)
+	d.nothing = slices.Max(silences(reports))
+	d.line("")
+	d.line("  While nothing is done, they are silent for up to %s: what is shorter cannot be told from it.", millis(d.nothing))
 	return nil
 }
 
 func (d *demo) next() {
-	d.title("7. What to try next")
+	d.title("What to try next")
 	d.fact("docs/", "how to install Belay on a host, and what it does when something goes wrong")
-	d.fact("make test", "all tests, also with hosts that die in the middle of a migration (needs root)")
+	d.fact("docs/plan.md", "how a plan is made; the manifests of these updates are in vmtests/updates")
+	d.fact("make test", "all tests, also with hosts that die in the middle of an update (needs root)")
 	d.fact("a lab to keep", "go run ./vmtests/cmd/lab up (also: status, exec HOST COMMAND, down)")
-}
-
-func millis(t time.Duration) string {
-	return fmt.Sprintf("%d ms", t.Round(time.Millisecond).Milliseconds())
 }

@@ -1,23 +1,25 @@
 package main
 
 import (
+	"slices"
 	"strings"
 	"testing"
+	"time"
 	"unicode/utf8"
 
-	"belay/vmtests/measure"
+	"belay/vmtests/observer"
+	"belay/vmtests/updates"
 )
 
-// Each tool must go as often there as back, or a difference between the ways
-// would be taken for one between the tools.
-func TestTurnsAreFair(t *testing.T) {
+// Every update of the ladder is shown.
+func TestAllUpdatesAreShown(t *testing.T) {
 	t.Parallel()
-	there := map[string]int{}
-	for i, tool := range turns() {
-		there[tool] += 1 - i%2*2
+	var shown []string
+	for _, u := range stays() {
+		shown = append(shown, u.manifest)
 	}
-	if len(there) != 2 || there[measure.Belay] != 0 || there[measure.Virsh] != 0 || len(turns())%4 != 0 {
-		t.Errorf("turns %v: one way more than the other: %v", turns(), there)
+	if shown = append(shown, updates.Retire); !slices.Equal(shown, updates.All()) {
+		t.Errorf("shown are %v of %v", shown, updates.All())
 	}
 }
 
@@ -26,14 +28,29 @@ func TestLinesFit(t *testing.T) {
 	var out strings.Builder
 	d := &demo{out: &out}
 	d.fact("what", "%s", strings.Repeat("→", 2*columns))
+	d.line("  %s", strings.Repeat("some words ", 30))
 	d.title("A title")
+	silent := func(ms ...time.Duration) (all []observer.Report) {
+		for _, t := range ms {
+			all = append(all, observer.Report{LargestGap: observer.Gap{Length: t * time.Millisecond}})
+		}
+		return all
+	}
+	d.nothing = 9 * time.Millisecond
+	d.rows = []row{
+		{what: "virtlogd restarts", rung: "A", belay: silent(5, 6, 17), predicted: "nothing", script: silent(6, 6, 6)},
+		{what: "uplink down and up", rung: "D, C", belay: silent(10501, 10502, 10503), predicted: "10500 (5250 to 21000) ms", script: silent(21004, 20000, 22000)},
+	}
+	d.table()
 	d.next()
 	for line := range strings.Lines(out.String()) {
 		if n := utf8.RuneCountInString(strings.TrimSuffix(line, "\n")); n > columns {
 			t.Errorf("a line of %d columns: %s", n, line)
 		}
 	}
-	if !strings.Contains(out.String(), "→…\n") || !strings.Contains(out.String(), "\nA title\n-------\n") {
-		t.Error(out.String())
+	for _, want := range []string{"→…\n", "\nA title\n-------\n", "words\n      some words", " 6 / 17 ms ", "nothing                 6 / 6 ms        -\n", " 10502 / 10503 ms ", " 0.50\n"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("%q is missing:\n%s", want, out.String())
+		}
 	}
 }

@@ -1,9 +1,11 @@
-// Command demo shows Belay at work: it makes two virtualisation hosts out of
-// namespaces, starts a guest, holds it, gives it a new QEMU and migrates it by
-// Belay, and then migrates it by Belay and by virsh in turn, and compares what
-// was measured. make demo runs it.
+// Command demo shows the ladder at work: it makes two virtualisation hosts out of
+// namespaces, with three guests, and has one host updated four times by belay plan and
+// belay apply, each time by another rung: a component restarts under the guests (A), they
+// are held (B1), get a new QEMU (B2), and move away, one when its owner has approved from
+// inside it (C, D), and back. The same is then done by a plain script, and what guests felt
+// of both is measured. make demo runs it.
 //
-// It needs root, takes a minute or two, and removes all it has made, whether it
+// It needs root, takes a few minutes, and removes all it has made, whether it
 // succeeds, fails or is interrupted. What downloads it needs stay in
 // /var/cache/belay.
 //

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"io"
 	"log/slog"
 	"strings"
 	"time"
@@ -13,11 +12,28 @@ import (
 // columns is how wide the output may be.
 const columns = 100
 
-// line prints one line, cut off where it is too long.
+// line prints one line, folded where it is too long.
 func (d *demo) line(format string, args ...any) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	fmt.Fprintln(d.out, cut(fmt.Sprintf(format, args...)))
+	for _, line := range fold(fmt.Sprintf(format, args...)) {
+		fmt.Fprintln(d.out, line)
+	}
+}
+
+// fold breaks a line between words so that it fits the columns; what follows is indented
+// further. A word that is longer than a line is cut.
+func fold(line string) (lines []string) {
+	indent := strings.Repeat(" ", len(line)-len(strings.TrimLeft(line, " "))+4)
+	for utf8.RuneCountInString(line) > columns {
+		at := strings.LastIndexByte(string([]rune(line)[:columns+1]), ' ')
+		if at < len(indent) {
+			return append(lines, cut(line))
+		}
+		lines = append(lines, strings.TrimRight(line[:at], " "))
+		line = indent + strings.TrimLeft(line[at:], " ")
+	}
+	return append(lines, line)
 }
 
 // cut shortens a line to the columns there are.
@@ -31,7 +47,9 @@ func cut(line string) string {
 // title begins a part.
 func (d *demo) title(format string, args ...any) {
 	text := fmt.Sprintf(format, args...)
-	d.line("\n%s\n%s", text, strings.Repeat("-", utf8.RuneCountInString(text)))
+	d.line("")
+	d.line("%s", text)
+	d.line("%s", strings.Repeat("-", utf8.RuneCountInString(text)))
 }
 
 // fact prints what is to be known about something.
@@ -53,18 +71,6 @@ func firstLine(s string) string {
 	first, _, _ := strings.Cut(s, "\n")
 	return first
 }
-
-// indented indents what is written to w, in whole lines.
-type indented struct{ d *demo }
-
-func (w indented) Write(p []byte) (int, error) {
-	for line := range strings.Lines(string(p)) {
-		w.d.line("  %s", strings.TrimRight(line, " \n"))
-	}
-	return len(p), nil
-}
-
-var _ io.Writer = indented{}
 
 // teller is a log handler that prints what takes long, such as downloads.
 type teller struct{ d *demo }
