@@ -34,8 +34,12 @@ const (
 	dirtyMiBs     = 2
 	workingSetMiB = 16
 
-	// quiet is for how long the guests are watched while nothing is done.
-	quiet = 3 * time.Second
+	// restful and settled are how many heartbeats of each guest are waited for before and
+	// after something is done: one second, and half of one.
+	restful, settled = 200, 100
+	// quiet is for how many heartbeats nothing is done, to see how silent guests are then.
+	quiet = 600
+
 	// patience bounds the demo once its downloads are there.
 	patience = 8 * time.Minute
 	// cleanupTimeout bounds the cleanup, which goes on when the rest is over.
@@ -187,14 +191,7 @@ func (d *demo) cast(ctx context.Context) error {
 	for _, g := range f.Guests {
 		d.fact(g.Spec.Name, "%s, %d MiB, on %s; Linux booted in %.1f s", g.Spec.IP.Addr(), g.Spec.MemoryMiB, f.At().Name, g.Boot.Agent.Seconds())
 	}
-	reports, err := f.Feel(ctx, func() error {
-		select {
-		case <-time.After(quiet): // that nothing happens has no end
-			return nil
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	})
+	reports, err := d.feel(ctx, func() error { return f.Observer.Await(ctx, asksFirst, quiet) })
 	if err != nil {
 		return err
 	}

@@ -39,7 +39,7 @@ func (d *demo) leave(ctx context.Context) error {
 		return err
 	}
 	var op maint.OpID
-	away, err := d.flock.Feel(ctx, func() (err error) {
+	away, err := d.feel(ctx, func() (err error) {
 		if op, err = d.retire(ctx, a); err != nil {
 			return err
 		}
@@ -59,7 +59,7 @@ func (d *demo) leave(ctx context.Context) error {
 
 	d.line("")
 	d.line("  %s is back in service, and so are its guests, which are told and approve again:", a.Name)
-	back, err := d.flock.Feel(ctx, func() (err error) {
+	back, err := d.feel(ctx, func() (err error) {
 		if op, err = d.restore(ctx, a, b); err != nil {
 			return err
 		}

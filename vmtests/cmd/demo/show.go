@@ -16,7 +16,7 @@ const columns = 100
 func (d *demo) line(format string, args ...any) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for _, line := range fold(fmt.Sprintf(format, args...)) {
+	for _, line := range fold(strings.TrimRight(fmt.Sprintf(format, args...), " ")) {
 		fmt.Fprintln(d.out, line)
 	}
 }

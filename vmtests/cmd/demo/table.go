@@ -30,6 +30,10 @@ func (d *demo) table() {
 	d.line("  Median / worst of the guests' longest silence on the network. A ratio is left out where it")
 	d.line("  would be one of nothing: up to %s, while nothing was done. After Belay no guest's clock", millis(d.nothing))
 	d.line("  was off by more than %s, after the scripts by up to %s, until it was set by hand.", millis(own), millis(plain))
+	if d.accel == guest.TCG {
+		d.line("  An emulated guest is silent for longer than it stands still, as the report has it: in another")
+		d.line("  QEMU, all its code is translated anew. Belay moves guests side by side, the script did not.")
+	}
 	d.line("  Each was done once, on a machine that is both hosts, accelerator %s%s:", d.accel, emulated(d.accel))
 	d.line("  nothing of this says how fast a real host is; make bench has benchmarks.")
 }

@@ -64,7 +64,7 @@ func (d *demo) update(ctx context.Context, u update) error {
 		return err
 	}
 	var op maint.OpID
-	reports, err := d.flock.Feel(ctx, func() (err error) {
+	reports, err := d.feel(ctx, func() (err error) {
 		op, err = d.belay(ctx, host, "apply", u.manifest+".plan")
 		return err
 	})
@@ -194,6 +194,28 @@ func (d *demo) felt(ctx context.Context, n *cluster.Node, op maint.OpID, reports
 	return nil
 }
 
+// feel lets do change something, with guests that are at rest before, and reports what the
+// LAN has seen of each until a while after.
+func (d *demo) feel(ctx context.Context, do func() error) ([]observer.Report, error) {
+	heard := func(beats int) error {
+		for _, g := range d.flock.Guests {
+			if err := d.flock.Observer.Await(ctx, g.Spec.Name, beats); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if err := heard(restful); err != nil {
+		return nil, err
+	}
+	return d.flock.Feel(ctx, func() error {
+		if err := do(); err != nil {
+			return err
+		}
+		return heard(settled)
+	})
+}
+
 // observed shows what the observer saw of each guest, and beside it what others say.
 func (d *demo) observed(reports []observer.Report, who string, says map[string]string) {
 	const form = "    %-8s %17s  %18s  %-17s  %s"
@@ -222,7 +244,7 @@ func (d *demo) plain(ctx context.Context, n *cluster.Node, script string) ([]obs
 	for line := range strings.Lines(script) {
 		d.line("  %s# %s", n.Name, strings.TrimSpace(line))
 	}
-	reports, err := d.flock.Feel(ctx, func() error {
+	reports, err := d.feel(ctx, func() error {
 		if out, err := n.Command(ctx, "sh", "-ec", script).CombinedOutput(); err != nil {
 			return fmt.Errorf("%s: %w: %s", script, err, out)
 		}
