@@ -165,9 +165,13 @@ func (d *doomed) wrong(op maint.Op, ops []maint.Op, seen func() map[string]time.
 	check(d.t, err)
 	told, unmeasured := make(map[string]time.Duration), make(map[string]bool)
 	for _, g := range r.Guests {
-		if g.Felt != nil {
+		switch {
+		case g.Felt == nil: // of one whose belayd died when all had been released, and before that was written down
+			unmeasured[g.UUID] = unmeasured[g.UUID] || strings.HasPrefix(g.Fate, "held")
+		case g.Felt.Times > 0 && g.Felt.Longest == 0:
+			unmeasured[g.UUID] = true
+		default:
 			told[g.UUID] = max(told[g.UUID], g.Felt.Longest)
-			unmeasured[g.UUID] = unmeasured[g.UUID] || g.Felt.Times > 0 && g.Felt.Longest == 0
 		}
 	}
 	for uuid, still := range seen() {

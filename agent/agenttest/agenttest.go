@@ -254,6 +254,7 @@ func (n *Node) Start(hook func(what string)) {
 	check(n.t, n.servers.ListenUnix(n.Config.API.Socket, n.Agent, who))
 	check(n.t, n.listenTLS(id, who))
 	n.servers.Serve(make(chan error, 2))
+	n.Client.Close() // what is asked of this life must not go down a connection of the one before
 	ctx, cancel := context.WithCancel(context.Background())
 	n.stop, n.stopped = cancel, make(chan struct{})
 	go func(a *agent.Agent, stopped chan struct{}) {
