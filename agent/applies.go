@@ -160,7 +160,7 @@ func (x application) do(ctx context.Context, s *run.Scratch, part []maint.PlanSt
 		return x.verify(ctx, s, step)
 	case maint.PlanReturn:
 		_, err := x.home(func(begin beginning) (maint.Op, error) { return x.through(ctx, maint.StepOp(x.op.ID, step.N), begin) })
-		return err
+		return cmp.Or(err, x.recordon(s))
 	case maint.PlanUncordon:
 		return x.uncordon()
 	}
@@ -177,7 +177,9 @@ func (x application) undo(ctx context.Context, s *run.Scratch, part []maint.Plan
 		x.a.callOff(x.op)
 	case maint.PlanPrepare:
 		return x.unprepare(ctx, s, step)
-	case maint.PlanCordon, maint.PlanUncordon:
+	case maint.PlanCordon:
+		return cmp.Or(x.uncordon(), x.recordon(s))
+	case maint.PlanUncordon:
 		return x.uncordon()
 	case maint.PlanMove:
 		return x.unmove(step)

@@ -380,12 +380,36 @@ var rebooting = maint.HostStep{Command: []string{"/usr/bin/systemctl", "reboot"}
 // rebootGrace is how long the host's services may take to end.
 const rebootGrace = 10 * time.Minute
 
+// cordon has the host take no guests in. A cordon that is there already is somebody else's.
 func (x application) cordon(s *run.Scratch) error {
 	if c := x.a.journal.Cordon(); c != nil && c.By != x.by() {
+		if err := s.Save(*c); err != nil {
+			return err
+		}
 		return s.Note("the host was cordoned before, by %s at %s", c.By, c.Since.Format(time.RFC3339))
 	}
 	_, err := x.a.Cordon(x.a.life, x.by(), x.reason())
 	return err
+}
+
+// recordon has the host be cordoned by whom it was before the apply: to bring guests back lifts
+// that.
+func (x application) recordon(s *run.Scratch) error {
+	if !slices.ContainsFunc(x.a.journal.Ops(), func(op maint.Op) bool { return op.Part == x.op.ID && op.Kind == maint.OpRestore }) {
+		return nil
+	}
+	for _, step := range x.plan.Steps {
+		var c maint.Cordon
+		if step.Kind != maint.PlanCordon {
+			continue
+		}
+		if was, err := s.Load(step.Name(), &c); err != nil || !was || x.a.journal.Cordon() != nil {
+			return err
+		}
+		_, err := x.a.Cordon(x.a.life, c.By, c.Reason)
+		return err
+	}
+	return nil
 }
 
 func (x application) uncordon() error {

@@ -192,3 +192,17 @@ func TestApplyMoveWaitsForPeer(t *testing.T) {
 		t.Errorf("%s %v: %v", op.Outcome, op.Problems, u.at())
 	}
 }
+
+// TestApplyCordonedBefore: who has cordoned the host beforehand finds it so afterwards.
+func TestApplyCordonedBefore(t *testing.T) {
+	t.Parallel()
+	for manifest, want := range map[string]maint.Outcome{byMove: maint.OutcomeDone, byMove + goesBad: maint.OutcomeFailed} {
+		u := newUpdates(t, nil)
+		_, err := u.a.Client.Cordon(u.ctx, "disk")
+		check(t, err)
+		op := u.apply(manifest, true)
+		if c := u.cordoned(); op.Outcome != want || u.count()["a"] != 3 || c == nil || c.Reason != "disk" {
+			t.Errorf("%s %v: %v, cordoned: %+v", op.Outcome, op.Problems, u.at(), c)
+		}
+	}
+}
