@@ -74,7 +74,7 @@ func (a *Agent) Coverage(ctx context.Context, change string) (maint.Coverage, er
 	if err != nil {
 		return maint.Coverage{}, err
 	}
-	return maint.Cover(v, change), nil
+	return maint.CoverByUpdates(maint.Cover(v, change), v, a.journal.Ops()), nil
 }
 
 // InspectPatch judges a livepatch's files.

@@ -145,7 +145,7 @@ const (
 type Coverage struct {
 	Change  string          `json:"change"`
 	Verdict CoverageVerdict `json:"verdict"`
-	By      string          `json:"by,omitempty"` // the livepatch that covers it
+	By      string          `json:"by,omitempty"` // the livepatch that covers it, or "update ID"
 	Reason  string          `json:"reason"`
 }
 

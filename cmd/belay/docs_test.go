@@ -285,9 +285,9 @@ func TestDocumentedCommandsRun(t *testing.T) {
 		}
 		last = d
 		t.Run(d.at, func(t *testing.T) {
-			out, code := w.run(t, d.words[1:])
+			_, code := w.run(t, d.words[1:])
 			if want := ends[path]; code != exitDone && code != want { // what came before may be in the way
-				out, code = newDocumentedWorld(t).run(t, d.words[1:])
+				out, code := newDocumentedWorld(t).run(t, d.words[1:])
 				w = nil // so that the next one has its own, too
 				if code != exitDone && code != want {
 					t.Errorf("%s: exit code %d:\n%s", strings.Join(d.words, " "), code, out)
