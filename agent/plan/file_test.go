@@ -2,6 +2,7 @@ package plan_test
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"slices"
 	"strings"
@@ -59,6 +60,28 @@ func FuzzDecodePlan(f *testing.F) {
 			t.Errorf("%q is written as %q", b, p.Encode())
 		}
 		_ = p.Text()
+	})
+}
+
+// FuzzSealedPlan: whatever is in a plan whose hash is right, it is read as it was written, and
+// can be shown and compared.
+func FuzzSealedPlan(f *testing.F) {
+	was := aPlan()
+	f.Add(was.Encode())
+	f.Add([]byte(`{"guests":[{"guest":"web-1","feels":["B1"],"pause":{}}],"steps":[{"n":1,"kind":"hold"},{"kind":"move"}]}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var p maint.Plan
+		if json.Unmarshal(b, &p) != nil {
+			return
+		}
+		p.Version = maint.PlanVersion
+		text := p.Seal().Encode()
+		got, err := maint.DecodePlan("p.json", text)
+		if err != nil || !bytes.Equal(got.Encode(), text) {
+			t.Fatalf("%v: %s is read as %s", err, text, got.Encode())
+		}
+		_ = got.Text()
+		_, _ = maint.PlanDiff(was, got), maint.PlanDiff(got, was)
 	})
 }
 
