@@ -36,7 +36,8 @@ const DrainTimeout = 12 * time.Hour
 
 // RestoreRequest asks for what a drain has moved away to be brought back.
 type RestoreRequest struct {
-	// Drain is the drain whose guests are meant, "" the last that moved any.
+	// Drain is the drain, or the apply, whose guests are meant, "" the last that has moved
+	// any and left them there.
 	Drain    OpID          `json:"drain,omitempty"`
 	Timeout  time.Duration `json:"timeout_ns,omitempty"` // as a DrainRequest's
 	MaxPause time.Duration `json:"max_pause_ns,omitempty"`
