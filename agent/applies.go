@@ -43,6 +43,11 @@ func (a *Agent) Apply(ctx context.Context, by string, r maint.ApplyRequest) (mai
 		Deadline: end.Add(a.longestNotice() + applyGrace), Apply: &r})
 }
 
+// CheckPlan refuses a plan that Apply would refuse, and changes nothing.
+func (a *Agent) CheckPlan(ctx context.Context, p maint.Plan) error {
+	return a.checkPlan(ctx, "cannot apply the plan", p)
+}
+
 // checkPlan refuses a plan that is not the one that would be made now, and says what is
 // different.
 func (a *Agent) checkPlan(ctx context.Context, what string, p maint.Plan) error {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	"belay/agent/config"
 	"belay/agent/maint"
@@ -278,4 +279,27 @@ func TestApplyTellsOnce(t *testing.T) {
 		t.Fatalf("%s %v: %v", op.Outcome, op.Problems, u.at())
 	}
 	u.settled(op)
+}
+
+// TestApplyHoldsNoLongerThanAllowed: what guests' policies allow is the deadline of the hold, too,
+// whatever the host's default.
+func TestApplyHoldsNoLongerThanAllowed(t *testing.T) {
+	t.Parallel()
+	u := newUpdates(t, nil)
+	const allowed = 900 * time.Millisecond
+	var guest string
+	for guest = range u.at() {
+		break
+	}
+	_, err := u.a.Client.SetPolicy(u.ctx, guest, maint.GuestPolicy{MaxPause: allowed})
+	check(t, err)
+	op := u.apply(byPause, false)
+	for _, part := range u.ops(u.a) {
+		if part.Part == op.ID && part.Hold != nil && part.Hold.MaxPause != allowed {
+			t.Errorf("guests could be held for %s", part.Hold.MaxPause)
+		}
+	}
+	if parts := strings.Join(u.parts(op.ID), "; "); parts != "hold done" {
+		t.Errorf("its parts: %s", parts)
+	}
 }

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"belay/agent/config"
 	"belay/agent/maint"
 	"belay/agent/run"
 	"belay/patch/live"
@@ -46,6 +47,9 @@ func (x application) hold(ctx context.Context, s *run.Scratch, step maint.PlanSt
 	_, err = x.through(ctx, id, func(edit func(*maint.Op)) (maint.Op, error) {
 		if r.Guests, stranger, err = x.here(ctx, step); err != nil || stranger != nil {
 			return maint.Op{}, cmp.Or[error](err, stranger)
+		}
+		if r.MaxPause, err = x.allowed(ctx, r.Guests, r.MaxPause); err != nil {
+			return maint.Op{}, err
 		}
 		return x.a.hold(ctx, x.by(), r, edit)
 	})
@@ -94,6 +98,25 @@ func (x application) longest(uuids []string) time.Duration {
 		}
 	}
 	return min(d, x.a.cfg.Hold.MaxPauseLimit.Duration)
+}
+
+// allowed is a pause that is no longer than any of the guests' policies allow: a step that
+// hangs is ended by then, and the leash releases them.
+func (x application) allowed(ctx context.Context, uuids []string, d time.Duration) (time.Duration, error) {
+	for _, uuid := range uuids {
+		g, err := x.a.hyp.Guest(ctx, uuid)
+		if err != nil {
+			return 0, err
+		}
+		p, err := x.a.policyOf(g)
+		if err != nil {
+			return 0, err
+		}
+		if p.MaxPause > 0 {
+			d = min(d, max(config.MinPause, p.MaxPause))
+		}
+	}
+	return d, nil
 }
 
 func (x application) reason() string {
@@ -285,6 +308,10 @@ type hostRun struct {
 	Before *maint.KeptPatch `json:"before,omitempty"`
 }
 
+// stepTimeout is for what is run while no guest is held, and has no time-out of its own: one
+// that hangs would have the update never end.
+const stepTimeout = time.Hour
+
 // host runs a command or a unit's job on the host, once: one that was begun by a belayd that
 // has died is waited for.
 func (x application) host(ctx context.Context, s *run.Scratch, what string, step maint.PlanStep, do *maint.ChangeStep) error {
@@ -303,7 +330,9 @@ func (x application) host(ctx context.Context, s *run.Scratch, what string, step
 			return err
 		}
 	}
-	r := x.a.preserve.Steps.Run(ctx, name, do.HostStep, nil)
+	timed := do.HostStep
+	timed.Timeout = cmp.Or(timed.Timeout, stepTimeout)
+	r := x.a.preserve.Steps.Run(ctx, name, timed, nil)
 	if x.a.life.Err() != nil {
 		return x.a.life.Err()
 	}

@@ -63,6 +63,7 @@ var endpoints = []struct {
 	{"GET", "/v1/guests/{guest}/policy", "", "viewer operator", "Policy GUEST"},
 	{"PUT", "/v1/guests/{guest}/policy", `{"refuse":["D"]}`, "operator", "SetPolicy GUEST [D] me"},
 	{"POST", "/v1/applies", `{"plan":{"hash":"h"}}`, "operator", "Apply h me"},
+	{"POST", "/v1/applies/check", `{"plan":{"hash":"h"}}`, "operator", "CheckPlan h"},
 	{"PUT", "/v1/cordon", `{"reason":"disk"}`, "operator", "Cordon disk me"},
 	{"DELETE", "/v1/cordon", "", "operator", "Uncordon me"},
 	{"GET", "/v1/clocks", "", "viewer operator", "Clock "},

@@ -182,6 +182,11 @@ func (c *Client) Plan(ctx context.Context, r maint.PlanRequest) (p maint.Plan, e
 	return p, c.call(ctx, "POST", "/v1/plans", r, &p)
 }
 
+// CheckPlan asks whether a plan could be carried out now; the error says why not.
+func (c *Client) CheckPlan(ctx context.Context, p maint.Plan) error {
+	return c.call(ctx, "POST", "/v1/applies/check", maint.ApplyRequest{Plan: p}, nil)
+}
+
 // Apply has a plan be carried out.
 func (c *Client) Apply(ctx context.Context, r maint.ApplyRequest) (op maint.Op, err error) {
 	return op, c.call(ctx, "POST", "/v1/applies", r, &op)

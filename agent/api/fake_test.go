@@ -140,6 +140,10 @@ func (f *fakeAgent) Plan(_ context.Context, r maint.PlanRequest) (maint.Plan, er
 	return maint.Plan{}, f.called("Plan "+r.Manifest, "")
 }
 
+func (f *fakeAgent) CheckPlan(_ context.Context, p maint.Plan) error {
+	return f.called("CheckPlan "+p.Hash, "")
+}
+
 func (f *fakeAgent) Apply(_ context.Context, by string, r maint.ApplyRequest) (maint.Op, error) {
 	return maint.Op{}, f.called("Apply "+r.Plan.Hash, by)
 }

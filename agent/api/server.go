@@ -148,6 +148,8 @@ type Planning interface {
 	Plan(ctx context.Context, r maint.PlanRequest) (maint.Plan, error)
 	// Apply carries a plan out, if it is still the one that would be made.
 	Apply(ctx context.Context, by string, r maint.ApplyRequest) (maint.Op, error)
+	// CheckPlan refuses a plan that Apply would refuse.
+	CheckPlan(ctx context.Context, p maint.Plan) error
 	// ProposeUpdate makes up a manifest from the packages that are pending.
 	ProposeUpdate(ctx context.Context) (maint.Proposal, error)
 	Policies(ctx context.Context) ([]maint.PolicyView, error)
@@ -326,6 +328,9 @@ func routes(a Agent) []route {
 		}},
 		{"POST", "/v1/applies", operators, func(r *http.Request, c Caller) (any, error) {
 			return withUpTo(maxPlanBody, r, func(q maint.ApplyRequest) (any, error) { return a.Apply(r.Context(), c.Name, q) })
+		}},
+		{"POST", "/v1/applies/check", operators, func(r *http.Request, _ Caller) (any, error) {
+			return withUpTo(maxPlanBody, r, func(q maint.ApplyRequest) (any, error) { return nil, a.CheckPlan(r.Context(), q.Plan) })
 		}},
 		{"PUT", "/v1/cordon", operators, func(r *http.Request, c Caller) (any, error) {
 			return with(r, func(q Reason) (any, error) { return a.Cordon(r.Context(), c.Name, q.Reason) })

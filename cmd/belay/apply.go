@@ -48,10 +48,13 @@ nothing was changed; 4 done, but not all is well; 5 goes on.`,
 				return err
 			}
 			if dryRun || len(p.Blockers) > 0 {
-				if err := a.print(p, func(w io.Writer) { fmt.Fprint(w, p.Text()) }); err != nil || len(p.Blockers) == 0 {
+				if err := a.print(p, func(w io.Writer) { fmt.Fprint(w, p.Text()) }); err != nil {
 					return err
 				}
-				return &ended{exitBlocked}
+				if len(p.Blockers) > 0 {
+					return &ended{exitBlocked}
+				}
+				return a.client().CheckPlan(c.Context(), p)
 			}
 			op, err := a.client().Apply(c.Context(), maint.ApplyRequest{Plan: p, Reason: reason})
 			if err != nil {
