@@ -344,11 +344,6 @@ func newDocumentedWorld(t *testing.T) *documentedWorld {
 	t.Cleanup(cancel)
 	dir := t.TempDir()
 	t.Chdir(dir)
-	for _, name := range []string{"kernel.toml", "pending.toml"} {
-		if err := os.WriteFile(name, []byte(documentedUpdate), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
 	w := &documentedWorld{agenttest.New(t, slog.New(slog.DiscardHandler), func(c *config.Config) {
 		c.Events = config.Events{Enabled: true, Policy: "all"}
 	}, "host-a", "host-b"), ctx}
@@ -408,8 +403,11 @@ func (w *documentedWorld) fill(t *testing.T, args []string) []string {
 			args[i] = w.event(t)
 		case word == "ID", strings.HasPrefix(word, "drain-2"):
 			args[i] = w.operation(t)
-		case strings.HasPrefix(word, "docs/examples/"):
-			args[i] = "kernel.toml"
+		case strings.HasSuffix(word, ".toml") && args[i-1] != "--out":
+			args[i] = filepath.Base(word)
+			if err := os.WriteFile(args[i], []byte(documentedUpdate), 0o600); err != nil {
+				t.Fatal(err)
+			}
 		case i > 0 && (args[i-1] == "--verify" || args[i-1] == "--undo"):
 			args[i] = "true"
 		case i > 0 && args[i-1] == "--at": // the documentation's moment passes
