@@ -103,13 +103,18 @@ func (ps *problems) add(code maint.Code, remedy, reason string, args ...any) {
 	ps.list = append(ps.list, *maint.Problemf(code, "guest "+ps.guest, remedy, reason, args...))
 }
 
+// guarded is that an earlier operation has not let go of the guest.
+func guarded(f Facts) maint.Problem {
+	return *maint.Problemf(maint.CodeKept, "guest "+f.Guest.Name, "see 'belay ops show "+string(f.Guarded)+"'; once the guest is as it should be, remove its folder in /run/belay/vmm",
+		"operation %s has kept its memory or its state, and has not ended well", f.Guarded)
+}
+
 // unfit is what stands in the way of every method.
 func unfit(f Facts) []maint.Problem {
 	ps := problems{guest: f.Guest.Name}
 	g := f.Guest
 	if f.Guarded != "" {
-		ps.add(maint.CodeKept, "see 'belay ops show "+string(f.Guarded)+"'; once the guest is as it should be, remove its folder in /run/belay/vmm",
-			"operation %s has kept its memory or its state, and has not ended well", f.Guarded)
+		ps.list = append(ps.list, guarded(f))
 	}
 	switch {
 	case !g.State.Active():
@@ -164,7 +169,7 @@ func inPlaceProblems(f Facts) []maint.Problem {
 	if !f.Guest.State.Active() {
 		return nil
 	}
-	const shareable = "give it <memoryBacking><source type='file'/><access mode='shared'/></memoryBacking>, with memory_backing_dir (qemu.conf) on a tmpfs, from its next start on"
+	const shareable = "give it <memoryBacking><source type='file'/><access mode='shared'/></memoryBacking>, with memory_backing_dir (qemu.conf) on a tmpfs or in reserved memory (DAX), from its next start on"
 	for _, m := range f.Memory {
 		switch {
 		case m.Kind != "memory-backend-file":
@@ -174,7 +179,7 @@ func inPlaceProblems(f Facts) []maint.Problem {
 		case m.Discard:
 			ps.add(maint.CodeMemory, "take <discard/> out of its <memoryBacking>, from its next start on", "QEMU throws its memory %s away when it ends", m.ID)
 		case m.Ours && !m.InRAM:
-			ps.add(maint.CodeMemory, "put memory_backing_dir (qemu.conf) on a tmpfs, from its next start on", "its memory %s, in %s, is not on a tmpfs", m.ID, m.Path)
+			ps.add(maint.CodeMemory, "put memory_backing_dir (qemu.conf) on a tmpfs or in reserved memory (DAX), from its next start on", "its memory %s, in %s, is not in RAM", m.ID, m.Path)
 		case !m.Mapped:
 			ps.add(maint.CodeMemory, shareable, "its memory %s is not, or no longer, the file %s", m.ID, m.Path)
 		}

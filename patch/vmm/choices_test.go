@@ -60,7 +60,7 @@ func TestChoices(t *testing.T) {
 		"anonymous":       {func(f *vmm.Facts) { f.Memory[0].Kind = "memory-backend-ram" }, maint.CodeMemory, in, "(ram) is in no file"},
 		"private":         {func(f *vmm.Facts) { f.Memory[0].Shared = false }, maint.CodeMemory, in, "not shared"},
 		"discard":         {func(f *vmm.Facts) { f.Memory[0].Discard = true }, maint.CodeMemory, in, "throws its memory pc.ram away"},
-		"on disk":         {func(f *vmm.Facts) { f.Memory[0].InRAM = false }, maint.CodeMemory, in, "not on a tmpfs"},
+		"on disk":         {func(f *vmm.Facts) { f.Memory[0].InRAM = false }, maint.CodeMemory, in, "not in RAM"},
 		"another file":    {func(f *vmm.Facts) { f.Memory[0].Mapped = false }, maint.CodeMemory, in, "no longer, the file"},
 		"no memory":       {func(f *vmm.Facts) { f.Memory = nil }, maint.CodeMemory, in, "names no memory"},
 		"no capability":   {func(f *vmm.Facts) { f.IgnoreShared = false }, maint.CodeQEMU, in, "x-ignore-shared"},

@@ -69,7 +69,7 @@ func (r *Replacement) save(ctx context.Context, pl plan, t *timing) error {
 	t.begin()
 	err = r.Host.Save(context.WithoutCancel(ctx), pl.UUID, pl.image())
 	if err == nil {
-		err = r.awaitOff(context.WithoutCancel(ctx), pl)
+		err = r.mover().awaitOff(context.WithoutCancel(ctx), pl.Seat)
 	}
 	t.mark("save")
 	return err

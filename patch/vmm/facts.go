@@ -58,7 +58,7 @@ type Memory struct {
 	Shared  bool
 	Discard bool   // QEMU throws the content away when it ends
 	Path    string // of the file
-	InRAM   bool   // the file is on a tmpfs
+	InRAM   bool   // the file is on a tmpfs, or in reserved memory by DAX
 	Mapped  bool   // the file is the one that QEMU has mapped
 	Ours    bool   // the file is in a folder that libvirt made for this domain, and goes with it
 }

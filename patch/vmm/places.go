@@ -200,6 +200,17 @@ func room(path string) (free uint64, inRAM bool, err error) {
 	return st.Bavail * uint64(st.Bsize), st.Type == unix.TMPFS_MAGIC, nil
 }
 
+// inRAM reports whether a file's pages are memory that processes map, and nothing else has a copy of
+// them: it is on a tmpfs, or on persistent memory by DAX (STATX_ATTR_DAX of statx(2), Linux 5.8).
+func inRAM(path string) bool {
+	if _, tmpfs, err := room(path); err != nil || tmpfs {
+		return err == nil
+	}
+	var st unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, path, 0, 0, &st)
+	return err == nil && st.Attributes&unix.STATX_ATTR_DAX != 0
+}
+
 // process is a process for good: its number alone comes round again.
 type process struct {
 	PID   int    `json:"pid"`

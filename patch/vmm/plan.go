@@ -8,7 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
+	"strings"
 	"time"
 
 	"belay/agent/maint"
@@ -19,26 +19,14 @@ import (
 type plan struct {
 	// Op is the operation that made the plan; its ID is the token of the new
 	// QEMU. An operation that takes up what another has kept goes by that's.
-	Op      maint.OpID      `json:"op"`
-	Adopted bool            `json:"adopted,omitempty"`
-	Guest   string          `json:"guest"`
-	UUID    string          `json:"uuid"`
-	Method  maint.VMMMethod `json:"method"`
-	Boot    string          `json:"boot"` // the host's
-
-	ID  int     `json:"id"`  // libvirt's number of the domain
-	Old process `json:"old"` // its QEMU
-
-	UID       int    `json:"uid"`
-	GID       int    `json:"gid"`
-	OldQEMU   string `json:"old_qemu"`  // version
-	Bandwidth uint64 `json:"bandwidth"` // as it was
-
-	XML      string   `json:"xml,omitempty"`      // in place: to start the new QEMU from
-	Inactive string   `json:"inactive,omitempty"` // the definition
-	Memory   []string `json:"memory,omitempty"`   // in place: the files to be linked
-	Kept     string   `json:"kept,omitempty"`     // in place: the folder of the links; copy: of the image
-	Disks    []string `json:"disks,omitempty"`    // files that the guest writes
+	Op       maint.OpID      `json:"op"`
+	Adopted  bool            `json:"adopted,omitempty"`
+	Method   maint.VMMMethod `json:"method"`
+	Boot     string          `json:"boot"` // the host's
+	Seat                     // in place, all of it; copy: Kept is the folder of the image
+	OldQEMU  string          `json:"old_qemu"`           // version
+	Inactive string          `json:"inactive,omitempty"` // the definition
+	Disks    []string        `json:"disks,omitempty"`    // files that the guest writes
 
 	Choices []maint.VMMChoice `json:"choices,omitempty"`
 }
@@ -118,11 +106,7 @@ func (r *Replacement) adoptable(ctx context.Context, left plan) bool {
 }
 
 func (r *Replacement) plan(ctx context.Context, f Facts) (pl plan, err error) {
-	pl = plan{Op: r.Op, Guest: f.Guest.Name, UUID: f.Guest.UUID, Method: r.Method, ID: f.Guest.ID,
-		Old: f.process, UID: f.UID, GID: f.GID, OldQEMU: f.QEMU}
-	if pl.Old.PID == 0 {
-		return pl, errors.New("its QEMU is not found among the processes")
-	}
+	pl = plan{Op: r.Op, Method: r.Method, OldQEMU: f.QEMU}
 	if pl.Boot, err = r.Places.bootID(); err != nil {
 		return pl, err
 	}
@@ -137,32 +121,16 @@ func (r *Replacement) plan(ctx context.Context, f Facts) (pl plan, err error) {
 		}
 	}
 	if r.Method == maint.VMMCopy {
+		pl.Seat, err = f.seat()
 		pl.Kept = filepath.Join(r.Places.copies(), r.UUID)
-		return pl, nil
-	}
-	if pl.Bandwidth, err = bandwidth(ctx, r.Host, r.UUID); err != nil {
 		return pl, err
 	}
-	if pl.XML, err = incoming(d.Portable, string(r.Op)); err != nil {
+	if pl.Seat, err = r.mover().seat(ctx, f, d.Portable, string(r.Op)); err != nil {
 		return pl, err
 	}
-	for _, m := range f.Memory {
-		if m.Ours {
-			pl.Memory = append(pl.Memory, m.Path)
-		}
-	}
-	dirs := slices.Compact(slices.Sorted(func(yield func(string) bool) {
-		for _, path := range pl.Memory {
-			if !yield(filepath.Dir(path)) {
-				return
-			}
-		}
-	}))
-	if len(dirs) != 1 {
-		return pl, fmt.Errorf("its memory is in %d folders of libvirt's: %q", len(dirs), dirs)
-	}
-	// <memory_backing_dir>/libvirt/qemu/<id>-<name> is libvirt's.
-	pl.Kept = filepath.Join(filepath.Dir(filepath.Dir(filepath.Dir(dirs[0]))), "belay", r.UUID)
+	// <memory_backing_dir>/libvirt/qemu/<id>-<name> is libvirt's; by default it is
+	// /var/lib/libvirt/qemu/ram/<id>-<name>.
+	pl.Kept = filepath.Join(strings.TrimSuffix(pl.folder(), "/libvirt/qemu"), "belay", r.UUID)
 	return pl, nil
 }
 
@@ -193,19 +161,17 @@ func (r *Replacement) prepare(pl plan) error {
 	if err != nil {
 		return err
 	}
-	kept := r.Places.at(pl.Kept)
-	if err := privateDir(filepath.Dir(kept)); err != nil {
+	if err := privateDir(filepath.Dir(r.Places.at(pl.Kept))); err != nil {
 		return err
 	}
-	if err := privateDir(kept); err != nil {
-		return err
-	}
-	var rams string
-	for _, path := range pl.Memory {
-		rams = filepath.Dir(filepath.Dir(path))
-		if err := link(r.Places.at(path), filepath.Join(kept, filepath.Base(path))); err != nil {
+	order := "copy " + string(pl.Op) + "\n" + pl.Kept + "\n\n"
+	if pl.Method == maint.VMMInPlace {
+		if err := r.mover().Keep(pl.Seat); err != nil {
 			return err
 		}
+		order = pl.Order(string(pl.Method), string(pl.Op))
+	} else if err := privateDir(r.Places.at(pl.Kept)); err != nil {
+		return err
 	}
 	// libvirt's hook looks for the guard, so it comes when it can be obeyed.
 	g := r.Places.guard(pl.UUID)
@@ -215,7 +181,6 @@ func (r *Replacement) prepare(pl plan) error {
 	if err := privateDir(g.dir); err != nil {
 		return err
 	}
-	order := fmt.Sprintf("%s %s\n%s\n%s\n", pl.Method, pl.Op, pl.Kept, rams)
 	return errors.Join(g.write(guardPlan, text), g.write(guardOrder, []byte(order)))
 }
 

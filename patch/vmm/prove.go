@@ -133,30 +133,11 @@ func (r *Replacement) Finish(ctx context.Context, s Scratch) error {
 		return err
 	}
 	if now == atNew && pl.Method == maint.VMMInPlace {
-		if err := r.forget(ctx, pl); err != nil {
-			return maint.Problemf(maint.CodeUnverified, "guest "+r.Guest, "before it is saved or migrated: virsh qemu-monitor-command "+maint.ShellWord(r.Guest)+
-				` '{"execute":"migrate-set-capabilities","arguments":{"capabilities":[{"capability":"x-ignore-shared","state":false}]}}'`,
-				"runs in its new QEMU, in which a migration would leave its memory behind: %v", err)
+		if err := r.mover().Settle(ctx, pl.Seat); err != nil {
+			return pl.LeftBehind(err)
 		}
 	}
 	return r.drop(pl)
-}
-
-func (r *Replacement) forget(ctx context.Context, pl plan) error {
-	ctx, cancel := context.WithTimeout(ctx, r.paced().libvirt)
-	defer cancel()
-	for step := 50 * time.Millisecond; ; step = min(2*step, 2*time.Second) {
-		err := setIgnoreShared(ctx, r.Host, pl.UUID, false)
-		if err == nil {
-			_, on, asked := hasIgnoreShared(ctx, r.Host, pl.UUID)
-			if err = asked; err == nil && !on {
-				return nil
-			}
-		}
-		if absent(err) || !wait(ctx, step) {
-			return err
-		}
-	}
 }
 
 // Measure is what the replacement did, once Swap has returned.

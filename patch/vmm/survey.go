@@ -172,7 +172,7 @@ func (f *Facts) askMemory(ctx context.Context, q QEMU, p Places) error {
 			if err := errors.Join(get("mem-path", &m.Path), get("discard-data", &m.Discard)); err != nil {
 				return err
 			}
-			_, m.InRAM, _ = room(p.at(m.Path))
+			m.InRAM = inRAM(p.at(m.Path))
 			m.Mapped, _ = p.maps(f.process.PID, p.at(m.Path))
 			m.Ours = strings.HasPrefix(filepath.Base(filepath.Dir(m.Path)), fmt.Sprintf("%d-", f.Guest.ID))
 		}

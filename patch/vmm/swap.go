@@ -309,50 +309,20 @@ func (r *Replacement) back(ctx context.Context, pl plan) error {
 		return fail(err)
 	}
 	if g.has(guardPaused) {
-		if err := r.resumeOld(ctx, pl); err != nil {
+		try := r.mover().tryOld
+		if pl.Method == maint.VMMCopy {
+			try = func(ctx context.Context, s Seat) error { return r.Host.Resume(ctx, s.UUID) }
+		}
+		if err := r.mover().resume(ctx, pl.Seat, try); err != nil {
 			return fail(err)
 		}
 	}
 	if pl.Method == maint.VMMInPlace {
-		if err := r.resetOld(ctx, pl); err != nil {
+		if err := r.mover().resetOld(ctx, pl.Seat); err != nil {
 			return fmt.Errorf("cannot put the migration settings of guest %s back: %w", r.Guest, err)
 		}
 	}
 	return g.drop(guardPaused)
-}
-
-// resumeOld resumes the guest in its old QEMU, out of "postmigrate" too, and
-// tries for as long as a lease or libvirt is away.
-func (r *Replacement) resumeOld(ctx context.Context, pl plan) error {
-	ctx, cancel := context.WithTimeout(ctx, r.paced().libvirt)
-	defer cancel()
-	step := 2 * time.Millisecond
-	for {
-		err := r.tryOld(ctx, pl)
-		if err == nil {
-			return nil
-		}
-		if !wait(ctx, step) {
-			return err
-		}
-		step = min(2*step, time.Second)
-	}
-}
-
-// tryOld tries once. A migration under way would stop the guest again when it
-// ends: it comes to its end first.
-func (r *Replacement) tryOld(ctx context.Context, pl plan) error {
-	if pl.Method == maint.VMMInPlace {
-		m, err := queryMigrate(ctx, r.Host, pl.UUID)
-		if err != nil {
-			return err
-		}
-		if m.underway() {
-			_ = ask(ctx, r.Host, pl.UUID, "migrate_cancel", nil, nil) // what came of it is asked next time
-			return fmt.Errorf("the migration of its state is still %s", m.Status)
-		}
-	}
-	return r.Host.Resume(ctx, pl.UUID)
 }
 
 // whole says why the guest must not be started from what is kept.

@@ -140,6 +140,11 @@ func (r *Replacement) paced() pace {
 	return usual()
 }
 
+func (r *Replacement) mover() Mover {
+	p := r.paced()
+	return Mover{r.Host, r.Places, &p}
+}
+
 // wait waits for d and reports whether ctx is still alive.
 func wait(ctx context.Context, d time.Duration) bool {
 	t := time.NewTimer(d)
