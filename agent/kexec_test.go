@@ -17,8 +17,9 @@ import (
 	"belay/patch/kexec/kexectest"
 )
 
-// kexecBed is one host whose kernel can be changed, with three guests: one that runs, one
-// that starts with the host, and one that its owner has paused.
+// kexecBed is one host whose kernel can be changed, with four guests: one that runs, one
+// that starts with the host, one that its owner has paused, and one, which starts with the host
+// too, whose memory is in place.
 type kexecBed struct {
 	*agenttest.Node
 	w     *agenttest.World
@@ -39,10 +40,14 @@ const longAgo = -time.Hour
 
 func newKexecBed(t *testing.T, edit func(*config.Config)) *kexecBed {
 	t.Helper()
-	w := agenttest.New(t, quiet(t), edit, "a")
+	w := agenttest.New(t, quiet(t), func(c *config.Config) {
+		if c.Kexec.InPlace = true; edit != nil {
+			edit(c)
+		}
+	}, "a")
 	b := &kexecBed{Node: w.Nodes[0], w: w, t: t, ctx: ctxFor(t, 60*time.Second), onBoot: func(_ int, r string) string { return r }}
 	b.Stop()
-	b.m = kexectest.New(t, filepath.Join(t.TempDir(), "root"), b.Host)
+	b.m = kexectest.New(t, b.Host)
 	b.m.OnKexec = b.reboot
 	b.Node.Kexec = b.m
 	for i, name := range []string{"app-1", "db-1", "old-1"} {
@@ -53,6 +58,7 @@ func newKexecBed(t *testing.T, edit func(*config.Config)) *kexecBed {
 		b.Host.SetClock(t, uuid, longAgo)
 		b.uuids = append(b.uuids, uuid)
 	}
+	b.uuids = append(b.uuids, b.m.PutGuest(t, "ram-1", func(g *maint.Guest) { g.Autostart = true; g.MemoryBytes = 1 << 20 }))
 	b.Start(nil)
 	return b
 }
@@ -106,12 +112,18 @@ func (b *kexecBed) whole(at string, lost ...string) {
 		}
 		if g.State != want {
 			b.t.Errorf("killed %s: guest %s is %s (%s), want %s", at, g.Name, g.State, g.Reason, want)
-		} else if i != 2 && b.Host.ClockOffset(b.t, uuid) > longAgo/2 {
+		} else if i < 2 && b.Host.ClockOffset(b.t, uuid) > longAgo/2 {
 			b.t.Errorf("killed %s: guest %s was booted afresh", at, g.Name)
 		}
-		if g.Autostart != (i == 1) {
+		if g.Autostart != (i == 1 || i == 3) {
 			b.t.Errorf("killed %s: guest %s: autostart is %v", at, g.Name, g.Autostart)
 		}
+	}
+	if d := b.m.Damage(); len(d) > 0 {
+		b.t.Errorf("killed %s: %v", at, d)
+	}
+	if ram := b.uuids[3]; !slices.Contains(lost, ram) && b.m.IgnoresShared(ram) {
+		b.t.Errorf("killed %s: a migration of ram-1 would leave its memory behind", at)
 	}
 }
 
@@ -129,16 +141,21 @@ func TestKexec(t *testing.T) {
 	t.Parallel()
 	b := newKexecBed(t, nil)
 	op := b.kexec()
-	if op.Outcome != maint.OutcomeDone || fates(op) != "app-1 restored;db-1 restored;old-1 restored;" {
+	if op.Outcome != maint.OutcomeDone || fates(op) != "app-1 restored;db-1 restored;old-1 restored;ram-1 restored;" {
 		t.Fatalf("%s %v: %s", op.Outcome, op.Problems, fates(op))
 	}
 	b.whole("never")
 	r := op.Kexeced
+	if r.Guests[0].Memory != maint.KexecCopied || r.Guests[3].Memory != maint.KexecInPlace {
+		t.Errorf("%+v", r.Guests)
+	}
 	if r.Before != kexectest.Old || r.After != kexectest.Next || r.BootBefore == r.BootAfter || r.Guests[0].Pause <= 0 || r.Up < 10*time.Second || r.Up > 13*time.Second || r.Guests[0].Clock == nil {
 		t.Errorf("%+v", r)
 	}
-	if left, _ := filepath.Glob(filepath.Join(b.m.Dir(), "*.save")); len(left) > 0 {
-		t.Errorf("what is out of date is left: %v", left)
+	for _, what := range []string{"*.save", "*.paused", "*.memory"} {
+		if left, _ := filepath.Glob(filepath.Join(b.m.Dir(), what)); len(left) > 0 {
+			t.Errorf("what is out of date is left: %v", left)
+		}
 	}
 	// Again, and back: what the first has left is no hindrance.
 	b.m.Write("/proc/sys/kernel/osrelease", kexectest.Next+"\n")
@@ -167,37 +184,46 @@ func TestKexecGoesWrong(t *testing.T) {
 				b.m.Mount(release == kexectest.Old)
 				return release
 			},
-			want: maint.OutcomeFailed, fates: "app-1 restored;db-1 restored;old-1 restored;", code: maint.CodeKernelSick},
+			want: maint.OutcomeFailed, fates: "app-1 restored;db-1 restored;old-1 restored;ram-1 restored;", code: maint.CodeKernelSick},
 		"the new kernel panics": {
 			onBoot: func(_ *kexecBed, _ int, _ string) string { return kexectest.Old },
-			want:   maint.OutcomeFailed, fates: "app-1 restored;db-1 restored;old-1 restored;", code: maint.CodeKernelOld},
+			want:   maint.OutcomeFailed, fates: "app-1 restored;db-1 restored;old-1 restored;ram-1 restored;", code: maint.CodeKernelOld},
 		"power is cut": {
 			onBoot: func(b *kexecBed, _ int, _ string) string { b.m.PowerCut(); return kexectest.Old },
-			want:   maint.OutcomeFailed, fates: "app-1 lost;db-1 lost;old-1 lost;", lost: []int{0, 1, 2}, code: maint.CodeLostGuest},
+			want:   maint.OutcomeFailed, fates: "app-1 lost;db-1 lost;old-1 lost;ram-1 lost;", lost: []int{0, 1, 2, 3}, code: maint.CodeLostGuest},
 		"the memory does not come back": {
 			onBoot: func(b *kexecBed, _ int, _ string) string { b.m.Mount(false); return kexectest.Old },
 			edit:   func(c *config.Config) { c.Kexec.ColdStart = true },
-			want:   maint.OutcomeStuck, fates: "app-1 kept;db-1 kept;old-1 kept;", lost: []int{0, 1, 2}, code: maint.CodeKernelOld},
+			want:   maint.OutcomeStuck, fates: "app-1 kept;db-1 kept;old-1 kept;ram-1 kept;", lost: []int{0, 1, 2, 3}, code: maint.CodeKernelOld},
 		"memory is damaged": {
-			onBoot: func(b *kexecBed, _ int, r string) string { b.m.Damage(b.uuids[0]); return r },
-			want:   maint.OutcomePartly, fates: "app-1 lost;db-1 restored;old-1 restored;", lost: []int{0}, code: maint.CodeLostGuest},
+			onBoot: func(b *kexecBed, _ int, r string) string { b.m.Spoil(b.uuids[0]); return r },
+			want:   maint.OutcomePartly, fates: "app-1 lost;db-1 restored;old-1 restored;ram-1 restored;", lost: []int{0}, code: maint.CodeLostGuest},
 		"memory is damaged, and the guest is to start": {
 			edit:   func(c *config.Config) { c.Kexec.ColdStart = true },
-			onBoot: func(b *kexecBed, _ int, r string) string { b.m.Damage(b.uuids[1]); return r },
-			want:   maint.OutcomePartly, fates: "app-1 restored;db-1 lost;old-1 restored;", lost: []int{1}, code: maint.CodeLostGuest},
+			onBoot: func(b *kexecBed, _ int, r string) string { b.m.Spoil(b.uuids[1]); return r },
+			want:   maint.OutcomePartly, fates: "app-1 restored;db-1 lost;old-1 restored;ram-1 restored;", lost: []int{1}, code: maint.CodeLostGuest},
+		"memory in place is damaged": {
+			onBoot: func(b *kexecBed, _ int, r string) string { b.m.SpoilMemory(b.uuids[3]); return r },
+			want:   maint.OutcomePartly, fates: "app-1 restored;db-1 restored;old-1 restored;ram-1 lost;", lost: []int{3}, code: maint.CodeLostGuest},
+		"the state of memory in place is damaged": {
+			onBoot: func(b *kexecBed, _ int, r string) string { b.m.Spoil(b.uuids[3]); return r },
+			want:   maint.OutcomePartly, fates: "app-1 restored;db-1 restored;old-1 restored;ram-1 lost;", lost: []int{3}, code: maint.CodeLostGuest},
+		"a guest with its memory in place does not leave its QEMU": {
+			before: func(b *kexecBed) { b.m.FailMigrate = true },
+			want:   maint.OutcomeFailed, fates: "app-1 restored;db-1 restored;old-1 restored;ram-1 ran on;", code: maint.CodeFailed},
 		"systemd does not go down": {
 			before: func(b *kexecBed) { b.m.NoKexec = true },
-			want:   maint.OutcomeFailed, fates: "app-1 restored;db-1 restored;old-1 restored;", code: maint.CodeKexec},
+			want:   maint.OutcomeFailed, fates: "app-1 restored;db-1 restored;old-1 restored;ram-1 restored;", code: maint.CodeKexec},
 		"a guest cannot be saved": {
 			before: func(b *kexecBed) { b.m.FailSave = b.uuids[1] },
-			want:   maint.OutcomeFailed, fates: "app-1 restored;db-1 ran on;old-1 restored;", code: maint.CodeFailed},
+			want:   maint.OutcomeFailed, fates: "app-1 restored;db-1 ran on;old-1 restored;ram-1 restored;", code: maint.CodeFailed},
 		"somebody starts a guest meanwhile": {
 			onBoot: func(b *kexecBed, _ int, r string) string {
 				check(b.t, b.Host.Launch(b.ctx, b.uuids[0]))
 				check(b.t, b.Host.SetAutostart(b.ctx, b.uuids[0], true)) // or the fake's boot ends it
 				return r
 			},
-			want: maint.OutcomePartly, fates: "app-1 kept;db-1 restored;old-1 restored;", lost: []int{0}, code: maint.CodeStarted},
+			want: maint.OutcomePartly, fates: "app-1 kept;db-1 restored;old-1 restored;ram-1 restored;", lost: []int{0}, code: maint.CodeStarted},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -331,14 +357,21 @@ func TestKexecRefused(t *testing.T) {
 	r.All, r.Guests = false, []string{"app-1"}
 	v, err := b.Client.PlanKexec(b.ctx, r)
 	check(t, err)
-	if len(v.Problems) != 2 || v.Problems[0].Code != maint.CodeUncovered || v.New.Release != kexectest.Next {
+	if len(v.Problems) != 3 || v.Problems[0].Code != maint.CodeUncovered || v.New.Release != kexectest.Next {
 		t.Errorf("%+v", v)
 	}
 	if _, err := b.Client.Kexec(b.ctx, r); err == nil || !strings.Contains(err.Error(), "guest db-1") {
 		t.Errorf("%v", err)
 	}
-	check(t, os.WriteFile(filepath.Join(b.m.Root, "sys/kernel/security/lockdown"), []byte("none [integrity] confidentiality\n"), 0o600))
 	checks, err := b.Client.Doctor(b.ctx)
+	check(t, err)
+	if !slices.ContainsFunc(checks, func(c maint.Check) bool {
+		return c.Name == "kexec in place" && strings.Contains(c.Remedy, "memory_backing_dir")
+	}) {
+		t.Errorf("%+v", checks)
+	}
+	check(t, os.WriteFile(filepath.Join(b.m.Root, "sys/kernel/security/lockdown"), []byte("none [integrity] confidentiality\n"), 0o600))
+	checks, err = b.Client.Doctor(b.ctx)
 	check(t, err)
 	if !slices.ContainsFunc(checks, func(c maint.Check) bool { return c.Name == "kexec" && strings.Contains(c.Text, "locked down") }) {
 		t.Errorf("%+v", checks)

@@ -21,6 +21,7 @@ import (
 	"belay/hypervisor/guestclock"
 	"belay/patch/kexec"
 	"belay/patch/live/remote"
+	"belay/patch/vmm"
 )
 
 // Kexec is what rung B3 needs of the host.
@@ -77,8 +78,8 @@ const kexecTimeout = 2 * time.Hour
 // job is a new kernel as an operation has it.
 func (a *Agent) kexecJob(op maint.OpID, r maint.KexecRequest) *kexec.Job {
 	k := a.preserve.Kexec
-	return &kexec.Job{Op: op, Request: r, Host: a.hyp, Loader: k.Loader, Rebooter: k.Rebooter, Tree: k.Tree, Dir: k.Dir, Pace: k.Pace,
-		Inside: inside{a.hyp, a.preserve.Clocks}, Life: a.life, Health: a.health(op), ColdStart: a.cfg.Kexec.ColdStart, Log: a.log.With("op", op)}
+	return &kexec.Job{Op: op, Request: r, Host: a.hyp, Mover: vmm.Mover{Host: vmmHost{a.hyp}, Places: a.preserve.Places}, Loader: k.Loader, Rebooter: k.Rebooter, Tree: k.Tree, Dir: k.Dir, Pace: k.Pace,
+		Inside: inside{a.hyp, a.preserve.Clocks}, Life: a.life, Health: a.health(op), InPlace: a.cfg.Kexec.InPlace, ColdStart: a.cfg.Kexec.ColdStart, Log: a.log.With("op", op)}
 }
 
 func (a *Agent) checkKexec(by string, r maint.KexecRequest) error {
@@ -223,7 +224,7 @@ func (i inside) BootID(ctx context.Context, g maint.Guest) string {
 // start, or has lost its journal. Guests that are not back are an error.
 func Rescue(ctx context.Context, cfg config.Config, hyp *hypervisor.Host, log *slog.Logger) error {
 	k := newKexec(cfg)
-	j := &kexec.Job{Host: hyp, Tree: k.Tree, Dir: k.Dir, Pace: k.Pace, Life: ctx, Log: log, Inside: inside{hyp, guestclock.New(hyp, clocksAtOnce)}}
+	j := &kexec.Job{Host: hyp, Mover: vmm.Mover{Host: vmmHost{hyp}, Places: vmm.Places{Lib: cfg.Libvirt.StateDir}}, Tree: k.Tree, Dir: k.Dir, Pace: k.Pace, Life: ctx, Log: log, Inside: inside{hyp, guestclock.New(hyp, clocksAtOnce)}}
 	guests, err := j.Rescue(ctx)
 	for _, g := range guests {
 		log.Info("guest "+g.Guest, "fate", g.Fate, "pause", g.Pause)
@@ -263,6 +264,17 @@ func (a *Agent) doctorKexec() []maint.Check {
 	}
 	if len(problems) == 0 {
 		add("kexec", maint.CheckOK, "", "another kernel can be started under the guests, which wait in %s", k.Dir)
+		n, names := a.running(func(g maint.Guest) bool { return g.MemorySource != "file" || !g.MemoryShared })
+		if !a.cfg.Kexec.InPlace {
+			add("kexec in place", maint.CheckNA, "to leave memory in place: kexec.in_place = true in belayd.toml, and docs/rung-b-kexec.md", "guests are copied into reserved memory for another kernel")
+		} else if p := k.Tree.NotInPlace(k.Dir); p != nil {
+			add("kexec in place", maint.CheckNA, p.Remedy, "guests are copied into reserved memory for another kernel: %s", p.Reason)
+		} else if n > 0 {
+			add("kexec in place", maint.CheckNA, "give them <memoryBacking><source type='file'/><access mode='shared'/></memoryBacking>, which holds from their next start",
+				"%d guests are copied into reserved memory for another kernel: %s", n, names)
+		} else {
+			add("kexec in place", maint.CheckOK, "", "memory of guests that are files is in reserved memory, and stays in place under another kernel")
+		}
 	}
 	if ways := k.Tree.Newer(); len(ways) > 0 {
 		add("kexec handover", maint.CheckOK, "", "this kernel also has %s, which Belay does not use yet", strings.Join(ways, " and "))

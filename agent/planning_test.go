@@ -67,7 +67,7 @@ func TestPlanOfKernel(t *testing.T) {
 	manifest := "id = \"u\"\n[[changes]]\nname = \"kernel\"\nkind = \"kernel\"\nexpected = \"50ms\"\n" +
 		fmt.Sprintf("kernel = \"/boot/vmlinuz-%s\"\ninitrd = \"/boot/initrd.img-%s\"\n", kexectest.Next, kexectest.Next)
 	p, guests := planOf(t, b.Node, manifest)
-	if guests != "app-1:B3 db-1:B3 old-1:A" || len(p.Blockers) > 0 {
+	if guests != "app-1:B3 db-1:B3 old-1:A ram-1:B3" || len(p.Blockers) > 0 {
 		t.Errorf("%s: %s", guests, p.Text())
 	}
 	if !strings.Contains(p.Guests[2].Note, "is left so") {
@@ -81,7 +81,7 @@ func TestPlanOfKernel(t *testing.T) {
 		t.Errorf("what guests have felt of the boot is not known: %+v", e)
 	}
 	p, guests = planOf(t, b.Node, strings.ReplaceAll(manifest, kexectest.Next, "9.9"))
-	if guests != "app-1: db-1: old-1:" || len(p.Blockers) != 3 || p.Changes[0].Rung != maint.RungD {
+	if guests != "app-1: db-1: old-1: ram-1:" || len(p.Blockers) != 4 || p.Changes[0].Rung != maint.RungD {
 		t.Errorf("a kernel that is not there: %s: %s", guests, p.Text())
 	}
 	b.whole("never")

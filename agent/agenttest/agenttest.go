@@ -237,7 +237,7 @@ func (n *Node) Start(hook func(what string)) {
 		hyp, b.Places = n.Machine, n.Machine.Places()
 	}
 	if n.Kexec != nil {
-		hyp = n.Kexec
+		hyp, b.Places = n.Kexec, n.Kexec.Places()
 		k := mortalKexec{n.Kexec, n.life}
 		b.Kexec = agent.Kexec{Tree: n.Kexec.Tree(), Dir: kexec.DefaultDir, Loader: k, Rebooter: k,
 			Pace: kexec.Pace{Poll: time.Millisecond, Going: 100 * time.Millisecond, Healed: 200 * time.Millisecond}}

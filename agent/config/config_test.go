@@ -135,6 +135,7 @@ components = ["libvirtd.service"]
 [kexec]
 dir = "/memory"
 cold_start = true
+in_place = true
 [policy]
 max_pause = "20s"
 refuse = ["B3"]
@@ -189,7 +190,7 @@ libvirt_uri = "qemu+ssh://root@host-c/system"
 			MaxPause: Duration{time.Second}, Allow: []maint.Means{maint.MeansParallel, maint.MeansSlow}, CopyDisks: "all"},
 		Hold: Hold{MaxPause: Duration{5 * time.Second}, MaxPauseLimit: Duration{30 * time.Second},
 			LeashSilence: Duration{2 * time.Second}, KillLibvirt: Duration{4 * time.Second}, CommandsBy: "operators", Leash: "/usr/libexec/leash"},
-		Kexec: Kexec{Dir: "/memory", ColdStart: true},
+		Kexec: Kexec{Dir: "/memory", ColdStart: true, InPlace: true},
 		Patch: Patch{Keys: "/keys", Soak: Duration{time.Minute}, Health: []string{"/bin/healthy", "-q"}, HealthTimeout: Duration{5 * time.Second}, Components: []string{"libvirtd.service"}},
 		Events: Events{Enabled: true, Policy: "any", Wake: "/etc/belay/wake", Upstream: "http://127.0.0.1:8775", IMDSv1: true, EC2ShowsFreeze: true,
 			Notice: map[string]Duration{"Freeze": {20 * time.Minute}}, Owners: map[string]Owner{"shop": {Guests: []string{"shop-*"}}},

@@ -11,6 +11,8 @@ type Kexec struct {
 	Dir string `toml:"dir"`
 	// ColdStart has guests boot afresh whose memory was lost, where they have autostart.
 	ColdStart bool `toml:"cold_start"`
+	// InPlace has guests' memory stay where it is, if that is in the reserved memory already.
+	InPlace bool `toml:"in_place"`
 }
 
 func defaultKexec() Kexec { return Kexec{Dir: "/var/lib/belay/memory"} }

@@ -50,12 +50,27 @@ const (
 	KexecLost     KexecFate = "lost"     // it is nowhere any more
 )
 
+// KexecMemory is how a guest's memory is kept over the change.
+type KexecMemory string
+
+// The ways.
+const (
+	KexecInPlace KexecMemory = "in place" // it is in the reserved memory already, and stays there
+	KexecCopied  KexecMemory = "copied"   // there, and back
+)
+
 // KexecGuest is one guest under which the kernel changes.
 type KexecGuest struct {
-	Guest string    `json:"guest"`
-	UUID  string    `json:"uuid"`
-	Bytes uint64    `json:"bytes"` // of its saved memory; in a plan, at most
+	Guest string `json:"guest"`
+	UUID  string `json:"uuid"`
+	// Bytes is how much is saved of it, and of its memory in place; in a plan, the room that it
+	// takes at most.
+	Bytes uint64    `json:"bytes"`
 	Fate  KexecFate `json:"fate,omitempty"`
+	// Memory is how its memory is kept, "" where that is not known, and Why, in a plan, is why it
+	// is copied.
+	Memory KexecMemory `json:"memory,omitempty"`
+	Why    string      `json:"why,omitempty"`
 	// Pause is from the beginning of its save to its running again.
 	Pause   time.Duration `json:"pause_ns,omitempty"`
 	Save    time.Duration `json:"save_ns,omitempty"`

@@ -189,7 +189,7 @@ func kexeced(k maint.KexecGuest) maint.GuestReport {
 		g.Felt = &maint.Standstill{Longest: k.Pause, Times: 1}
 	}
 	if k.Save > 0 {
-		g.Remarks = append(g.Remarks, fmt.Sprintf("%s saved in %s, checked in %s, restored in %s", Bytes(k.Bytes), Span(k.Save), Span(k.Check), Span(k.Restore)))
+		g.Remarks = append(g.Remarks, fmt.Sprintf("%s %s: saved in %s, checked in %s, restored in %s", Bytes(k.Bytes), cmp.Or(k.Memory, maint.KexecCopied), Span(k.Save), Span(k.Check), Span(k.Restore)))
 	}
 	if k.Started {
 		g.Remarks = append(g.Remarks, "booted afresh")

@@ -173,7 +173,7 @@ func kernel() Source {
 	op.Kexec = &maint.KexecRequest{Kernel: "/boot/vmlinuz-6.12", Initrd: "/boot/initrd", All: true, Append: "root=/dev/vda1 quiet"}
 	same, other := true, false
 	op.Kexeced = &maint.KexecResult{Before: "6.1.0-41", After: "6.12.0-1", BootBefore: "b1", BootAfter: "b2", Guests: []maint.KexecGuest{
-		{Guest: "web-1", UUID: "u1", Bytes: 2 << 30, Fate: maint.KexecRestored, Pause: 38 * time.Second, Save: ms(2100), Check: ms(400), Restore: ms(1900), SameBoot: &same, Clock: clock(-38000, 2)},
+		{Guest: "web-1", UUID: "u1", Bytes: 2 << 30, Memory: maint.KexecInPlace, Fate: maint.KexecRestored, Pause: 38 * time.Second, Save: ms(2100), Check: ms(400), Restore: ms(1900), SameBoot: &same, Clock: clock(-38000, 2)},
 		{Guest: "db-1", UUID: "u2", Fate: maint.KexecLost, Started: true, SameBoot: &other, Problem: maint.Problemf(maint.CodeLostGuest, "guest db-1", "", "is nowhere any more")},
 		{Guest: "dns-1", UUID: "u3", Fate: maint.KexecRan}}}
 	recs, steps := ran("preflight", "save")

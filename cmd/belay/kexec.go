@@ -19,7 +19,8 @@ func (a *app) kexecCmd() *cobra.Command {
 		Short: "Start another host kernel under the guests, which go on where they were",
 		Long: `Save every guest into memory that outlives the kernel, start another kernel from
 this one, and restore them: they stand still for as long as that takes, and do not
-boot. The host needs memory that is reserved for it, see 'belay doctor'.
+boot. The host needs memory that is reserved for it, see 'belay doctor'. A guest whose
+memory is there already is not copied: --dry-run says which, and why others are.
 
 A new kernel that is not well has the old one started in the same way, and the
 guests go on under that. What the memory does not hold any more, after a power cut
@@ -77,7 +78,11 @@ func (a *app) planKexec(c *cobra.Command, r maint.KexecRequest) error {
 		row(w, "command line", v.New.Cmdline)
 		row(w, "memory", fmt.Sprintf("%s of %s free in %s", bytes(v.NeedBytes), bytes(v.FreeBytes), v.Dir))
 		for _, g := range v.Guests {
-			row(w, "  "+g.Guest, bytes(g.Bytes)+" at most")
+			text := fmt.Sprintf("%s, %s at most", g.Memory, bytes(g.Bytes))
+			if g.Why != "" {
+				text += ", not in place: " + g.Why
+			}
+			row(w, "  "+g.Guest, text)
 		}
 	})
 	if err != nil || len(v.Problems) == 0 {
@@ -104,8 +109,8 @@ func printKexec(w io.Writer, op maint.Op) {
 	for _, g := range r.Guests {
 		text := string(cmp.Or(g.Fate, "unknown"))
 		if g.Pause > 0 {
-			text += fmt.Sprintf(", stood still for %s: %s saved in %s, checked in %s, restored in %s",
-				span(g.Pause), bytes(g.Bytes), span(g.Save), span(g.Check), span(g.Restore))
+			text += fmt.Sprintf(", stood still for %s: %s %s, saved in %s, checked in %s, restored in %s",
+				span(g.Pause), bytes(g.Bytes), cmp.Or(g.Memory, maint.KexecCopied), span(g.Save), span(g.Check), span(g.Restore))
 		}
 		if g.SameBoot != nil && *g.SameBoot {
 			text += ", boot ID as before"

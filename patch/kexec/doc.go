@@ -4,7 +4,8 @@
 //
 //	Preflight  all that would go wrong is looked for; the plan is written down
 //	Load       the new kernel, with its initrd and command line, into this one
-//	Save       each guest to a file there, which ends its QEMU; a manifest names it
+//	Save       each guest to a file there, which ends its QEMU; a manifest names it. Of one whose
+//	           memory is a file there already, only the state of its devices: see inplace.go
 //	Boot       systemd ends the rest and starts the new kernel  ----.
 //	Check      in the new kernel, before any guest: is it well? <---'
 //	Restore    each guest from its file, once; it runs, and its clock is put right

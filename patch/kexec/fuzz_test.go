@@ -50,6 +50,12 @@ func FuzzNotes(f *testing.F) {
 		_ = m.settled(dir)
 		_, _ = readMark(dir, "u")
 		_, _, _ = saved(filepath.Join(dir, "u"+saveExt))
+		if err := os.WriteFile(filepath.Join(dir, "u"+saveExt), append([]byte(inPlaceMagic+" token\n/memory\n/rams\n"), text...), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := readLeaving(filepath.Join(dir, "u"+saveExt)); err == nil && !seal && !strings.Contains(string(text), "sha256") {
+			t.Errorf("%q passes for a guest's state", text)
+		}
 	})
 }
 

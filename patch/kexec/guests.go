@@ -9,15 +9,16 @@ import (
 	"belay/agent/maint"
 )
 
-// guests are those of the plan, and what keeps them from it.
-func (j *Job) guests(ctx context.Context, g *judgement, pl *plan) error {
+// guests are those of the plan, what keeps them from it, and how each would be kept.
+func (j *Job) guests(ctx context.Context, g *judgement, pl *plan) (ways []maint.KexecGuest, err error) {
+	ways = []maint.KexecGuest{}
 	all, err := j.Host.Guests(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	info, err := j.Host.Info(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	named := make(map[string]bool)
 	for _, name := range j.Request.Guests {
@@ -43,8 +44,15 @@ func (j *Job) guests(ctx context.Context, g *judgement, pl *plan) error {
 		j.fits(g, q, info)
 		pl.Guests = append(pl.Guests, member{Name: q.Name, UUID: q.UUID, Bytes: q.MemoryBytes, Machine: q.MachineType,
 			Paused: q.State == maint.GuestPaused, Autostart: q.Autostart, Disks: disks(q)})
+		way := maint.KexecGuest{Guest: q.Name, UUID: q.UUID, Memory: maint.KexecCopied, Bytes: Needs(q.MemoryBytes)}
+		s, why := j.seat(ctx, q.UUID, "plan")
+		if way.Why = why; why == "" {
+			way.Memory, way.Bytes = maint.KexecInPlace, stateRoom+j.grows(s)
+			pl.Guests[len(pl.Guests)-1].InPlace = true
+		}
+		ways = append(ways, way)
 	}
-	return nil
+	return ways, nil
 }
 
 // fits: a guest can be saved, and its world is there after the boot.

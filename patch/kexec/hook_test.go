@@ -1,11 +1,14 @@
 package kexec_test
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"belay/patch/vmm"
 )
 
 // libvirt starts no guest afresh whose memory waits; from its file it does, as often as that
@@ -20,9 +23,11 @@ func TestHook(t *testing.T) {
 	dir := t.TempDir()
 	kept := filepath.Join(dir, "memory")
 	script := strings.NewReplacer("guard=/run/belay/vmm", "guard="+filepath.Join(dir, "vmm"), "kept=/var/lib/belay/memory", "kept="+kept).Replace(string(text))
+	token := ""
 	hook := func(uuid, operation string) (string, error) {
 		cmd := exec.CommandContext(t.Context(), "sh", "-c", script, "belay", "web-1", operation, "begin", "-")
-		cmd.Stdin = strings.NewReader("<domain type='kvm'>\n  <name>web-1</name>\n  <uuid>" + uuid + "</uuid>\n</domain>\n")
+		cmd.Stdin = strings.NewReader("<domain type='kvm' id='7'>\n  <name>web-1</name>\n  <uuid>" + uuid + "</uuid>\n" +
+			"  <qemu:env name='BELAY_REPLACE' value='" + token + "'/>\n</domain>\n")
 		out, err := cmd.CombinedOutput()
 		return string(out), err
 	}
@@ -58,6 +63,31 @@ func TestHook(t *testing.T) {
 	}
 	if !starts(other, "prepare", "start") {
 		t.Error("another guest cannot be started")
+	}
+	// Memory in place: its QEMU is Belay's or nobody's, and has the memory that is kept.
+	memory, rams := filepath.Join(kept, uuid+".memory"), filepath.Join(dir, "rams")
+	order := vmm.Seat{Memory: []string{rams + "/1-web-1/pc.ram"}, Kept: memory}.Order("BelayMemoryInPlace", "kexec-1") + "{}"
+	if err := errors.Join(os.WriteFile(image, []byte(order), 0o600), os.Mkdir(memory, 0o700), os.MkdirAll(rams+"/7-web-1", 0o700),
+		os.WriteFile(memory+"/pc.ram", []byte("kept"), 0o600), os.WriteFile(rams+"/7-web-1/pc.ram", []byte("of a boot before"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	for _, operation := range []string{"prepare", "restore"} {
+		if starts(uuid, operation) {
+			t.Errorf("anybody can %s it", operation)
+		}
+	}
+	token = "kexec-1"
+	if !starts(uuid, "prepare", "start") {
+		t.Error("it cannot be started")
+	}
+	if got, err := os.ReadFile(rams + "/7-web-1/pc.ram"); err != nil || string(got) != "kept" {
+		t.Errorf("its memory is %q, %v", got, err)
+	}
+	if err := errors.Join(os.RemoveAll(rams+"/7-web-1"), os.Mkdir(rams+"/1-other", 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := hook(uuid, "start"); err == nil || !strings.Contains(out, "libvirt keeps memory elsewhere") {
+		t.Errorf("%s, %v", out, err)
 	}
 	if err := os.Remove(image); err != nil {
 		t.Fatal(err)

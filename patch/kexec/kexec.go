@@ -12,6 +12,7 @@ import (
 
 	"belay/agent/maint"
 	"belay/patch/internal/linux"
+	"belay/patch/vmm"
 )
 
 // Guests sees the host's guests.
@@ -89,6 +90,7 @@ type Job struct {
 	Op       maint.OpID
 	Request  maint.KexecRequest
 	Host     Host
+	Mover    vmm.Mover // of guests whose memory stays in place
 	Loader   Loader
 	Rebooter Rebooter
 	Inside   Inside
@@ -98,6 +100,9 @@ type Job struct {
 	Life context.Context
 	// Health, unless nil, says whether the new kernel is well.
 	Health func(context.Context) error
+	// InPlace has memory stay in place that is in the reserved memory already; what was kept so is
+	// restored in any case.
+	InPlace bool
 	// ColdStart has a guest that is lost boot afresh, where it had autostart.
 	ColdStart bool
 	Record    func(maint.KexecResult) error
@@ -124,6 +129,8 @@ type member struct {
 	Paused    bool   `json:"paused,omitempty"` // by its owner
 	Autostart bool   `json:"autostart,omitempty"`
 	BootID    string `json:"boot_id,omitempty"` // its own
+	// InPlace: its memory is in the reserved memory already, and stays where it is.
+	InPlace bool `json:"in_place,omitempty"`
 	// Disks are the files that it writes to, alone.
 	Disks []string `json:"disks,omitempty"`
 }

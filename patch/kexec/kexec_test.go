@@ -104,10 +104,10 @@ func newBed(t *testing.T) *bed {
 	w := hypervisortest.NewWorld()
 	t.Cleanup(w.Close)
 	h := w.AddHost("a", hypervisortest.HostOptions{})
-	m := kexectest.New(t, t.TempDir(), h)
+	m := kexectest.New(t, h)
 	b := &bed{t: t, m: m, h: h, s: &notes{data: make(map[string][]byte)}}
 	b.uuid = h.PutGuest("web-1", func(g *maint.Guest) { g.MemoryBytes = 1 << 20 })
-	b.Job = &kexec.Job{Op: "kexec-1", Host: m, Loader: m, Rebooter: m, Inside: inside{}, Tree: m.Tree(), Dir: kexec.DefaultDir, Life: t.Context(),
+	b.Job = &kexec.Job{Op: "kexec-1", Host: m, Mover: m.Mover(), InPlace: true, Loader: m, Rebooter: m, Inside: inside{}, Tree: m.Tree(), Dir: kexec.DefaultDir, Life: t.Context(),
 		Request: maint.KexecRequest{Kernel: "/boot/vmlinuz-" + kexectest.Next, Initrd: "/boot/initrd.img-" + kexectest.Next, All: true},
 		Record:  func(maint.KexecResult) error { return nil }, Log: slog.New(slog.DiscardHandler),
 		Pace: kexec.Pace{Poll: time.Millisecond, Going: 20 * time.Millisecond, Healed: 50 * time.Millisecond}}
@@ -135,7 +135,7 @@ func (b *bed) save() {
 
 // rescue is belayd -restore: it knows nothing but what the memory has.
 func (b *bed) rescue() ([]maint.KexecGuest, error) {
-	j := &kexec.Job{Host: b.m, Inside: inside{}, Tree: b.m.Tree(), Dir: kexec.DefaultDir, Life: b.t.Context(), Pace: b.Pace}
+	j := &kexec.Job{Host: b.m, Mover: b.m.Mover(), Log: b.Log, Inside: inside{}, Tree: b.m.Tree(), Dir: kexec.DefaultDir, Life: b.t.Context(), Pace: b.Pace}
 	return j.Rescue(b.t.Context())
 }
 
@@ -342,7 +342,12 @@ func TestPreflight(t *testing.T) {
 			b.m.Write("/proc/cmdline", "root=/dev/vda1 memmap=512M!2G")
 			b.m.Remove("/boot/grub/grub.cfg")
 		}, maint.CodeNoRegion},
-		"it is not mounted":       {func(b *bed) { b.m.Mount(false) }, maint.CodeNoRegion},
+		"it is not mounted": {func(b *bed) { b.m.Mount(false) }, maint.CodeNoRegion},
+		"others could replace what is kept": {func(b *bed) {
+			if err := os.Chmod(b.m.Dir(), 0o777); err != nil {
+				b.t.Fatal(err)
+			}
+		}, maint.CodeNoRegion},
 		"it is mounted by hand":   {func(b *bed) { b.m.Write("/etc/fstab", "#/dev/pmem0 "+kexec.DefaultDir+" ext4") }, maint.CodeNoRegion},
 		"kexec is switched off":   {func(b *bed) { b.m.Write("/proc/sys/kernel/kexec_load_disabled", "1\n") }, maint.CodeKexec},
 		"the kernel has no kexec": {func(b *bed) { b.m.Remove("/sys/kernel/kexec_loaded") }, maint.CodeKexec},

@@ -44,13 +44,19 @@ type entry struct {
 	Sum    string        `json:"sum"` // see sum
 	Begun  time.Time     `json:"begun"`
 	Took   time.Duration `json:"took_ns"`
-	Memory string        `json:"memory"` // how it is kept: "saved"
+	Memory string        `json:"memory"` // how it is kept: "saved", "in place"
+	// InPlace is how much of its memory is kept in place, bytes.
+	InPlace uint64 `json:"in_place,omitempty"`
 	// Written is when each disk was written to last, as far as that shows.
 	Written map[string]time.Time `json:"written,omitempty"`
 }
 
-// kept by libvirt's save. Another way, memory in place, would be another word here.
-const bySave = "saved"
+// The ways in which a guest is kept: copied, by libvirt's save; only the state of its devices, its
+// memory staying where it is.
+const (
+	bySave  = "saved"
+	inPlace = "in place"
+)
 
 func (e entry) file(dir string) string { return filepath.Join(dir, e.File) }
 
@@ -72,16 +78,20 @@ type sealed struct {
 
 // writeSealed replaces a file, and has that on disk.
 func writeSealed(name string, v any) error {
-	text, err := json.Marshal(v)
-	if err != nil {
-		return err
-	}
-	sum := sha256.Sum256(text)
-	b, err := json.Marshal(sealed{hex.EncodeToString(sum[:]), text})
+	b, err := seal(v)
 	if err != nil {
 		return err
 	}
 	return cmp.Or(linux.WriteFile(name, b), linux.Sync(filepath.Dir(name)))
+}
+
+func seal(v any) ([]byte, error) {
+	text, err := json.Marshal(v)
+	if err != nil {
+		return nil, err
+	}
+	sum := sha256.Sum256(text)
+	return json.Marshal(sealed{hex.EncodeToString(sum[:]), text})
 }
 
 // maxSealed bounds such a file, bytes.
@@ -93,6 +103,10 @@ func readSealed(name string, v any) error {
 	if err != nil {
 		return err
 	}
+	return unseal(name, b, v)
+}
+
+func unseal(name string, b []byte, v any) error {
 	var s sealed
 	if err := json.Unmarshal(b, &s); err != nil {
 		return fmt.Errorf("%s is damaged: %w", name, err)
@@ -203,8 +217,9 @@ const (
 	savedRan   = len(savedMagic) + 8
 )
 
-// saved reports whether a guest is in a file, completely, and whether it ran until then. An
-// error says that this cannot be told: it may be.
+// saved reports whether a guest is in a file, completely, and whether it ran until then: one that is
+// kept in place did, and its file appears when it is whole. An error says that this cannot be told:
+// it may be.
 func saved(name string) (complete, ran bool, err error) {
 	f, err := os.Open(name)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -220,6 +235,9 @@ func saved(name string) (complete, ran bool, err error) {
 		return false, false, nil
 	case err != nil:
 		return false, false, err
+	}
+	if isInPlace(head) {
+		return true, true, nil
 	}
 	return bytes.HasPrefix(head, []byte(savedMagic)), binary.NativeEndian.Uint32(head[savedRan:]) != 0, nil
 }

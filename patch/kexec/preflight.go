@@ -78,13 +78,16 @@ func (j *Job) survey(ctx context.Context) (v maint.KexecPlan, pl plan, err error
 	if err := unix.Access(j.dir(), unix.W_OK|unix.X_OK); err != nil && j.Tree.OnPmem(j.Dir) == "" {
 		g.add(maint.CodeNoRegion, host, "put it into ReadWritePaths= of belayd.service (systemctl edit belayd), and have it mounted read-write", "%s cannot be written to by belayd: %v", j.Dir, err)
 	}
-	if err := j.guests(ctx, &g, &pl); err != nil {
+	if owner := j.Tree.exposed(j.Dir); owner != "" {
+		g.add(maint.CodeNoRegion, host, "chown root:root "+j.Dir+", chmod 755 "+j.Dir+"; memory_backing_dir (qemu.conf) must not be a mount of it under /var/lib/libvirt/qemu/ram, which libvirt gives to QEMU's user", "%s can be written to by %s, who could replace what is kept there", j.Dir, owner)
+	}
+	ways, err := j.guests(ctx, &g, &pl)
+	if err != nil {
 		return v, pl, err
 	}
-	v = maint.KexecPlan{Old: pl.Old, New: pl.New, Dir: j.Dir, Guests: []maint.KexecGuest{}}
-	for _, m := range pl.Guests {
-		v.Guests = append(v.Guests, maint.KexecGuest{Guest: m.Name, UUID: m.UUID, Bytes: Needs(m.Bytes)})
-		v.NeedBytes += Needs(m.Bytes)
+	v = maint.KexecPlan{Old: pl.Old, New: pl.New, Dir: j.Dir, Guests: ways}
+	for _, w := range ways {
+		v.NeedBytes += w.Bytes
 	}
 	g.problems = append(j.Tree.Missing(j.Dir, v.NeedBytes), g.problems...)
 	if v.FreeBytes, err = j.free(); err == nil && v.NeedBytes > v.FreeBytes {

@@ -15,6 +15,7 @@ import (
 
 	"belay/agent/maint"
 	"belay/patch/internal/linux"
+	"belay/patch/vmm"
 )
 
 // bring has every guest go on that the reserved memory holds, each once, and tells what
@@ -126,7 +127,7 @@ func (b *bringing) bring(ctx context.Context) error {
 		}
 		active = false
 	}
-	b.out.Bytes, b.out.Save = uint64(e.Size), e.Took
+	b.out.Bytes, b.out.Save, b.out.Memory = uint64(e.Size)+e.InPlace, e.Took, e.way()
 	switch {
 	case m.Stage == stageReleased && active && m.Boot == b.boot:
 		return b.release(ctx, e)
@@ -136,12 +137,14 @@ func (b *bringing) bring(ctx context.Context) error {
 			what = "it had been restored, and has ended since"
 		}
 		return b.lost(what)
+	case active && m.Stage == stageRestoring && m.Boot == b.boot && e.Memory == inPlace:
+		return b.restore(ctx, e, m) // its QEMU may not have its state yet
 	case active && m.Stage == stageRestoring && m.Boot == b.boot && now.Reason != "booted":
 		return b.release(ctx, e)
 	case active, m.Stage == stageStarted:
 		return b.started(e)
 	}
-	return b.restore(ctx, e)
+	return b.restore(ctx, e, m)
 }
 
 // started is a guest that somebody has started from its disks. What was saved of it does not
@@ -186,13 +189,18 @@ func (b *bringing) unnamed(ctx context.Context, active bool) (*entry, error) {
 		if err := b.outdate(there); err != nil {
 			return nil, err
 		}
+		if err := b.j.runOn(ctx, b.UUID); err != nil {
+			return nil, err
+		}
 		b.out.Fate = maint.KexecRan
 	case active:
 		b.out.Fate, b.out.Started = maint.KexecLost, true
 		b.out.Problem = maint.Problemf(maint.CodeLostGuest, "guest "+b.Name, "see that it is well", "ran when the host went down, before it was saved, and was booted afresh")
-	case there && b.same && b.absent == "":
+	case there && b.absent == "" && (b.same || b.InPlace): // in place, it has its checksum
 		e, err := b.adopt(ctx, b.member)
-		if p := new(maint.Problem); errors.As(err, &p) {
+		if p := new(maint.Problem); errors.As(err, &p) && !b.same {
+			return nil, b.lost(p.Reason)
+		} else if errors.As(err, &p) {
 			b.out.Fate, b.out.Problem = maint.KexecKept, p
 			return nil, nil
 		}
@@ -241,10 +249,7 @@ func (b *bringing) lost(why string) error {
 	if b.absent != "" {
 		return nil // there is nothing to mark
 	}
-	if err := b.done(); err != nil {
-		return err
-	}
-	return b.drop()
+	return b.done()
 }
 
 // afresh boots a guest that is lost, unless it runs. Whether it does counts, not what libvirt says.
@@ -265,17 +270,15 @@ func (b *bringing) afresh(ctx context.Context) {
 
 // restore starts the guest from its file, with its vCPUs stopped, and releases it. What it
 // needs of the host, such as networks and storage, may come later in a boot than libvirt.
-func (b *bringing) restore(ctx context.Context, e *entry) error {
+func (b *bringing) restore(ctx context.Context, e *entry, m mark) error {
 	begun := time.Now()
-	got, size, err := sum(ctx, e.file(b.j.dir()))
+	l, lost, err := b.whole(ctx, e, m)
 	b.out.Check = time.Since(begun)
 	switch {
-	case ctx.Err() != nil:
-		return ctx.Err()
 	case err != nil:
-		return b.lost(err.Error())
-	case got != e.Sum || size != e.Size:
-		return b.lost("its checksum is another: the reserved memory was damaged")
+		return err
+	case lost != "":
+		return b.lost(lost)
 	}
 	if err := writeMark(b.j.dir(), b.UUID, mark{Stage: stageRestoring, Boot: b.boot}); err != nil {
 		return err
@@ -287,7 +290,9 @@ func (b *bringing) restore(ctx context.Context, e *entry) error {
 			return nil
 		}
 		begun = time.Now()
-		if failed == nil {
+		if failed == nil && e.Memory == inPlace {
+			failed = b.enter(ctx, l)
+		} else if failed == nil {
 			failed = b.j.Host.Restore(ctx, b.path(), true)
 		}
 		b.out.Restore = time.Since(begun)
@@ -295,7 +300,9 @@ func (b *bringing) restore(ctx context.Context, e *entry) error {
 		switch {
 		case err != nil:
 			return errors.Join(failed, err)
-		case active:
+		case errors.Is(failed, vmm.ErrForeign):
+			return b.started(e)
+		case active && (failed == nil || e.Memory != inPlace):
 			return b.release(ctx, e)
 		case ctx.Err() != nil:
 			return ctx.Err()
@@ -322,18 +329,27 @@ func (b *bringing) release(ctx context.Context, e *entry) error {
 		b.out.Pause = max(time.Since(e.Begun), 0) // the clocks of two boots
 	}
 	b.out.Fate = maint.KexecRestored
-	if err := b.done(); err != nil {
+	if e.Memory == inPlace {
+		if err := b.settleQEMU(ctx, e); err != nil {
+			b.out.Problem = err
+		}
+	}
+	return b.done()
+}
+
+// done writes down that a guest is settled, and removes what is not needed any more.
+func (b *bringing) done() error {
+	if err := writeMark(b.j.dir(), b.UUID, mark{Stage: stageDone, Boot: b.boot, Guest: b.out}); err != nil {
 		return err
 	}
 	return b.drop()
 }
 
-func (b *bringing) done() error {
-	return writeMark(b.j.dir(), b.UUID, mark{Stage: stageDone, Boot: b.boot, Guest: b.out})
-}
-
 // drop removes what is saved of a guest that runs, and puts that of one that is lost aside.
 func (b *bringing) drop() error {
+	if err := b.j.forget(b.UUID); err != nil {
+		b.j.Log.Warn("cannot remove what is not needed any more", "err", err)
+	}
 	name := filepath.Join(b.j.dir(), b.UUID+saveExt)
 	if b.out.Fate == maint.KexecRestored {
 		if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -113,10 +113,10 @@ func (j *Job) open(pl plan) (manifest, error) {
 	}
 	// In this order what is out of date is never there without a word that it is.
 	var clean error
-	for _, pattern := range []string{"*" + saveExt, "*" + lostExt, manifestName, "*" + markExt} {
+	for _, pattern := range []string{"*" + saveExt, "*" + lostExt, manifestName, "*" + markExt, "*" + pausedExt, "*" + memoryExt, "*~"} {
 		files, err := filepath.Glob(filepath.Join(j.dir(), pattern))
 		for _, f := range files {
-			err = errors.Join(err, os.Remove(f))
+			err = errors.Join(err, os.RemoveAll(f))
 		}
 		clean = errors.Join(clean, err, linux.Sync(j.dir()))
 		if clean != nil {
@@ -167,6 +167,15 @@ func (k *keeping) has(uuid string) *entry {
 // put names a guest whose file is complete, and was written since begun.
 func (k *keeping) put(ctx context.Context, g member, begun time.Time, written map[string]time.Time) (*entry, error) {
 	e := entry{member: g, File: g.UUID + saveExt, Begun: begun.Round(0), Memory: bySave, Written: written}
+	if l, err := readLeaving(e.file(k.j.dir())); g.InPlace {
+		if err != nil {
+			return nil, err
+		}
+		e.Memory, e.Begun = inPlace, l.Begun
+		for _, f := range l.Memory {
+			e.InPlace += uint64(f.Size)
+		}
+	}
 	name := e.file(k.j.dir())
 	_, ran, err := saved(name)
 	if err != nil {
@@ -194,9 +203,15 @@ func (k *keeping) put(ctx context.Context, g member, begun time.Time, written ma
 // adopt names a guest that was saved by a belayd that died before it could. A file that is
 // older than what the guest has written is not its memory any more.
 func (k *keeping) adopt(ctx context.Context, g member) (*entry, error) {
-	info, err := os.Stat(filepath.Join(k.j.dir(), g.UUID+saveExt))
+	name := k.j.file(g.UUID, saveExt)
+	info, err := os.Stat(name)
 	if err != nil {
 		return nil, err
+	}
+	if g.InPlace {
+		if err := k.j.gone(ctx, g); err != nil {
+			return nil, err
+		}
 	}
 	written := k.j.Tree.written(g.Disks)
 	for f, at := range written {
@@ -204,7 +219,7 @@ func (k *keeping) adopt(ctx context.Context, g member) (*entry, error) {
 			return nil, k.j.stale(g, f)
 		}
 	}
-	return k.put(ctx, g, born(info, filepath.Join(k.j.dir(), g.UUID+saveExt)), written)
+	return k.put(ctx, g, born(info, name), written)
 }
 
 // born is when a file was made: libvirt makes that of a save when the guest stands still. By
@@ -221,7 +236,11 @@ func born(info fs.FileInfo, name string) time.Time {
 // stale is that a guest has run since it was saved.
 func (j *Job) stale(g member, disk string) *maint.Problem {
 	file := filepath.Join(j.Dir, g.UUID+saveExt)
-	return maint.Problemf(maint.CodeStarted, "guest "+g.Name, "see who has started it; if that is so, remove "+file+", then: belayd -restore; if nobody has, virsh restore "+file,
+	unless := "; if nobody has, virsh restore " + file
+	if g.InPlace {
+		unless = ""
+	}
+	return maint.Problemf(maint.CodeStarted, "guest "+g.Name, "see who has started it; if that is so, remove "+file+", then: belayd -restore"+unless,
 		"has run since it was saved: its disk %s was written to. What is saved of it does not belong to its disks, and is not restored", disk)
 }
 
@@ -233,7 +252,7 @@ func (k *keeping) save(ctx context.Context, g member) error {
 	j := k.j
 	file := filepath.Join(j.dir(), g.UUID+saveExt)
 	// What a rescue meanwhile has seen of it is over.
-	if err := os.Remove(markFile(j.dir(), g.UUID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := remove(markFile(j.dir(), g.UUID)); err != nil {
 		return err
 	}
 	now, active, err := j.unsaving(ctx, g) // of a belayd that died in it
@@ -247,6 +266,11 @@ func (k *keeping) save(ctx context.Context, g member) error {
 		}
 		return err // else it was ended meanwhile, by its owner: see bring
 	}
+	if g.InPlace {
+		if err := j.runOn(ctx, g.UUID); err != nil { // a belayd that died has paused it
+			return err
+		}
+	}
 	if err := ctx.Err(); err != nil {
 		return context.Cause(ctx)
 	}
@@ -256,7 +280,10 @@ func (k *keeping) save(ctx context.Context, g member) error {
 			return fmt.Errorf("cannot turn off its autostart: %w", err)
 		}
 	}
-	if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if g.InPlace {
+		return k.leave(ctx, g)
+	}
+	if err := remove(file); err != nil {
 		return err
 	}
 	begun := time.Now()

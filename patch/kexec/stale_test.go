@@ -331,7 +331,7 @@ func TestLostIsPutAside(t *testing.T) {
 	t.Parallel()
 	b := newBed(t).withDisk()
 	b.save()
-	b.m.Damage(b.uuid)
+	b.m.Spoil(b.uuid)
 	if g := b.mustRescue(); g.Fate != maint.KexecLost || b.has(".save") || !b.has(".lost") {
 		t.Errorf("%+v", g)
 	}

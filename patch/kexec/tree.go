@@ -152,6 +152,7 @@ func Within(ram []Region, r Region) bool {
 // Mount is a mounted file system.
 type Mount struct {
 	Point, Source, Type string
+	Device, Root        string // the file system's number, and the folder of it that is at Point
 	DAX                 bool
 }
 
@@ -167,7 +168,7 @@ func (t Tree) Mount(path string) (found Mount, err error) {
 		if !ok || len(left) < 6 || len(right) < 3 {
 			continue
 		}
-		m := Mount{Point: unescape(left[4]), Type: right[0], Source: unescape(right[1])}
+		m := Mount{Point: unescape(left[4]), Type: right[0], Source: unescape(right[1]), Device: left[2], Root: unescape(left[3])}
 		for _, o := range strings.Split(left[5]+","+right[2], ",") {
 			m.DAX = m.DAX || o == "dax" || o == "dax=always"
 		}

@@ -17,6 +17,8 @@ import (
 	"belay/agent/maint"
 	"belay/hypervisor/hypervisortest"
 	"belay/patch/kexec"
+	"belay/patch/vmm"
+	"belay/patch/vmm/vmmtest"
 )
 
 // The releases of its kernels.
@@ -30,10 +32,10 @@ const Cmdline = "root=/dev/vda1 ro quiet memmap=512M!4G"
 
 const magic = "LibvirtQemudSave"
 
-// Machine is a host whose kernel can be changed under its guests.
+// Machine is a host whose kernel can be changed under its guests. Those that PutGuest gives it have
+// QEMUs, and their memory is in the reserved memory; those that its Host is given have none.
 type Machine struct {
-	*hypervisortest.Host
-	Root string
+	*vmmtest.Machine
 	// OnKexec is called, in a goroutine of its own, when the host is to go down for the
 	// kernel of that release: it calls Boots, and starts what runs on the host.
 	OnKexec func(release string)
@@ -56,10 +58,11 @@ var (
 	_ kexec.Rebooter = (*Machine)(nil)
 )
 
-// New makes a machine, with its files in root.
-func New(t testing.TB, root string, h *hypervisortest.Host) *Machine {
+// New makes a machine of an in-memory host.
+func New(t testing.TB, h *hypervisortest.Host) *Machine {
 	t.Helper()
-	m := &Machine{Host: h, Root: root, t: t}
+	m := &Machine{Machine: vmmtest.New(t, h), t: t}
+	m.Backing = kexec.DefaultDir
 	m.Write("/etc/fstab", "/dev/vda1 / ext4 errors=remount-ro 0 1\n/dev/pmem0 "+kexec.DefaultDir+" ext4 dax,nofail 0 0\n")
 	m.Write("/proc/cmdline", "BOOT_IMAGE=/boot/vmlinuz "+Cmdline+"\n")
 	m.Write("/sys/kernel/kexec_loaded", "0\n")
@@ -74,7 +77,7 @@ func New(t testing.TB, root string, h *hypervisortest.Host) *Machine {
 		m.Write("/boot/config-"+r, "CONFIG_KEXEC_FILE=y\nCONFIG_FS_DAX=y\nCONFIG_DAX=y\nCONFIG_EXT4_FS=m\n")
 		m.Write("/lib/modules/"+r+"/modules.dep", "kernel/drivers/nvdimm/nd_e820.ko: kernel/x.ko\nkernel/drivers/nvdimm/nd_pmem.ko.xz:\nkernel/fs/ext4/ext4.ko:\n")
 	}
-	if err := os.MkdirAll(m.Dir(), 0o700); err != nil {
+	if err := os.MkdirAll(filepath.Join(m.Dir(), "libvirt/qemu"), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	m.Boots(Old)
@@ -120,7 +123,10 @@ func (m *Machine) Tree() kexec.Tree { return kexec.Tree{Root: m.Root} }
 // Dir is where the reserved memory is, as the test sees it.
 func (m *Machine) Dir() string { return filepath.Join(m.Root, kexec.DefaultDir) }
 
-// Boots has it come up with a kernel. Guests are the hypervisor's affair.
+// Mover has its guests leave and enter QEMUs.
+func (m *Machine) Mover() vmm.Mover { return vmm.Mover{Host: m, Places: m.Places()} }
+
+// Boots has it come up with a kernel, after the hypervisor has ended its guests (Reboot).
 func (m *Machine) Boots(release string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -129,7 +135,7 @@ func (m *Machine) Boots(release string) {
 	m.Write("/sys/kernel/kexec_loaded", "0\n")
 	m.Write("/proc/sys/kernel/osrelease", release+"\n")
 	m.Write("/proc/uptime", "12.34 20.11\n")
-	m.Write("/proc/sys/kernel/random/boot_id", fmt.Sprintf("boot-%d\n", m.boots))
+	m.Booted(fmt.Sprintf("boot-%d", m.boots))
 	m.Mount(true)
 }
 
@@ -151,11 +157,19 @@ func (m *Machine) PowerCut() {
 	for _, e := range entries {
 		m.Remove(filepath.Join(kexec.DefaultDir, e.Name()))
 	}
+	if err := os.MkdirAll(filepath.Join(m.Dir(), "libvirt/qemu"), 0o700); err != nil { // libvirt's
+		m.t.Fatal(err)
+	}
 }
 
-// Damage changes a byte of what is saved of a guest.
-func (m *Machine) Damage(uuid string) {
-	path := filepath.Join(m.Dir(), uuid+".save")
+// Spoil changes a byte of what is saved of a guest.
+func (m *Machine) Spoil(uuid string) { m.spoil(uuid + ".save") }
+
+// SpoilMemory changes a byte of what a guest has in place.
+func (m *Machine) SpoilMemory(uuid string) { m.spoil(uuid + ".memory/pc.ram") }
+
+func (m *Machine) spoil(name string) {
+	path := filepath.Join(m.Dir(), name)
 	b, err := os.ReadFile(path)
 	if err != nil {
 		m.t.Fatal(err)
@@ -177,6 +191,9 @@ func (m *Machine) Save(ctx context.Context, uuid, path string) error {
 	m.mu.Unlock()
 	if fail {
 		return errors.New("operation failed: no space left on device")
+	}
+	if m.Knows(uuid) {
+		return m.Machine.Save(ctx, uuid, path)
 	}
 	g, err := m.Host.Guest(context.WithoutCancel(ctx), uuid)
 	if err != nil {
@@ -205,6 +222,9 @@ func (m *Machine) Restore(ctx context.Context, path string, paused bool) error {
 		return err
 	}
 	uuid := strings.TrimSuffix(filepath.Base(path), ".save")
+	if m.Knows(uuid) {
+		return m.Machine.Restore(ctx, path, paused)
+	}
 	if !strings.HasPrefix(string(b), magic) || !strings.HasSuffix(string(b), " of guest "+uuid) {
 		return errors.New("operation failed: it is no image of the guest")
 	}

@@ -47,8 +47,10 @@ func (m *Machine) installHook(t testing.TB) {
 	}
 	script := string(text)
 	for old, new := range map[string]string{
-		"guard=/run/belay/vmm": "guard=" + m.at("/run/belay/vmm"),
-		`} <"$keep/order"`:     `} <"$keep/order"; memory=` + m.Root + `$memory rams=` + m.Root + `$rams`,
+		"guard=/run/belay/vmm":       "guard=" + m.at("/run/belay/vmm"),
+		"kept=/var/lib/belay/memory": "kept=" + m.at("/var/lib/belay/memory"),
+		`} <"$keep/order"`:           `} <"$keep/order"; memory=` + m.Root + `$memory rams=` + m.Root + `$rams`,
+		`} <"$image"`:                `} <"$image"; memory=` + m.Root + `$memory rams=` + m.Root + `$rams`,
 	} {
 		if strings.Count(script, old) != 1 {
 			t.Fatalf("the hook has not one %q", old)

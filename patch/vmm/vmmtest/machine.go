@@ -36,6 +36,8 @@ type Machine struct {
 	// Root is its root folder.
 	Root string
 
+	// Backing is memory_backing_dir, for guests that are put there from then on: /ram.
+	Backing string
 	// NoHook: libvirt does not run the hook.
 	NoHook bool
 	// FailStarts, FailLoads and FailSaves are how many of the next starts of a
@@ -65,7 +67,7 @@ func New(t testing.TB, h *hypervisortest.Host) *Machine {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(root) })
-	m := &Machine{Host: h, Root: root, lastPID: 5_000_000, // more than a real process has
+	m := &Machine{Host: h, Root: root, Backing: "/ram", lastPID: 5_000_000, // more than a real process has
 		qemus: make(map[string]*qemu), latest: make(map[string]int), xmls: make(map[string]string)}
 	m.mkdir("/run/belay/vmm", "/run/libvirt/qemu", "/var/lib/libvirt/qemu", "/ram/libvirt/qemu", "/proc/sys/kernel/random")
 	m.write("/proc/sys/kernel/random/boot_id", "first-boot\n")
@@ -101,6 +103,34 @@ func (m *Machine) PutGuest(t testing.TB, name string, edits ...func(*maint.Guest
 		_ = m.hook(name, "started", x.Live)
 	}
 	return uuid
+}
+
+// Booted is the host's having gone down and come up, with a boot ID: QEMUs are gone, and what is in
+// Backing is as they left it.
+func (m *Machine) Booted(bootID string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for uuid, q := range m.qemus {
+		q.mem.Close()
+		for _, c := range q.chardevs {
+			c.Close()
+		}
+		os.RemoveAll(m.at(fmt.Sprintf("/proc/%d", q.pid)))
+		delete(m.qemus, uuid)
+		delete(m.xmls, uuid)
+	}
+	for _, dir := range []string{"/run/belay/vmm", "/run/libvirt/qemu", "/var/lib/libvirt/qemu"} {
+		os.RemoveAll(m.at(dir))
+		m.mkdir(dir)
+	}
+	m.write("/proc/sys/kernel/random/boot_id", bootID+"\n")
+}
+
+// Knows reports whether a guest is one whose QEMUs are modelled here.
+func (m *Machine) Knows(uuid string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.latest[uuid] > 0
 }
 
 // Damage is what has happened to guests that must never happen.

@@ -21,6 +21,7 @@ import (
 // qemu is a process.
 type qemu struct {
 	pid          int
+	dir          string // of its memory, inside the machine
 	ram          string // inside the machine
 	mem          *os.File
 	dev          int // how far the state of its devices is
@@ -46,7 +47,7 @@ func (m *Machine) spawn(g maint.Guest, xml string) {
 		m.damage = append(m.damage, fmt.Sprintf("guest %s has two QEMUs", g.Name))
 	}
 	m.lastPID++
-	q := &qemu{pid: m.lastPID, ram: m.ramDir(g) + "/pc.ram", bandwidth: 128 << 20,
+	q := &qemu{pid: m.lastPID, dir: m.ramDir(g), ram: m.ramDir(g) + "/pc.ram", bandwidth: 128 << 20,
 		incoming: strings.Contains(xml, "'-incoming'"), chardevs: make(map[string]io.Closer)}
 	f, err := os.OpenFile(m.at(q.ram), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -76,6 +77,7 @@ func (m *Machine) end(g maint.Guest) {
 			c.Close()
 		}
 		os.RemoveAll(m.at(fmt.Sprintf("/proc/%d", q.pid)))
+		os.RemoveAll(m.at(q.dir))
 	}
 	delete(m.qemus, g.UUID)
 	delete(m.xmls, g.UUID)
@@ -85,7 +87,7 @@ func (m *Machine) end(g maint.Guest) {
 }
 
 func (m *Machine) ramDir(g maint.Guest) string {
-	return fmt.Sprintf("/ram/libvirt/qemu/%d-%s", g.ID, g.Name)
+	return fmt.Sprintf("%s/libvirt/qemu/%d-%s", m.Backing, g.ID, g.Name)
 }
 func libDir(g maint.Guest) string {
 	return fmt.Sprintf("/var/lib/libvirt/qemu/domain-%d-%s", g.ID, g.Name)
@@ -314,6 +316,6 @@ func (m *Machine) load(q *qemu, uuid string, ln net.Listener) {
 
 // Memory gives the files in which guests' memory is.
 func (m *Machine) Memory() []string {
-	found, _ := filepath.Glob(m.at("/ram/libvirt/qemu/*/*"))
+	found, _ := filepath.Glob(m.at(m.Backing + "/libvirt/qemu/*/*"))
 	return found
 }

@@ -1,0 +1,426 @@
+package kexec
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"belay/agent/maint"
+	"belay/patch/internal/linux"
+	"belay/patch/vmm"
+)
+
+// A guest whose memory is a file in the reserved memory already is not copied there: its QEMU hands
+// over the state of its devices, which is what UUID.save has then, and ends. UUID.memory, a folder,
+// has links to the file, since libvirt removes its own. A QEMU that restores it maps the same file.
+//
+//	UUID.paused   the guest is paused, by Belay, in its old QEMU      before the pause
+//	UUID.save     the state, and the checksum of the memory           before that QEMU ends
+//
+// The old QEMU is there until UUID.save is, and whoever has the guest run on in it removes that
+// before. What has run since is told by the checksum, which the memory does not have any more.
+
+const (
+	memoryExt = ".memory"
+	pausedExt = ".paused"
+)
+
+// inPlaceMagic is how UUID.save begins of a guest whose memory is in place; libvirt's begins otherwise.
+// libvirt's hook reads its first lines; see vmm.Seat.Order.
+const inPlaceMagic = "BelayMemoryInPlace"
+
+// hookFile is Belay's hook. It gives the memory to the QEMU that restores the guest.
+const hookFile = "/etc/libvirt/hooks/qemu.d/belay"
+
+// leaving is a guest that is leaving its QEMU: what UUID.paused has, and, with State and Memory, UUID.save.
+type leaving struct {
+	Boot   string    `json:"boot"`  // the host's
+	Token  string    `json:"token"` // of the QEMU that it is to enter
+	Seat   vmm.Seat  `json:"seat"`
+	Begun  time.Time `json:"begun"`
+	State  []byte    `json:"state,omitempty"` // of its devices, as QEMU migrates it
+	Memory []summed  `json:"memory,omitempty"`
+}
+
+// summed is a file of a guest's memory, as it was when the guest left its QEMU.
+type summed struct {
+	Name string `json:"name"` // in the folder
+	Size int64  `json:"size"`
+	Sum  string `json:"sum"` // see sum
+}
+
+// maxLeaving bounds UUID.save of a guest whose memory is in place, bytes: the state of its devices
+// has its video memory.
+const maxLeaving = 512 << 20
+
+// encode is what UUID.save has.
+func (l leaving) encode() ([]byte, error) {
+	text, err := seal(l)
+	return append([]byte(l.Seat.Order(inPlaceMagic, l.Token)), text...), err
+}
+
+// readLeaving reads a guest's UUID.save.
+func readLeaving(name string) (l leaving, err error) {
+	b, err := linux.ReadFile(name, maxLeaving)
+	if err != nil {
+		return l, err
+	}
+	parts := bytes.SplitN(b, []byte("\n"), 4)
+	if len(parts) < 4 || !bytes.HasPrefix(b, []byte(inPlaceMagic+" ")) {
+		return l, fmt.Errorf("%s is damaged: its beginning is", name)
+	}
+	return l, unseal(name, parts[3], &l)
+}
+
+// isInPlace reports whether a guest's UUID.save is of one whose memory is in place.
+func isInPlace(head []byte) bool { return bytes.HasPrefix(head, []byte(inPlaceMagic)) }
+
+// seat is a guest in its QEMU, with its memory by the folder's own paths. why says what keeps its
+// memory from staying in place, "" if nothing does.
+func (j *Job) seat(ctx context.Context, uuid, token string) (s vmm.Seat, why string) {
+	if !j.InPlace {
+		return s, "kexec.in_place is false"
+	}
+	if hook, err := j.Tree.text(hookFile); err != nil || !strings.Contains(hook, inPlaceMagic) || !strings.Contains(hook, "\nkept="+j.dir()+"\n") {
+		return s, fmt.Sprintf("Belay's hook of libvirt, %s, is not there, of another version, or does not look in %s (kexec.dir)", hookFile, j.Dir)
+	}
+	s, against, err := j.Mover.Seat(ctx, uuid, token)
+	if err != nil {
+		return s, err.Error()
+	}
+	if len(against) > 0 {
+		var all []string
+		for _, p := range against {
+			all = append(all, p.Reason)
+		}
+		return s, strings.Join(all, "; ")
+	}
+	for i, path := range s.Memory {
+		if s.Memory[i], why = j.Tree.within(j.Dir, path); why != "" {
+			return s, "its memory: " + why
+		}
+	}
+	s.Kept = filepath.Join(j.Dir, uuid+memoryExt)
+	return s, ""
+}
+
+// within gives the path of a file below dir that has another path in another mount of dir's file
+// system, or says why it is not there.
+func (t Tree) within(dir, path string) (inside, why string) {
+	region, err := t.Mount(dir)
+	if err != nil {
+		return "", err.Error()
+	}
+	m, err := t.Mount(path)
+	switch {
+	case err != nil:
+		return "", err.Error()
+	case m.Device != region.Device:
+		return "", fmt.Sprintf("%s is not in reserved memory", path)
+	case !m.DAX:
+		return "", fmt.Sprintf("%s would be in the page cache, too: %s is not mounted with -o dax", path, m.Point)
+	}
+	below, err := filepath.Rel(region.Root, filepath.Join(m.Root, strings.TrimPrefix(path, m.Point)))
+	if err != nil || strings.HasPrefix(below, "..") {
+		return "", fmt.Sprintf("%s is in the reserved memory, but not below %s", path, dir)
+	}
+	if fstab, _ := t.text("/etc/fstab"); m.Point != region.Point && !mounts(fstab, m.Point) && !t.exists("/etc/systemd/system/"+unitOf(m.Point)) {
+		return "", fmt.Sprintf("%s would not be mounted after a boot: /etc/fstab has nothing of it", m.Point)
+	}
+	inside = filepath.Join(dir, below)
+	if !t.exists(inside) {
+		return "", fmt.Sprintf("%s is not found as %s", path, inside)
+	}
+	return inside, ""
+}
+
+// backingDir is libvirt's memory_backing_dir, by its default (libvirt, qemu.conf).
+const backingDir = "/var/lib/libvirt/qemu/ram"
+
+var backingSetting = regexp.MustCompile(`(?m)^[ \t]*memory_backing_dir[ \t]*=[ \t]*["']([^"'\n]*)["']`)
+
+// NotInPlace says why libvirt makes no guest's memory in the reserved memory that is mounted on dir;
+// nil: it does, for those that are defined so.
+func (t Tree) NotInPlace(dir string) *maint.Problem {
+	folder := backingDir
+	conf, _ := t.text("/etc/libvirt/qemu.conf")
+	if m := backingSetting.FindStringSubmatch(conf); m != nil {
+		folder = m[1]
+	}
+	if _, why := t.within(dir, folder); why != "" {
+		return maint.Problemf(maint.CodeNoRegion, host, "mkdir -p -m 711 "+inPlaceDir+"; in /etc/fstab: "+inPlaceLine+
+			`; in /etc/libvirt/qemu.conf: memory_backing_dir = "`+inPlaceDir+`"; mount it, restart libvirt's daemon; guests' next starts are with it`, "%s", why)
+	}
+	return nil
+}
+
+// inPlaceDir is where the reserved memory is mounted once more for QEMU, which cannot enter Belay's folder.
+const (
+	inPlaceDir  = "/var/lib/libvirt/belay"
+	inPlaceLine = "/dev/pmem0 " + inPlaceDir + " ext4 dax,nofail,x-systemd.after=var-lib-belay-memory.mount,x-systemd.before=libvirtd.service,x-systemd.before=virtqemud.service,x-systemd.device-timeout=90s 0 0"
+)
+
+// exposed says who else than root can replace what is in a folder, "" if nobody can.
+func (t Tree) exposed(dir string) (who string) {
+	var st unix.Stat_t
+	if unix.Stat(t.at(dir), &st) != nil {
+		return ""
+	}
+	switch {
+	case int(st.Uid) != os.Geteuid():
+		return fmt.Sprintf("user %d", st.Uid)
+	case st.Mode&0o022 != 0:
+		return "others"
+	}
+	return ""
+}
+
+// grows is how much a guest's memory in place may take yet: a file has the room that was written to.
+func (j *Job) grows(s vmm.Seat) (bytes uint64) {
+	for _, path := range s.Memory {
+		var st unix.Stat_t
+		if unix.Stat(j.Tree.at(path), &st) == nil && st.Size > st.Blocks*512 {
+			bytes += uint64(st.Size - st.Blocks*512)
+		}
+	}
+	return bytes
+}
+
+// leave has a guest leave its QEMU, its memory staying where it is, and names it. One that cannot
+// runs on.
+func (k *keeping) leave(ctx context.Context, g member) error {
+	j := k.j
+	l := leaving{Token: string(j.Op)}
+	var err error
+	if l.Boot, err = j.Tree.Boot(); err != nil {
+		return err
+	}
+	var why string
+	if l.Seat, why = j.seat(ctx, g.UUID, l.Token); why != "" {
+		return fmt.Errorf("its memory cannot stay in place any more: %s", why)
+	}
+	if err := j.Mover.Keep(l.Seat); err != nil {
+		return err
+	}
+	defer j.Mover.Linger(l.Seat)()
+	err = k.empty(ctx, &l)
+	if err == nil {
+		err = j.Mover.End(context.WithoutCancel(ctx), l.Seat)
+	}
+	// By where it is, not by the error.
+	now, active, lookErr := j.unsaving(context.WithoutCancel(ctx), g)
+	switch {
+	case lookErr != nil:
+		return errors.Join(err, lookErr)
+	case active:
+		if err == nil {
+			err = errors.New("it has not left its QEMU")
+		}
+		return errors.Join(err, j.runOn(context.WithoutCancel(ctx), g.UUID))
+	}
+	g.Disks = disks(now)
+	written := j.Tree.written(g.Disks)
+	if complete, _, savedErr := saved(filepath.Join(j.dir(), g.UUID+saveExt)); !complete {
+		return errors.Join(err, savedErr) // its QEMU has ended in the middle
+	}
+	_, err = k.put(ctx, g, l.Begun, written)
+	return err
+}
+
+// empty takes what is to be kept out of a guest's QEMU, which then waits to be ended.
+func (k *keeping) empty(ctx context.Context, l *leaving) (err error) {
+	j := k.j
+	l.State, err = j.Mover.Leave(ctx, l.Seat, func(context.Context) error {
+		l.Begun = time.Now().Round(0)
+		return writeSealed(j.file(l.Seat.UUID, pausedExt), l)
+	})
+	if err != nil {
+		return err
+	}
+	if l.Memory, err = j.sumMemory(ctx, l.Seat); err != nil {
+		return err
+	}
+	text, err := l.encode()
+	if err != nil {
+		return err
+	}
+	if err := linux.WriteFile(j.file(l.Seat.UUID, saveExt), text); err != nil {
+		return err
+	}
+	return linux.Sync(j.dir())
+}
+
+// file is a guest's, as this process sees it.
+func (j *Job) file(uuid, ext string) string {
+	return filepath.Join(j.dir(), filepath.Base(uuid)+ext)
+}
+
+// sumMemory has what a guest has written be in the reserved memory, not in a processor's cache only,
+// and sums it.
+func (j *Job) sumMemory(ctx context.Context, s vmm.Seat) (all []summed, err error) {
+	for _, path := range s.Memory {
+		f := summed{Name: filepath.Base(path)}
+		name := filepath.Join(j.Tree.at(s.Kept), f.Name)
+		if err := linux.Sync(name); err != nil {
+			return nil, err
+		}
+		if f.Sum, f.Size, err = sum(ctx, name); err != nil {
+			return nil, err
+		}
+		all = append(all, f)
+	}
+	return all, nil
+}
+
+// intact says whether a guest's memory is what it was when it left its QEMU.
+func (j *Job) intact(ctx context.Context, l leaving) (bool, error) {
+	for _, f := range l.Memory {
+		got, size, err := sum(ctx, filepath.Join(j.file(l.Seat.UUID, memoryExt), filepath.Base(f.Name)))
+		if err != nil || got != f.Sum || size != f.Size {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// runOn has a guest run on that is in its old QEMU, if Belay has paused it there. What was saved of it
+// is out of date with its first instruction, and goes before.
+func (j *Job) runOn(ctx context.Context, uuid string) error {
+	var l leaving
+	err := readSealed(j.file(uuid, pausedExt), &l)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := remove(j.file(uuid, saveExt)); err != nil {
+		return err
+	}
+	if err := linux.Sync(j.dir()); err != nil {
+		return err
+	}
+	if boot, err := j.Tree.Boot(); err != nil || boot != l.Boot {
+		return err // it is another QEMU, and the pause is not Belay's
+	}
+	if j.Mover.Alive(l.Seat) { // else it is another QEMU, too
+		if err := j.Mover.Back(ctx, l.Seat); err != nil {
+			return maint.Problemf(maint.CodePaused, "guest "+l.Seat.Guest, "virsh resume "+maint.ShellWord(l.Seat.Guest)+", once what it names is put right",
+				"is paused in its QEMU, whole, and could not be resumed: %v", err)
+		}
+	}
+	return j.forget(uuid)
+}
+
+// forget removes what is kept of a guest beside UUID.save and its mark: nothing of that is needed.
+func (j *Job) forget(uuid string) error {
+	return errors.Join(remove(j.file(uuid, pausedExt)), os.RemoveAll(j.file(uuid, memoryExt)))
+}
+
+// remove removes a file, if it is there.
+func remove(name string) error {
+	if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// enter has a guest enter a new QEMU, in which its vCPUs are stopped.
+func (b *bringing) enter(ctx context.Context, l leaving) error {
+	if l.Seat.UUID != b.UUID || b.j.Mover.Host == nil {
+		return fmt.Errorf("%s is of another guest, or of another host", b.path())
+	}
+	return b.j.Mover.Enter(ctx, l.Seat, l.Token, l.State)
+}
+
+// whole says whether what is kept of a guest is as it was saved; lost: why not.
+func (b *bringing) whole(ctx context.Context, e *entry, m mark) (l leaving, lost string, err error) {
+	got, size, err := sum(ctx, e.file(b.j.dir()))
+	switch {
+	case ctx.Err() != nil:
+		return l, "", ctx.Err()
+	case err != nil:
+		return l, err.Error(), nil
+	case got != e.Sum || size != e.Size:
+		return l, damaged, nil
+	case e.Memory != inPlace:
+		return l, "", nil
+	}
+	if l, err = readLeaving(e.file(b.j.dir())); err != nil {
+		return l, err.Error(), nil
+	}
+	if m.Stage == stageRestoring && m.Boot == b.boot {
+		return l, "", nil // it was compared then; a QEMU that takes the state in may write to it
+	}
+	intact, err := b.j.intact(ctx, l)
+	switch {
+	case ctx.Err() != nil:
+		return l, "", ctx.Err()
+	case err != nil:
+		return l, err.Error(), nil
+	case !intact:
+		return l, damaged, nil
+	}
+	return l, "", nil
+}
+
+const damaged = "its checksum is another: the reserved memory was damaged"
+
+// gone sees that a guest that was saved by a belayd that died has left its QEMU, and has not run in it
+// since.
+func (j *Job) gone(ctx context.Context, g member) error {
+	file := filepath.Join(j.Dir, g.UUID+saveExt)
+	stale := func(err error) error {
+		return maint.Problemf(maint.CodeStarted, "guest "+g.Name, "see who has ended it; then remove "+file+", and: belayd -restore",
+			"has run since its state was saved, or what is kept of it was damaged (%v), and is not restored", err)
+	}
+	l, err := readLeaving(j.file(g.UUID, saveExt))
+	if err != nil {
+		return stale(err)
+	}
+	boot, err := j.Tree.Boot()
+	if err != nil {
+		return err
+	}
+	for giveUp := time.Now().Add(j.Pace.Healed); boot == l.Boot && j.Mover.Alive(l.Seat); {
+		if time.Now().After(giveUp) || !wait(ctx, j.Pace.Poll) {
+			return fmt.Errorf("the QEMU of guest %s is off for libvirt, and has not ended", g.Name)
+		}
+	}
+	intact, err := j.intact(ctx, l)
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case err != nil:
+		return stale(err)
+	case !intact:
+		return stale(errors.New("the checksum of its memory is another"))
+	}
+	return nil
+}
+
+// settleQEMU leaves a guest's new QEMU as any other.
+func (b *bringing) settleQEMU(ctx context.Context, e *entry) *maint.Problem {
+	s := vmm.Seat{Guest: b.Name, UUID: b.UUID}
+	if err := b.j.Mover.Settle(ctx, s); err != nil {
+		return s.LeftBehind(err)
+	}
+	return nil
+}
+
+// way is how a guest's memory was kept.
+func (e entry) way() maint.KexecMemory {
+	if e.Memory == inPlace {
+		return maint.KexecInPlace
+	}
+	return maint.KexecCopied
+}
