@@ -16,8 +16,9 @@ import (
 	"belay/vmtests/probe"
 )
 
-// newFlock makes guests that write a little, on the first of some hosts.
-func newFlock(t *testing.T, hosts, guests int) *measure.Flock {
+// newFlock makes guests that write a little, on the first of some hosts. edit may say more of
+// each.
+func newFlock(t *testing.T, hosts, guests int, edit ...func(*guest.Spec)) *measure.Flock {
 	t.Helper()
 	guest.ForTest(t) // or the test is left out
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
@@ -28,7 +29,12 @@ func newFlock(t *testing.T, hosts, guests int) *measure.Flock {
 	}
 	t.Cleanup(func() { _ = discard() })
 	f, err := measure.FlockUp(ctx, measure.FlockConfig{Lab: lab.Config{Name: "t" + strings.ToLower(rand.Text()[:8]), Hosts: hosts}, Bin: bin, Guests: guests,
-		Interval: 50 * time.Millisecond, Dirty: probe.DirtySettings{RateMiBs: 2, WorkingSetMiB: 16}})
+		Interval: 50 * time.Millisecond, Dirty: probe.DirtySettings{RateMiBs: 2, WorkingSetMiB: 16},
+		Edit: func(s *guest.Spec) {
+			for _, e := range edit {
+				e(s)
+			}
+		}})
 	if err != nil {
 		t.Fatal(err)
 	}
