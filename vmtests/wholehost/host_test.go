@@ -106,10 +106,16 @@ func TestHost(t *testing.T) {
 	})
 
 	t.Run("watchdog", func(t *testing.T) { b.within(t).watchdog() })
-	for _, method := range []string{"in-place", "prewarmed", "copy", "bounce"} {
-		if !t.Failed() { // else the guest may be anywhere
-			t.Run(method, func(t *testing.T) { b.within(t).replaceVMM(method) })
+	for i, method := range []string{"in-place", "copy", "bounce", "prewarmed"} {
+		if t.Failed() {
+			break // the guest may be anywhere
 		}
+		t.Run(method, func(t *testing.T) {
+			if i > 0 {
+				inFull(t)
+			}
+			b.within(t).replaceVMM(method)
+		})
 	}
 	t.Run("reboot within a hold", func(t *testing.T) { inFull(t); b.within(t).reboot() })
 	// What the tests of other kernels stand on: a reset keeps the memory, a power cut does not.

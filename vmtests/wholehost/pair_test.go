@@ -34,6 +34,7 @@ func TestPair(t *testing.T) {
 	here, there = there, here
 
 	t.Run("upgrade within a hold", func(t *testing.T) {
+		inFull(t)
 		b := b.within(t)
 		deb := b.newer(here, "99.0")
 		op := b.belay(here, "hold", "--all", "--max-pause", "4m", "--reason", "upgrade", "--", "dpkg", "--install", deb)
