@@ -40,7 +40,7 @@ func TestApplyKilledAnywhere(t *testing.T) {
 		{"A, component, going bad", restarting, goesBad, false, failed, 7},
 		{"A, QEMU", patchingQEMU, "", false, done, 17},
 		{"A, QEMU, going bad", patchingQEMU, goesBad, false, failed, 23},
-		{"B2", replacing, "", false, done, 41},
+		{"B2", replacing, "", false, either, 41},
 		{"B2, going bad", replacing, goesBad, false, failed, 83},
 		{"B3", kexecing, "", false, done, 41},
 		{"B3, going bad", kexecing, goesBad, false, failed, 61},

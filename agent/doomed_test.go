@@ -167,7 +167,7 @@ func (d *doomed) wrong(op maint.Op, ops []maint.Op, seen func() map[string]time.
 	for _, g := range r.Guests {
 		switch {
 		case g.Felt == nil: // of one whose belayd died when all had been released, and before that was written down
-			unmeasured[g.UUID] = unmeasured[g.UUID] || strings.HasPrefix(g.Fate, "held")
+			unmeasured[g.UUID] = unmeasured[g.UUID] || strings.HasPrefix(g.Fate, "held") || strings.HasPrefix(g.Fate, "in its old QEMU")
 		case g.Felt.Times > 0 && g.Felt.Longest == 0:
 			unmeasured[g.UUID] = true
 		default:

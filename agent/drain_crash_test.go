@@ -43,7 +43,7 @@ func everywhere(t *testing.T, stride int, f func(n int) (at string)) {
 		})
 	}
 	all.Wait()
-	if !t.Failed() && points*stride < 20 {
+	if !t.Failed() && points*stride < 15 {
 		t.Fatalf("only %d points were met", points)
 	}
 	t.Logf("killed at %d points", points)
