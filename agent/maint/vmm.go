@@ -47,6 +47,8 @@ type VMMChoice struct {
 	MemoryBytes uint64 `json:"memory_bytes"`
 	// Problems are why it is not possible; none: it is.
 	Problems []Problem `json:"problems,omitempty"`
+	// Unproven is why it is not taken unless it is asked for by name; "": it may be.
+	Unproven string `json:"unproven,omitempty"`
 }
 
 // VMMResult is what replacing a QEMU did.

@@ -173,6 +173,8 @@ func (a *app) printChoices(c *cobra.Command, guests []string) error {
 				possible := "yes"
 				if len(k.Problems) > 0 {
 					possible = "no: " + k.Problems[0].Reason
+				} else if k.Unproven != "" {
+					possible = "only by --method: " + k.Unproven
 				}
 				row(w, p.Guest, k.Method, k.Pause.Round(10*time.Millisecond), bytes(k.MemoryBytes), possible)
 				for i, problem := range k.Problems {

@@ -63,7 +63,7 @@ func Choices(f Facts) []maint.VMMChoice {
 	return all
 }
 
-// Choose takes the method that is asked for, or the cheapest that is possible
+// Choose takes the method that is asked for, or the cheapest that is possible, proven
 // and whose pause is accepted (0: any). Else it returns a *maint.Refusal with
 // every reason, of every method when none was asked for.
 func Choose(guest string, choices []maint.VMMChoice, method maint.VMMMethod, maxPause time.Duration) (maint.VMMChoice, error) {
@@ -73,6 +73,10 @@ func Choose(guest string, choices []maint.VMMChoice, method maint.VMMMethod, max
 			continue
 		}
 		against := c.Problems
+		if method == "" && c.Unproven != "" {
+			against = append(slices.Clone(against), *maint.Problemf(maint.CodeQEMU, "guest "+guest, "try it with one that does not matter (--method "+string(c.Method)+")",
+				"%s is not taken by itself: %s", c.Method, c.Unproven))
+		}
 		if maxPause > 0 && c.Pause > maxPause {
 			against = append(slices.Clone(against), *maint.Problemf(maint.CodeLongPause, "guest "+guest, "accept a longer pause (--max-pause)",
 				"%s would pause it for about %v, and at most %v is accepted", c.Method, c.Pause.Round(10*time.Millisecond), maxPause))

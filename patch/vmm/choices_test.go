@@ -163,6 +163,16 @@ func TestChoose(t *testing.T) {
 			t.Errorf("no %q in %q", want, no)
 		}
 	}
+	unproven := []maint.VMMChoice{{Method: maint.VMMPrewarmed, Unproven: "nobody has tried"}, {Method: maint.VMMCopy, Pause: time.Minute}}
+	for _, c := range []struct {
+		of     []maint.VMMChoice
+		asked  maint.VMMMethod
+		method maint.VMMMethod
+	}{{unproven, "", maint.VMMCopy}, {unproven, maint.VMMPrewarmed, maint.VMMPrewarmed}, {unproven[:1], "", ""}} {
+		if got, err := vmm.Choose("web-1", c.of, c.asked, 0); got.Method != c.method || (err == nil) != (c.method != "") || err != nil && !strings.Contains(err.Error(), "nobody has tried") {
+			t.Errorf("asked for %q: %q, %v", c.asked, got.Method, err)
+		}
+	}
 	f = fit()
 	f.Guest.State = maint.GuestShutoff // the same reason against all is said once
 	if _, no := choose(f, "", 0); strings.Count(no, "shut off") != 1 {
