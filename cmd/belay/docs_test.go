@@ -248,6 +248,9 @@ var ends = map[string]int{
 	"belay patch covers": exitFailed,  // the change is not known there
 	"belay doctor":       exitFailed,  // nothing listens at libvirt's port
 	"belay plan":         exitBlocked, // kernels and package lists of the examples are not there
+
+	"belay ops abort":         exitNothing, // in memory operations end within milliseconds
+	"belay maintenance defer": exitFailed,  // as does what was booked for now
 }
 
 // TestDocumentedCommandsRun runs the documentation's command lines, block by block, against
