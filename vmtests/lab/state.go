@@ -71,8 +71,8 @@ func self() (*process, error) {
 	return &process{PID: pid, Start: start}, nil
 }
 
-// procStat reads a process's start time, and whether it has ended and only
-// waits to be reaped (proc(5), /proc/pid/stat).
+// procStat reads a process's start time, and whether it has ended with all its threads
+// and only waits to be reaped (proc(5), /proc/pid/stat): until then its files are open.
 func procStat(pid int) (start uint64, dead bool, err error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
@@ -85,7 +85,7 @@ func procStat(pid int) (start uint64, dead bool, err error) {
 		return 0, false, fmt.Errorf("cannot parse /proc/%d/stat", pid)
 	}
 	start, err = strconv.ParseUint(f[19], 10, 64)
-	return start, f[0] == "Z" || f[0] == "X", err
+	return start, f[0] == "X" || f[0] == "Z" && f[17] == "1", err
 }
 
 func bootID() (string, error) {
