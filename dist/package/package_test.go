@@ -177,7 +177,7 @@ func sameContent(t *testing.T, got, want []string) {
 			t.Errorf("it does not have %s", w)
 		}
 	}
-	more := regexp.MustCompile(`^-rw-r--r-- /usr/share/(man/man8/belay-[a-z-]+\.8\.gz|doc/belay/docs/[a-z-]+\.md)$`)
+	more := regexp.MustCompile(`^-rw-r--r-- /usr/share/(man/man8/belay-[a-z-]+\.8\.gz|doc/belay/docs/([a-z-]+\.md|examples/[a-z-]+\.toml))$`)
 	for _, g := range got {
 		if !slices.Contains(want, g) && !more.MatchString(g) && !strings.HasPrefix(g, "drwxr-xr-x /") {
 			t.Errorf("it also has %s", g)
@@ -189,11 +189,12 @@ func sameContent(t *testing.T, got, want []string) {
 func pages(t *testing.T, got []string) {
 	t.Helper()
 	docs, err := filepath.Glob("../../docs/*.md")
-	if err != nil || len(docs) == 0 {
-		t.Fatal(docs, err)
+	examples, err2 := filepath.Glob("../../docs/examples/*.toml")
+	if err := errors.Join(err, err2); err != nil || len(docs) == 0 || len(examples) == 0 {
+		t.Fatal(docs, examples, err)
 	}
-	for _, d := range docs {
-		if want := "-rw-r--r-- /usr/share/doc/belay/docs/" + filepath.Base(d); !slices.Contains(got, want) {
+	for _, d := range slices.Concat(docs, examples) {
+		if want := "-rw-r--r-- /usr/share/doc/belay/" + strings.TrimPrefix(d, "../../"); !slices.Contains(got, want) {
 			t.Errorf("it does not have %s", want)
 		}
 	}
