@@ -43,7 +43,7 @@ nothing was changed; 4 done, but not all is well; 5 goes on.`,
 			if err := checkWait(wait); err != nil {
 				return err
 			}
-			p, err := a.readPlan(c.Context(), args[0], o, c.Flags().Changed("to") || c.Flags().Changed("return"))
+			p, saved, err := a.readPlan(c.Context(), args[0], o, c.Flags().Changed("to") || c.Flags().Changed("return"))
 			if err != nil {
 				return err
 			}
@@ -53,6 +53,9 @@ nothing was changed; 4 done, but not all is well; 5 goes on.`,
 				}
 				if len(p.Blockers) > 0 {
 					return &ended{exitBlocked}
+				}
+				if !saved { // it has just been made
+					return nil
 				}
 				return a.client().CheckPlan(c.Context(), p)
 			}
@@ -74,17 +77,19 @@ nothing was changed; 4 done, but not all is well; 5 goes on.`,
 	return c
 }
 
-// readPlan reads a plan, or has one made of a manifest.
-func (a *app) readPlan(ctx context.Context, file string, o maint.PlanOptions, options bool) (maint.Plan, error) {
+// readPlan reads a plan that was saved, or has one made of a manifest.
+func (a *app) readPlan(ctx context.Context, file string, o maint.PlanOptions, options bool) (p maint.Plan, saved bool, err error) {
 	text, err := readFile(file, maint.MaxPlan)
 	if err != nil {
-		return maint.Plan{}, err
+		return p, false, err
 	}
 	if !strings.HasPrefix(strings.TrimSpace(string(text)), "{") {
-		return a.client().Plan(ctx, maint.PlanRequest{Manifest: string(text), Options: o})
+		p, err = a.client().Plan(ctx, maint.PlanRequest{Manifest: string(text), Options: o})
+		return p, false, err
 	}
 	if options {
-		return maint.Plan{}, usage("a plan says itself where guests go, and whether they are brought back: --to and --return are for manifests")
+		return p, true, usage("a plan says itself where guests go, and whether they are brought back: --to and --return are for manifests")
 	}
-	return maint.DecodePlan(file, text)
+	p, err = maint.DecodePlan(file, text)
+	return p, true, err
 }
