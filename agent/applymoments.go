@@ -77,21 +77,24 @@ func (x application) announced(ctx context.Context, step maint.PlanStep) (time.T
 	if x.emergency() != "" {
 		return at, nil
 	}
-	guests, err := x.a.presentAtLast(ctx)
+	guests, err := x.those(ctx, step.Guests)
 	if err != nil {
 		return at, err
 	}
 	now := time.Now()
 	for _, g := range guests {
-		if !slices.Contains(step.Guests, g.UUID) {
-			continue
-		}
 		p, _ := x.a.policyOf(g) // one that cannot be read has nothing planned for it
 		if told := now.Add(p.NoticeFor(x.plan.Update.Urgency)); told.After(at) {
 			at = told
 		}
 	}
 	return x.suits(ctx, step.Guests, at)
+}
+
+// those are some guests, as far as they are here.
+func (x application) those(ctx context.Context, uuids []string) ([]maint.Guest, error) {
+	guests, err := x.a.presentAtLast(ctx)
+	return slices.DeleteFunc(guests, func(g maint.Guest) bool { return !slices.Contains(uuids, g.UUID) }), err
 }
 
 // suits is the first moment from then on at which guests may be disturbed by their windows, or
@@ -101,15 +104,12 @@ func (x application) suits(ctx context.Context, uuids []string, from time.Time) 
 	if len(uuids) == 0 || !from.Before(end) {
 		return from, nil
 	}
-	guests, err := x.a.presentAtLast(ctx)
+	guests, err := x.those(ctx, uuids)
 	if err != nil {
 		return from, err
 	}
 	var waits []plan.Wait
 	for _, g := range guests {
-		if !slices.Contains(uuids, g.UUID) {
-			continue
-		}
 		p, _ := x.a.policyOf(g)
 		w, err := window.Parse(p.Windows...)
 		if err != nil || len(p.Windows) == 0 {

@@ -103,11 +103,11 @@ func (x application) longest(uuids []string) time.Duration {
 // allowed is a pause that is no longer than any of the guests' policies allow: a step that
 // hangs is ended by then, and the leash releases them.
 func (x application) allowed(ctx context.Context, uuids []string, d time.Duration) (time.Duration, error) {
-	for _, uuid := range uuids {
-		g, err := x.a.hyp.Guest(ctx, uuid)
-		if err != nil {
-			return 0, err
-		}
+	guests, err := x.those(ctx, uuids)
+	if err != nil {
+		return 0, err
+	}
+	for _, g := range guests {
 		p, err := x.a.policyOf(g)
 		if err != nil {
 			return 0, err

@@ -38,7 +38,7 @@ func (a *Agent) eachClock(ctx context.Context, guest string, f func(ctx context.
 		if err := a.unlessHeld(what, g); err != nil {
 			return nil, err
 		}
-		if g.State != maint.GuestRunning && g.State != maint.GuestBlocked {
+		if !works(g) {
 			return nil, refuse(what, maint.Problemf(maint.CodeGuestState, "guest "+g.Name, "start or resume it first", "is %s: its clock cannot be asked for", g.State))
 		}
 		guests = append(guests, g)
@@ -48,7 +48,7 @@ func (a *Agent) eachClock(ctx context.Context, guest string, f func(ctx context.
 			return nil, a.cannotAsk(what, err)
 		}
 		for _, g := range all {
-			if g.State == maint.GuestRunning || g.State == maint.GuestBlocked {
+			if works(g) {
 				guests = append(guests, g)
 			}
 		}

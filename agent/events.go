@@ -167,7 +167,7 @@ func (a *Agent) untold(ctx context.Context, op maint.Op) (missing []maint.EventG
 	told := a.openEvents(op.ID)
 	for _, g := range guests {
 		concerned := g.UUID == op.GuestUUID || slices.Contains(op.Guests, g.UUID) || ofAll(op)
-		if !concerned || g.State != maint.GuestRunning && g.State != maint.GuestBlocked {
+		if !concerned || !works(g) {
 			continue
 		}
 		if !slices.ContainsFunc(told, func(e maint.ScheduledEvent) bool { return board.About(e, g.UUID) }) {

@@ -225,7 +225,7 @@ func (s *survey) guest(ctx context.Context, g maint.Guest) ([]maint.GuestVerdict
 		busy = append(busy, *maint.Problemf(maint.CodeBusy, "guest "+g.Name, "wait for it to end", "has a job running: %s", g.Job))
 	}
 	stands := ""
-	if g.State != maint.GuestRunning && g.State != maint.GuestBlocked && len(busy) == 0 {
+	if !works(g) && len(busy) == 0 {
 		stands = fmt.Sprintf("it is %s (%s), not by Belay, and is left so", g.State, g.Reason)
 	}
 	b1 := maint.GuestVerdict{Rung: maint.RungB1, Problems: busy, Untouched: stands}

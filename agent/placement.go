@@ -177,7 +177,7 @@ func (a *Agent) rooms(ctx context.Context, to map[string]migrate.Destination) (r
 // instead is what can be done for a guest on this host that cannot leave it.
 func (a *Agent) instead(ctx context.Context, m maint.GuestMove) (ways []string) {
 	g, err := a.hyp.Guest(ctx, m.GuestUUID)
-	if err != nil || g.State != maint.GuestRunning && g.State != maint.GuestBlocked {
+	if err != nil || !works(g) {
 		return nil
 	}
 	if len(m.Copies) > 0 {

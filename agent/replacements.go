@@ -135,24 +135,10 @@ func (a *Agent) choices(ctx context.Context, f vmm.Facts) ([]maint.VMMChoice, er
 			if err != nil {
 				return nil, err
 			}
-			if m == maint.VMMPrewarmed && f.Guest.DomainType == "kvm" {
-				c.Unproven = "guests under KVM have crashed after it on emulated hosts, and on real ones it was not tried (docs/rung-b-vmm.md)"
-			}
 			choices = append(choices, c)
 		}
 	}
-	last := func(c maint.VMMChoice) int {
-		switch {
-		case len(c.Problems) > 0:
-			return 2
-		case c.Unproven != "":
-			return 1
-		}
-		return 0
-	}
-	slices.SortStableFunc(choices, func(x, y maint.VMMChoice) int {
-		return cmp.Or(cmp.Compare(last(x), last(y)), cmp.Compare(x.Pause, y.Pause))
-	})
+	vmm.Order(choices)
 	return choices, nil
 }
 

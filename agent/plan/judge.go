@@ -104,18 +104,13 @@ func (c *candidate) judgeMove(ways []way, l maint.Ladder, o maint.PlanOptions, u
 			ps = append(ps, *maint.Problemf(maint.CodeRung, "change "+w.change.Name, "", "its manifest does not say that rung D is able to deliver it"))
 		}
 	}
-	if len(l.Peers) == 0 && len(ps) == 0 {
-		ps = append(ps, noPeers(l))
-	}
 	if len(ps) > 0 {
 		c.refuse(maint.RungD, ps...)
 		return
 	}
-	c.move.open = slices.ContainsFunc(l.Peers, func(p maint.LadderPeer) bool { return len(c.against(p)) == 0 })
-	if !c.move.open {
-		for _, p := range l.Peers {
-			c.refuse(maint.RungD, c.against(p)...)
-		}
+	takers, against := c.takers(l)
+	if c.move.open = len(takers) > 0; !c.move.open {
+		c.refuse(maint.RungD, against...)
 		return
 	}
 	c.move.add(maint.RungD, e)
@@ -125,8 +120,19 @@ func (c *candidate) judgeMove(ways []way, l maint.Ladder, o maint.PlanOptions, u
 	c.move.weigh(c.g.Policy)
 }
 
-func noPeers(l maint.Ladder) maint.Problem {
-	return *maint.Problemf(maint.CodeUnknownPeer, "host "+l.Host, "name a peer in its configuration ([peers.NAME])", "has no peer that it could go to")
+// takers are the peers, empty, that would take the guest, and what the others have against it.
+func (c *candidate) takers(l maint.Ladder) (names []string, against []maint.Problem) {
+	if len(l.Peers) == 0 {
+		return nil, []maint.Problem{*maint.Problemf(maint.CodeUnknownPeer, "host "+l.Host, "name a peer in its configuration ([peers.NAME])", "has no peer that it could go to")}
+	}
+	for _, p := range l.Peers {
+		if ps := c.against(p); len(ps) > 0 {
+			against = append(against, ps...)
+		} else {
+			names = append(names, p.Name)
+		}
+	}
+	return names, against
 }
 
 // against is what a peer, empty, has against the guest.

@@ -1,7 +1,6 @@
 package plan
 
 import (
-	"maps"
 	"slices"
 
 	"belay/agent/maint"
@@ -27,19 +26,17 @@ func Rungs(u maint.Update, l maint.Ladder) []maint.GuestRungs {
 	all := make([]maint.GuestRungs, len(l.Guests))
 	for i, g := range l.Guests {
 		c := &candidate{g: g}
-		of := map[maint.Rung]maint.RungVerdict{
-			maint.RungA: {}, // nobody feels it
-			maint.RungC: {Cannot: silent(l)},
-		}
-		for _, change := range u.Changes {
-			w := way{change: change, rung: change.Rungs[0]}
-			of[w.rung] = c.rung(w, l, h)
-		}
 		all[i] = maint.GuestRungs{Guest: g.Guest, UUID: g.UUID}
-		for _, r := range slices.SortedFunc(maps.Keys(of), func(a, b maint.Rung) int {
-			return slices.Index(maint.Rungs, a) - slices.Index(maint.Rungs, b)
-		}) {
-			v := of[r]
+		for _, r := range maint.Rungs {
+			var v maint.RungVerdict // of rung A, which nobody feels
+			if r == maint.RungC {
+				v.Cannot = silent(l)
+			}
+			for _, change := range u.Changes {
+				if change.Delivers(r) {
+					v = c.rung(way{change: change, rung: r}, l, h)
+				}
+			}
 			v.Rung = r
 			all[i].Rungs = append(all[i].Rungs, v)
 		}
@@ -67,17 +64,7 @@ func (c *candidate) rung(w way, l maint.Ladder, h history) maint.RungVerdict {
 	case maint.RungD:
 		e = h.blackout(c.g.UUID)
 		var against []maint.Problem
-		for _, p := range l.Peers {
-			if ps := c.against(p); len(ps) > 0 {
-				against = append(against, ps...)
-			} else {
-				v.Peers = append(v.Peers, p.Name)
-			}
-		}
-		switch {
-		case len(l.Peers) == 0:
-			v.Cannot = append(v.Cannot, noPeers(l))
-		case len(v.Peers) == 0:
+		if v.Peers, against = c.takers(l); len(v.Peers) == 0 {
 			v.Cannot = append(v.Cannot, against...)
 		}
 	default:

@@ -57,10 +57,25 @@ func Choices(f Facts) []maint.VMMChoice {
 		all = append(all, maint.VMMChoice{Method: maint.VMMBounce, MemoryBytes: mem + overhead, Pause: bouncePause,
 			Problems: slices.Concat(common, bounceProblems(f))})
 	}
-	slices.SortStableFunc(all, func(a, b maint.VMMChoice) int {
-		return cmp.Or(cmp.Compare(min(1, len(a.Problems)), min(1, len(b.Problems))), cmp.Compare(a.Pause, b.Pause))
-	})
+	Order(all)
 	return all
+}
+
+// Order sorts choices: those that are possible first, then those that are unproven, each by
+// their pause.
+func Order(choices []maint.VMMChoice) {
+	last := func(c maint.VMMChoice) int {
+		switch {
+		case len(c.Problems) > 0:
+			return 2
+		case c.Unproven != "":
+			return 1
+		}
+		return 0
+	}
+	slices.SortStableFunc(choices, func(a, b maint.VMMChoice) int {
+		return cmp.Or(cmp.Compare(last(a), last(b)), cmp.Compare(a.Pause, b.Pause))
+	})
 }
 
 // Choose takes the method that is asked for, or the cheapest that is possible, proven
