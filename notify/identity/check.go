@@ -66,10 +66,7 @@ func (g *Gate) Check(ctx context.Context) []maint.Check {
 
 // stolen is the error if somebody else's socket is where ours should be.
 func (g *Gate) stolen() error {
-	g.who.mu.Lock()
-	listen := g.who.ln != nil
-	g.who.mu.Unlock()
-	if listen {
+	if g.who.listener() != nil {
 		return nil // nobody else can
 	}
 	sockets, err := g.listeners()

@@ -6,7 +6,7 @@
 //	rules      nftables: a frame gets its tap's mark, or is dropped
 //	route      a mark makes the packet the host's, and finds the way back
 //	watch      taps that go away, bridges that change
-//	listen     a connection has the mark of the packet that opened it
+//	listen     a socket for each bridge; a connection has the mark of the packet that opened it
 //
 // The way of a request:
 //
@@ -28,8 +28,9 @@
 //
 // A guest need not have a route: also what it sends to its gateway is turned to
 // the host. The host needs no address in the guest's subnet, and guests on
-// different bridges may have the same address. Where the host has no address on
-// a bridge it asks by ARP from 169.254.169.254, rather than tell guests one that it
+// different bridges may have the same address, and ask from the same port at the same
+// time: each bridge has a listening socket of its own. Where the host has no address
+// on a bridge it asks by ARP from 169.254.169.254, rather than tell guests one that it
 // has elsewhere.
 //
 // # What is guaranteed
@@ -62,15 +63,13 @@
 //     ARP, and so keep it from asking. It neither reads nor adds anything.
 //   - A guest with an address of the host, or of loopback, is not answered: the kernel
 //     takes it for a forgery.
-//   - Two guests on two bridges with the same address, which ask from the same port at
-//     the same time: the later one must try from another.
 //   - Rules of others with a later priority can drop or change packets: an INPUT chain must
 //     accept TCP to port 80 of 169.254.169.254. Check names nftables rules that have
 //     the address in them, and cannot see those of iptables-legacy.
 //   - Bridges inside of a VRF, taps that are on no Linux bridge (Open vSwitch, macvtap,
 //     SR-IOV).
-//   - A guest that opens connections takes its share of the listener's queue, which all
-//     share: 50 a second by each tap, and 100 at once.
+//   - A guest that opens connections takes its share of the listener's queue, which the
+//     guests of a bridge share: 50 a second by each tap, and 100 at once.
 //   - While nobody listens, guests wait instead of being refused: the kernel does not send
 //     a reset from an address that it does not have.
 //   - tcp_fwmark_accept and src_valid_mark stay set, for all marks and not only ours.
@@ -80,8 +79,9 @@
 // # Restart
 //
 // A killed process leaves its rules, which have nobody let in: there is no
-// listener. The next gate does not know the old marks, and refuses who has
-// them until its first Set replaces the rules in one transaction.
+// listener. The next gate does not know the old marks, and listens on no bridge
+// until its first Set replaces the rules in one transaction: who asks meanwhile
+// waits, as TCP tries again.
 //
 // Sources: linux/netfilter/nf_tables.h, tcp_fwmark_accept and src_valid_mark in
 // Documentation/networking/ip-sysctl.rst, SO_MARK in socket(7), IP_TRANSPARENT in ip(7).

@@ -79,6 +79,11 @@ func synAck(f []byte) uint16 {
 	return binary.BigEndian.Uint16(f[36:])
 }
 
+// isSYN tells frames of TCP that open a connection.
+func isSYN(f []byte) bool {
+	return len(f) >= 54 && f[12] == 8 && f[13] == 0 && f[23] == 6 && f[47]&(flagSYN|flagACK) == flagSYN
+}
+
 // isFrom tells frames of IP by their source.
 func isFrom(f []byte, a netip.Addr) bool {
 	return len(f) >= 34 && f[12] == 8 && f[13] == 0 && bytes.Equal(f[26:30], a.AsSlice())

@@ -238,6 +238,10 @@ func (g *Gate) apply(ports []Port) error {
 		g.retain(func(t tap) bool { return hasMark(taps, t.mark) })
 		err = g.route(bridges)
 	}
+	ln := g.who.listener()
+	if err == nil && ln != nil {
+		err = ln.open(bridges)
+	}
 	if err == nil {
 		g.who.admit(taps)
 		err = g.program(taps, bridges)
@@ -247,6 +251,9 @@ func (g *Gate) apply(ports []Port) error {
 		return errors.Join(fmt.Errorf("cannot set the ports of guests: %w", err), missing)
 	}
 	g.taps, g.bridges = taps, bridges
+	if ln != nil {
+		ln.leave(bridges)
+	}
 	return errors.Join(missing, g.unroute(bridges))
 }
 
@@ -311,7 +318,11 @@ func (g *Gate) Close() error {
 	g.change.Lock()
 	defer g.change.Unlock()
 	g.retain(func(tap) bool { return false })
-	err := errors.Join(g.who.shut(), g.unprogram(), g.unroute(nil))
+	var err error
+	if ln := g.who.listener(); ln != nil {
+		err = ln.Close()
+	}
+	err = errors.Join(err, g.unprogram(), g.unroute(nil))
 	g.link.Close()
 	if nsErr := g.ns.Close(); err == nil && nsErr != nil {
 		err = nsErr

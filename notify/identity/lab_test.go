@@ -185,14 +185,6 @@ func (g *guest) isKnown() {
 	}
 }
 
-// isReset: it reaches the server, which refuses to talk to it.
-func (g *guest) isReset() {
-	g.t.Helper()
-	if who, err := g.ask(); !errors.Is(err, unix.ECONNRESET) && !errors.Is(err, io.EOF) {
-		g.t.Errorf("%s is taken for %q (%v) instead of being reset", g.port.Guest, who, err)
-	}
-}
-
 // open opens a gate in the host, which is closed with the test.
 func (h *host) open(cfg Config) *Gate {
 	h.t.Helper()

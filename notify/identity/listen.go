@@ -8,11 +8,16 @@ import (
 	"net"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"belay/notify"
 )
+
+// acceptAgain is how long to wait where the kernel gives out no connections, as
+// without a file descriptor left.
+const acceptAgain = 100 * time.Millisecond
 
 // door is who may come in, and who is inside.
 type door struct {
@@ -24,7 +29,7 @@ type door struct {
 	guests map[uint32]string // by mark
 	inside map[uint32]map[*conn]bool
 	count  map[string]int // connections of a guest
-	ln     net.Listener   // while it is open
+	ln     *listener      // while it is open
 }
 
 func newDoor(cfg Config) door {
@@ -89,15 +94,11 @@ func (d *door) enter(t *net.TCPConn) *conn {
 	return c
 }
 
-// shut closes the listener.
-func (d *door) shut() error {
+// listener is the open one, nil if there is none.
+func (d *door) listener() *listener {
 	d.mu.Lock()
-	ln := d.ln
-	d.mu.Unlock()
-	if ln == nil {
-		return nil
-	}
-	return listener{ln, d}.Close()
+	defer d.mu.Unlock()
+	return d.ln
 }
 
 // conn is a guest's connection.
@@ -140,65 +141,146 @@ func abort(t *net.TCPConn) {
 	_ = t.Close()
 }
 
-// listener accepts only guests.
+// listener accepts only guests, by a socket for each bridge: the kernel tells
+// connections apart by addresses and ports, and by the device of the socket, so
+// that guests with the same address on two bridges need not know of each other.
 type listener struct {
-	net.Listener
-	door *door
-}
+	gate     *Gate
+	claim    net.Listener // keeps the port ours, also without bridges; nobody gets there
+	accepted chan net.Conn
+	closed   context.Context
+	cancel   context.CancelFunc
 
-func (l listener) Close() error {
-	l.door.mu.Lock()
-	if l.door.ln == l.Listener {
-		l.door.ln = nil
-	}
-	l.door.mu.Unlock()
-	return l.Listener.Close()
-}
-
-func (l listener) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		t := c.(*net.TCPConn)
-		if known := l.door.enter(t); known != nil {
-			return known, nil
-		}
-		abort(t)
-	}
+	mu sync.Mutex
+	on map[int]net.Listener // by the bridge's ifindex
 }
 
 // Listen gives a listener on 169.254.169.254:80 that accepts known guests and
 // nobody else. It is an error that wraps ErrTaken if somebody else listens there.
 // The listener is closed with the gate.
 func (g *Gate) Listen(ctx context.Context) (net.Listener, error) {
+	g.change.Lock()
+	defer g.change.Unlock()
+	const loopback = 1 // LOOPBACK_IFINDEX of include/net/flow.h
+	claim, err := g.listenOn(ctx, loopback)
+	if err != nil {
+		return nil, fmt.Errorf("cannot listen for guests: %w", err)
+	}
+	l := &listener{gate: g, claim: claim, accepted: make(chan net.Conn), on: make(map[int]net.Listener)}
+	l.closed, l.cancel = context.WithCancel(context.Background())
+	if err := l.open(g.bridges); err != nil {
+		_ = l.Close()
+		return nil, err
+	}
+	g.who.mu.Lock()
+	g.who.ln = l
+	g.who.mu.Unlock()
+	return l, nil
+}
+
+// listenOn opens a socket that gets connections by one device only.
+func (g *Gate) listenOn(ctx context.Context, ifindex int) (ln net.Listener, err error) {
 	lc := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) (err error) {
 		// The address is on no device: IP_TRANSPARENT (ip(7)) lets a socket have
 		// it, and answer from it.
 		if ctlErr := raw.Control(func(fd uintptr) {
-			err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_TRANSPARENT, 1)
+			err = errors.Join(unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_TRANSPARENT, 1),
+				unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_BINDTOIFINDEX, ifindex))
 		}); ctlErr != nil {
 			return ctlErr
 		}
 		return err
 	}}
 	lc.SetMultipathTCP(false) // its subflows would be marked one by one
-	var ln net.Listener
-	err := g.inside(func() (err error) {
+	err = g.inside(func() (err error) {
 		ln, err = lc.Listen(ctx, "tcp4", net.JoinHostPort(notify.Address, "80"))
 		return err
 	})
 	if errors.Is(err, unix.EADDRINUSE) {
 		err = g.listening(err)
 	}
-	if err != nil {
-		return nil, fmt.Errorf("cannot listen for guests: %w", err)
+	return ln, err
+}
+
+// open listens on these bridges too.
+func (l *listener) open(bridges map[int]bridge) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for index, b := range bridges {
+		if l.on[index] != nil || l.closed.Err() != nil {
+			continue
+		}
+		ln, err := l.gate.listenOn(l.closed, index)
+		if err != nil {
+			return fmt.Errorf("cannot listen for guests on bridge %s: %w", b.name, err)
+		}
+		l.on[index] = ln
+		go l.serve(ln)
 	}
-	g.who.mu.Lock()
-	g.who.ln = ln
-	g.who.mu.Unlock()
-	return listener{ln, &g.who}, nil
+	return nil
+}
+
+// leave listens on no other bridges than these any more.
+func (l *listener) leave(but map[int]bridge) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for index, ln := range l.on {
+		if _, keep := but[index]; !keep {
+			_ = ln.Close()
+			delete(l.on, index)
+		}
+	}
+}
+
+// serve lets guests of one bridge in, until its socket is closed.
+func (l *listener) serve(ln net.Listener) {
+	for {
+		c, err := ln.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		} else if err != nil { // as "too many open files", which passes
+			l.gate.log.Warn("cannot accept a guest's connection", "err", err)
+			select {
+			case <-time.After(acceptAgain):
+			case <-l.closed.Done():
+			}
+			continue
+		}
+		t := c.(*net.TCPConn)
+		known := l.gate.who.enter(t)
+		if known == nil {
+			abort(t)
+			continue
+		}
+		select {
+		case l.accepted <- known:
+		case <-l.closed.Done():
+			_ = known.Close()
+		}
+	}
+}
+
+func (l *listener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.accepted:
+		return c, nil
+	case <-l.closed.Done():
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *listener) Addr() net.Addr { return l.claim.Addr() }
+
+func (l *listener) Close() error {
+	d := &l.gate.who
+	d.mu.Lock()
+	if d.ln == l {
+		d.ln = nil
+	}
+	d.mu.Unlock()
+	l.cancel()
+	l.leave(nil)
+	return l.claim.Close()
 }
 
 // Guest is whose connection it is, by UUID; false: nobody's, or no longer.
