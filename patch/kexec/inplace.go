@@ -58,9 +58,9 @@ type summed struct {
 	Sum  string `json:"sum"` // see sum
 }
 
-// maxLeaving bounds UUID.save of a guest whose memory is in place, bytes: the state of its devices
-// has its video memory.
-const maxLeaving = 512 << 20
+// maxLeaving bounds UUID.save of a guest whose memory is in place, bytes: there is room for any state
+// that a Mover takes, in base64, and all else. What could not be read again must not be written.
+const maxLeaving = vmm.StateLimit/3*4 + maxSealed
 
 // encode is what UUID.save has.
 func (l leaving) encode() ([]byte, error) {
@@ -76,7 +76,7 @@ func readLeaving(name string) (l leaving, err error) {
 	}
 	parts := bytes.SplitN(b, []byte("\n"), 4)
 	if len(parts) < 4 || !bytes.HasPrefix(b, []byte(inPlaceMagic+" ")) {
-		return l, fmt.Errorf("%s is damaged: its beginning is", name)
+		return l, fmt.Errorf("%s %w: its beginning is", name, errDamaged)
 	}
 	return l, unseal(name, parts[3], &l)
 }
@@ -342,32 +342,48 @@ func (b *bringing) enter(ctx context.Context, l leaving) error {
 	return b.j.Mover.Enter(ctx, l.Seat, l.Token, l.State)
 }
 
-// whole says whether what is kept of a guest is as it was saved; lost: why not.
+// isGone reports whether what could not be read is not there any more, as it was written.
+func isGone(err error) bool {
+	for _, gone := range []error{fs.ErrNotExist, errDamaged, unix.EIO, unix.EHWPOISON} {
+		if errors.Is(err, gone) {
+			return true
+		}
+	}
+	return false
+}
+
+// whole says whether what is kept of a guest is as it was saved; lost: why not. That it cannot be
+// looked at now, as by a process that has too many files open, says nothing: that is err.
 func (b *bringing) whole(ctx context.Context, e *entry, m mark) (l leaving, lost string, err error) {
+	judge := func(err error) (leaving, string, error) {
+		if ctx.Err() != nil {
+			return l, "", ctx.Err()
+		}
+		if isGone(err) {
+			return l, err.Error(), nil
+		}
+		return l, "", err
+	}
 	got, size, err := sum(ctx, e.file(b.j.dir()))
 	switch {
-	case ctx.Err() != nil:
-		return l, "", ctx.Err()
 	case err != nil:
-		return l, err.Error(), nil
+		return judge(err)
 	case got != e.Sum || size != e.Size:
 		return l, damaged, nil
 	case e.Memory != inPlace:
 		return l, "", nil
 	}
 	if l, err = readLeaving(e.file(b.j.dir())); err != nil {
-		return l, err.Error(), nil
+		return judge(err)
 	}
 	if m.Stage == stageRestoring && m.Boot == b.boot {
 		return l, "", nil // it was compared then; a QEMU that takes the state in may write to it
 	}
 	intact, err := b.j.intact(ctx, l)
-	switch {
-	case ctx.Err() != nil:
-		return l, "", ctx.Err()
-	case err != nil:
-		return l, err.Error(), nil
-	case !intact:
+	if err != nil {
+		return judge(err)
+	}
+	if !intact {
 		return l, damaged, nil
 	}
 	return l, "", nil
@@ -384,8 +400,11 @@ func (j *Job) gone(ctx context.Context, g member) error {
 			"has run since its state was saved, or what is kept of it was damaged (%v), and is not restored", err)
 	}
 	l, err := readLeaving(j.file(g.UUID, saveExt))
-	if err != nil {
+	if isGone(err) {
 		return stale(err)
+	}
+	if err != nil {
+		return err
 	}
 	boot, err := j.Tree.Boot()
 	if err != nil {
@@ -400,8 +419,10 @@ func (j *Job) gone(ctx context.Context, g member) error {
 	switch {
 	case ctx.Err() != nil:
 		return ctx.Err()
-	case err != nil:
+	case isGone(err):
 		return stale(err)
+	case err != nil:
+		return err
 	case !intact:
 		return stale(errors.New("the checksum of its memory is another"))
 	}

@@ -106,16 +106,19 @@ func readSealed(name string, v any) error {
 	return unseal(name, b, v)
 }
 
+// errDamaged: a file is not what was written.
+var errDamaged = errors.New("is damaged")
+
 func unseal(name string, b []byte, v any) error {
 	var s sealed
 	if err := json.Unmarshal(b, &s); err != nil {
-		return fmt.Errorf("%s is damaged: %w", name, err)
+		return fmt.Errorf("%s %w: %w", name, errDamaged, err)
 	}
 	if sum := sha256.Sum256(s.Text); hex.EncodeToString(sum[:]) != s.SHA256 {
-		return fmt.Errorf("%s is damaged: its checksum is another", name)
+		return fmt.Errorf("%s %w: its checksum is another", name, errDamaged)
 	}
 	if err := json.Unmarshal(s.Text, v); err != nil {
-		return fmt.Errorf("%s is damaged: %w", name, err)
+		return fmt.Errorf("%s %w: %w", name, errDamaged, err)
 	}
 	return nil
 }
@@ -144,13 +147,25 @@ func readManifest(dir string) (m manifest, err error) {
 }
 
 // settled reports whether nothing that is kept is needed any more.
-func (m manifest) settled(dir string) bool {
+func (m manifest) settled(dir string) bool { return len(m.kept(dir)) == 0 }
+
+// kept names the guests of which something is needed yet: also those that were saved by a belayd
+// that died before it could put them into Guests.
+func (m manifest) kept(dir string) (names []string) {
+	named := make(map[string]bool)
 	for _, e := range m.Guests {
-		if mark, err := readMark(dir, e.UUID); err != nil || mark.Stage != stageDone {
-			return false
+		named[e.UUID] = true
+	}
+	for _, g := range m.Planned {
+		if mark, err := readMark(dir, g.UUID); err == nil && mark.Stage == stageDone {
+			continue
+		}
+		complete, _, err := saved(filepath.Join(dir, g.UUID+saveExt))
+		if named[g.UUID] || complete || err != nil {
+			names = append(names, g.Name)
 		}
 	}
-	return true
+	return names
 }
 
 // Kept are the guests that a folder of reserved memory holds, and that are not restored yet or
@@ -161,12 +176,7 @@ func (t Tree) Kept(dir string) (op maint.OpID, guests []string) {
 	if err != nil {
 		return "", nil
 	}
-	for _, e := range m.Guests {
-		if mark, err := readMark(dir, e.UUID); err != nil || mark.Stage != stageDone {
-			guests = append(guests, e.Name)
-		}
-	}
-	return m.Op, guests
+	return m.Op, m.kept(dir)
 }
 
 // piece is what is summed at once, bytes.

@@ -139,13 +139,16 @@ func (b *bringing) bring(ctx context.Context) error {
 		return b.lost(what)
 	case active && m.Stage == stageRestoring && m.Boot == b.boot && e.Memory == inPlace:
 		return b.restore(ctx, e, m) // its QEMU may not have its state yet
-	case active && m.Stage == stageRestoring && m.Boot == b.boot && now.Reason != "booted":
+	case active && m.Stage == stageRestoring && m.Boot == b.boot && now.Reason != booted:
 		return b.release(ctx, e)
 	case active, m.Stage == stageStarted:
 		return b.started(e)
 	}
 	return b.restore(ctx, e, m)
 }
+
+// booted is why a guest runs that was started from its disks.
+const booted = "booted"
 
 // started is a guest that somebody has started from its disks. What was saved of it does not
 // belong to them any more, also when it has ended; but it is not for Belay to remove.
@@ -296,11 +299,11 @@ func (b *bringing) restore(ctx context.Context, e *entry, m mark) error {
 			failed = b.j.Host.Restore(ctx, b.path(), true)
 		}
 		b.out.Restore = time.Since(begun)
-		_, active, err := b.look(ctx)
+		now, active, err := b.look(ctx)
 		switch {
 		case err != nil:
 			return errors.Join(failed, err)
-		case errors.Is(failed, vmm.ErrForeign):
+		case errors.Is(failed, vmm.ErrForeign), active && e.Memory != inPlace && now.Reason == booted:
 			return b.started(e)
 		case active && (failed == nil || e.Memory != inPlace):
 			return b.release(ctx, e)

@@ -11,9 +11,9 @@ import (
 	"time"
 )
 
-// stateLimit is more than the state of devices, video memory too, ever takes. A
+// StateLimit is more than the state of devices, video memory too, ever takes, bytes. A
 // stream that is longer has the guest's memory in it.
-const stateLimit = 1 << 30
+const StateLimit = 1 << 30
 
 // listen makes a socket in a domain's folder that QEMU, as the user given, can
 // connect to. path is inside the host.
@@ -57,9 +57,9 @@ func receive(ctx context.Context, ln *net.UnixListener) *receipt {
 		cut := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
 		defer cut()
 		var b bytes.Buffer
-		n, err := io.Copy(&b, io.LimitReader(conn, stateLimit))
-		if err == nil && n == stateLimit {
-			err = fmt.Errorf("QEMU sends more than %d MiB: not the state of devices alone", stateLimit>>20)
+		n, err := io.Copy(&b, io.LimitReader(conn, StateLimit))
+		if err == nil && n == StateLimit {
+			err = fmt.Errorf("QEMU sends more than %d MiB: not the state of devices alone", StateLimit>>20)
 		}
 		r.state, r.err = b.Bytes(), err
 	}()
