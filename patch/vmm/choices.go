@@ -197,6 +197,8 @@ func inPlaceProblems(f Facts) []maint.Problem {
 			ps.add(maint.CodeMemory, shareable, "its memory %s is a file, but not shared", m.ID)
 		case m.Discard:
 			ps.add(maint.CodeMemory, "take <discard/> out of its <memoryBacking>, from its next start on", "QEMU throws its memory %s away when it ends", m.ID)
+		case m.Plugged: // hw/virtio/virtio-mem.c, virtio_mem_device_realize: without a look at -incoming before 8.1
+			ps.add(maint.CodeMemory, "use another method", "its memory %s is a virtio-mem device's, which a QEMU empties when it starts", m.ID)
 		case m.Ours && !m.InRAM:
 			ps.add(maint.CodeMemory, "put memory_backing_dir (qemu.conf) on a tmpfs or in reserved memory (DAX), from its next start on", "its memory %s, in %s, is not in RAM", m.ID, m.Path)
 		case !m.Mapped:

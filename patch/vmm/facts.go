@@ -57,6 +57,7 @@ type Memory struct {
 	Bytes   uint64
 	Shared  bool
 	Discard bool   // QEMU throws the content away when it ends
+	Plugged bool   // a virtio-mem device plugs it, piece by piece
 	Path    string // of the file
 	InRAM   bool   // the file is on a tmpfs, or in reserved memory by DAX
 	Mapped  bool   // the file is the one that QEMU has mapped

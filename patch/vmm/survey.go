@@ -158,10 +158,25 @@ func (f *Facts) askMemory(ctx context.Context, q QEMU, p Places) error {
 	if err := ask(ctx, q, uuid, "query-memdev", nil, &backends); err != nil {
 		return err
 	}
+	var devices []struct {
+		Type string `json:"type"`
+		Data struct {
+			Backend string `json:"memdev"` // its path
+		} `json:"data"`
+	}
+	if err := ask(ctx, q, uuid, "query-memory-devices", nil, &devices); err != nil {
+		return err
+	}
+	plugged := make(map[string]bool)
+	for _, d := range devices {
+		if d.Type == "virtio-mem" {
+			plugged[filepath.Base(d.Data.Backend)] = true
+		}
+	}
 	// The pid file is read again for the process; without it nothing is Mapped.
 	f.process, _ = p.qemu(f.Guest.Name)
 	for _, b := range backends {
-		m := Memory{ID: b.ID, Bytes: b.Size, Shared: b.Share}
+		m := Memory{ID: b.ID, Bytes: b.Size, Shared: b.Share, Plugged: plugged[b.ID]}
 		get := func(property string, v any) error {
 			return ask(ctx, q, uuid, "qom-get", map[string]any{"path": "/objects/" + b.ID, "property": property}, v)
 		}

@@ -112,6 +112,10 @@ func TestSurveyFinds(t *testing.T) {
 		"block job": {func(t *testing.T, b *bed) {
 			b.answer("query-block-jobs", []any{map[string]any{"type": "mirror", "device": "vda"}})
 		}, maint.CodeBusy, "mirror on vda"},
+		"virtio-mem": {func(t *testing.T, b *bed) {
+			b.answer("query-memory-devices", []any{map[string]any{"type": "dimm", "data": map[string]any{"memdev": "/objects/other"}},
+				map[string]any{"type": "virtio-mem", "data": map[string]any{"memdev": "/objects/pc.ram"}}})
+		}, maint.CodeMemory, "pc.ram is a virtio-mem device's"},
 		"CPU":      {func(t *testing.T, b *bed) { b.Edit(t, b.uuid, func(g *maint.Guest) { g.CPUModel = "EPYC" }) }, maint.CodeCPU, "cannot run its CPU"},
 		"old QEMU": {func(t *testing.T, b *bed) { b.answer("query-migrate-capabilities", []any{}) }, maint.CodeQEMU, "x-ignore-shared"},
 	} {

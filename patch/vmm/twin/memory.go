@@ -15,7 +15,7 @@ import (
 // memoryFiles are the files that a guest's memory is in, or why it is not in
 // files that a second QEMU can map. memory is how much there must be, bytes.
 //
-// Source: QMP query-memdev, qom-get.
+// Source: QMP query-memdev, query-memory-devices, qom-get.
 func memoryFiles(ctx context.Context, q QEMU, uuid, guest string, memory uint64) (files []string, problems []maint.Problem, err error) {
 	refuse := func(format string, args ...any) ([]string, []maint.Problem, error) {
 		return nil, []maint.Problem{*maint.Problemf(maint.CodeSourceRefuses, "guest "+guest,
@@ -41,6 +41,12 @@ func memoryFiles(ctx context.Context, q QEMU, uuid, guest string, memory uint64)
 	if err := json.Unmarshal(text, &devs); err != nil {
 		return nil, nil, err
 	}
+	if plugged, err := hasVirtioMem(ctx, q, uuid); err != nil {
+		return nil, nil, err
+	} else if plugged {
+		return nil, []maint.Problem{*maint.Problemf(maint.CodeSourceRefuses, "guest "+guest, "choose another method",
+			"has a virtio-mem device, whose memory a second QEMU would empty when it starts")}, nil
+	}
 	var sum uint64
 	for _, d := range devs {
 		path, err := property[string](ctx, q, uuid, d.ID, "mem-path")
@@ -65,6 +71,27 @@ func memoryFiles(ctx context.Context, q QEMU, uuid, guest string, memory uint64)
 		return refuse("only %d MiB of its %d MiB of memory are in files", sum>>20, memory>>20)
 	}
 	return files, nil, nil
+}
+
+// hasVirtioMem reports whether a guest has a virtio-mem device. QEMU before 8.1 discards all of its memory when
+// it makes the device, also of a guest that is to come (hw/virtio/virtio-mem.c, virtio_mem_device_realize).
+func hasVirtioMem(ctx context.Context, q QEMU, uuid string) (bool, error) {
+	text, err := q.QMP(ctx, uuid, "query-memory-devices", nil)
+	if err != nil {
+		return false, err
+	}
+	var devices []struct {
+		Type string `json:"type"`
+	}
+	if err := json.Unmarshal(text, &devices); err != nil {
+		return false, err
+	}
+	for _, d := range devices {
+		if d.Type == "virtio-mem" {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 // property is one of a memory backend's.

@@ -33,6 +33,8 @@ type fakeQEMU struct {
 	sends  bool   // an outgoing migration is on its way
 	files  []string
 	down   bool // libvirt does not answer
+	// plugged: it has a virtio-mem device.
+	plugged bool
 
 	// Faults, each for one time.
 	noStart, dieLoading, noResume, noSend bool
@@ -280,6 +282,11 @@ func (q *fakeQEMU) QMP(ctx context.Context, _, command string, args any) (json.R
 		q.ignore = a.Capabilities[0].State
 	case "query-memdev":
 		value = []any{map[string]any{"id": "pc.ram", "size": 128 << 20, "share": true}}
+	case "query-memory-devices":
+		value = []any{}
+		if q.plugged {
+			value = []any{map[string]any{"type": "virtio-mem"}}
+		}
 	case "qom-get":
 		value = false
 		if a.Property == "mem-path" {
@@ -633,5 +640,23 @@ func TestBounceOfAQEMUThatIgnoresMemory(t *testing.T) {
 			t.Fatal(err)
 		}
 		p.isHome("bounce")
+	})
+}
+
+// A guest whose memory a second QEMU would empty gets none.
+func TestSwapOfVirtioMem(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPair(t)
+		p.home.plugged = true
+		err := p.phases(p.visit(), t.Context(), t.Context(), map[string]bool{}, false)
+		var r *maint.Refusal
+		if !errors.As(err, &r) || len(r.Problems) != 1 || !strings.Contains(r.Problems[0].Reason, "virtio-mem") {
+			t.Errorf("refusal: %v", err)
+		}
+		// It was plugged when all had been asked.
+		x := &exchange{Visit: p.visit(), leg: p.visit().leg(true)}
+		if err := x.warm(t.Context()); err == nil || p.away.state != "" || len(p.second.lent) > 0 {
+			t.Errorf("%v; the second QEMU is %q, and may have %v", err, p.away.state, p.second.lent)
+		}
 	})
 }

@@ -179,6 +179,8 @@ func (m *Machine) qmp(uuid, command string, text json.RawMessage) (any, bool, er
 		return []any{}, true, nil
 	case "query-memdev":
 		return []any{map[string]any{"id": "pc.ram", "size": 64 << 20, "share": true}}, true, nil
+	case "query-memory-devices":
+		return []any{}, true, nil
 	case "qom-get":
 		switch args.Property {
 		case "type":
