@@ -13,9 +13,10 @@ func (r *Replacement) Hurry() {
 func (r *Replacement) Impatient() { r.pace.prove = 100 * time.Millisecond }
 
 var (
-	Incoming = incoming
-	Listen   = Places.listen
-	Receive  = receive
+	Incoming    = incoming
+	Listen      = Places.listen
+	Receive     = receive
+	SameDevices = sameDevices
 )
 
 // Result gives what was received, when all is.

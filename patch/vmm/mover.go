@@ -159,6 +159,9 @@ func (m Mover) leave(ctx context.Context, s Seat, before func(context.Context) e
 		return nil, err
 	}
 	t.mark("suspend")
+	if err := m.unchanged(ctx, s); err != nil {
+		return nil, err
+	}
 	if err := setIgnoreShared(ctx, m.Host, s.UUID, true); err != nil {
 		return nil, err
 	}
@@ -174,6 +177,21 @@ func (m Mover) leave(ctx context.Context, s Seat, before func(context.Context) e
 		return nil, fmt.Errorf("cannot receive the state: %w", stream.err)
 	}
 	return stream.state, m.postMigrate(ctx, s)
+}
+
+// unchanged is an error if the QEMU that the guest is to enter would have other devices than the one that
+// it is in: one that was plugged since has a state that none would take, and one that was unplugged would
+// be there again.
+func (m Mover) unchanged(ctx context.Context, s Seat) error {
+	d, err := m.Host.Describe(ctx, s.UUID)
+	if err != nil {
+		return err
+	}
+	same, err := sameDevices(s.XML, d.Portable)
+	if err == nil && !same {
+		err = errors.New("its devices, or vCPUs, were changed since they were looked at: begin again")
+	}
+	return err
 }
 
 // End ends the QEMU that the guest has left, and returns when libvirt has taken the domain down.

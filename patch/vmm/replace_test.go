@@ -224,6 +224,14 @@ func TestFailsBeforeTheEndOfTheOldQEMU(t *testing.T) {
 		"leash fired, and resumed": {maint.VMMInPlace, func(b *bed, r *vmm.Replacement) {
 			r.PointOfNoReturn = func(ctx context.Context) error { return b.Resume(ctx, b.uuid) }
 		}},
+		"a device is plugged": {maint.VMMInPlace, func(b *bed, r *vmm.Replacement) {
+			r.BeforePause = func(context.Context) error {
+				b.SetXML(b.t, b.uuid, func(x string) string {
+					return strings.Replace(x, "</devices>", "<input type='tablet'/></devices>", 1)
+				})
+				return nil
+			}
+		}},
 		"migration fails": {maint.VMMInPlace, func(b *bed, _ *vmm.Replacement) { b.FailMigrate = true }},
 		"migration hangs": {maint.VMMInPlace, func(b *bed, _ *vmm.Replacement) { b.HangMigrate = true }},
 		"save fails":      {maint.VMMCopy, func(b *bed, _ *vmm.Replacement) { b.FailSaves = 1 }},

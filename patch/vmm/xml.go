@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 )
 
@@ -155,6 +156,54 @@ func cut(text string) (head, rest, tail string, err error) {
 				}
 				return head, rest, text[before:dec.InputOffset()], nil
 			}
+		}
+	}
+}
+
+// sameDevices reports whether two domains have the same devices and vCPUs. Whether somebody in the guest
+// has opened a channel is no matter.
+func sameDevices(a, b string) (bool, error) {
+	one, err := devices(a)
+	if err != nil {
+		return false, err
+	}
+	other, err := devices(b)
+	return one == other, err
+}
+
+// devices is what a domain's XML has of devices and vCPUs, in one spelling.
+func devices(text string) (string, error) {
+	var all strings.Builder
+	var path []string
+	for dec := xml.NewDecoder(strings.NewReader(text)); ; {
+		tok, err := dec.Token()
+		if err == io.EOF {
+			return all.String(), nil
+		}
+		if err != nil {
+			return "", fmt.Errorf("cannot read domain XML: %w", err)
+		}
+		if start, ok := tok.(xml.StartElement); ok {
+			path = append(path, start.Name.Local)
+		}
+		if len(path) > 1 && slices.Contains([]string{"devices", "vcpu", "vcpus"}, path[1]) {
+			switch tok := tok.(type) {
+			case xml.StartElement:
+				fmt.Fprintf(&all, "<%s", tok.Name.Local)
+				for _, a := range tok.Attr {
+					if tok.Name.Local != "target" || a.Name.Local != "state" {
+						fmt.Fprintf(&all, " %s=%q", a.Name.Local, a.Value)
+					}
+				}
+				all.WriteString(">")
+			case xml.EndElement:
+				all.WriteString("</>")
+			case xml.CharData:
+				all.WriteString(strings.TrimSpace(string(tok)))
+			}
+		}
+		if _, ok := tok.(xml.EndElement); ok {
+			path = path[:len(path)-1]
 		}
 	}
 }

@@ -75,6 +75,38 @@ func TestIncomingKeepsOthers(t *testing.T) {
 	}
 }
 
+// The new QEMU has the devices of the old one; what else changes in a guest's XML is no matter.
+func TestSameDevices(t *testing.T) {
+	t.Parallel()
+	const text = "<domain id='1'><vcpu current='1'>2</vcpu><currentMemory>1</currentMemory><devices>" +
+		"<disk type='file'><source file='/a b'/><target dev='vda'/></disk><channel><target name='agent' state='connected'/></channel></devices></domain>"
+	started, err := vmm.Incoming(text, "rep-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		from, to string
+		same     bool
+	}{
+		"as it was":     {"", "", true},
+		"channel":       {"state='connected'", "state='disconnected'", true},
+		"balloon":       {"<currentMemory>1<", "<currentMemory>2<", true},
+		"spelling":      {"<disk type='file'>", "\n  <disk  type=\"file\">\n", true},
+		"medium":        {"/a b", "/a", false},
+		"unplugged":     {"<channel><target name='agent' state='connected'/></channel>", "", false},
+		"plugged":       {"<channel>", "<disk type='file'/><channel>", false},
+		"other address": {"dev='vda'", "dev='vdb'", false},
+		"vCPU":          {"current='1'", "current='2'", false},
+	} {
+		if same, err := vmm.SameDevices(started, strings.Replace(text, c.from, c.to, 1)); err != nil || same != c.same {
+			t.Errorf("%s: %v, %v", name, same, err)
+		}
+	}
+	if _, err := vmm.SameDevices(started, "<domain"); err == nil {
+		t.Error("what cannot be read is taken for something")
+	}
+}
+
 func TestIncomingBroken(t *testing.T) {
 	t.Parallel()
 	for _, text := range []string{"", "<domain", "<domain><a></domain>", "no xml", "<domain/>", "<network></network>"} {
