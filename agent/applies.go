@@ -69,8 +69,11 @@ func (a *Agent) checkPlan(ctx context.Context, what string, p maint.Plan) error 
 		return err
 	}
 	misplaced := plan.Misplaced(p, l)
+	longer := slices.ContainsFunc(now.Guests, func(g maint.PlannedGuest) bool {
+		return slices.ContainsFunc(p.Guests, func(told maint.PlannedGuest) bool { return told.UUID == g.UUID && g.Outlasts(told) })
+	})
 	over := p.Deadline.Before(now.Made) && p.Update.Urgency != maint.UrgencyEmergency
-	if p.World == now.World && len(now.Blockers) == 0 && p.Same(now) && len(misplaced) == 0 && !over {
+	if p.World == now.World && len(now.Blockers) == 0 && p.Same(now) && len(misplaced) == 0 && !longer && !over {
 		return nil
 	}
 	diff := maint.PlanDiff(p, now)

@@ -113,6 +113,9 @@ func (x application) noWorse(ctx context.Context) error {
 				return worse("guest %s would need rung %s by now, which it was not told of", g.Guest, r)
 			}
 		}
+		if i >= 0 && g.Outlasts(x.plan.Guests[i]) {
+			return worse("guest %s would feel %s by now, and was told of %s", g.Guest, g.FeelsText(), x.plan.Guests[i].FeelsText())
+		}
 	}
 	return nil
 }

@@ -11,6 +11,7 @@ import (
 
 	"belay/agent/config"
 	"belay/agent/maint"
+	"belay/hypervisor/hypervisortest"
 )
 
 // ahead is a window that opens in some three hours, for two.
@@ -246,4 +247,45 @@ func TestApplyKilledInAnnouncedHold(t *testing.T) {
 	}
 	u.events(0) // the hold's are ended when it has
 	u.settled(op)
+}
+
+// TestApplyNoLongerThanTold: guests that would stand still for longer by now than the plan has
+// told are not moved, neither at the start nor when they have had their notice.
+func TestApplyNoLongerThanTold(t *testing.T) {
+	t.Parallel()
+	for _, blackout := range []time.Duration{400 * time.Millisecond, time.Second} { // told: 250 ms, 500 ms at most
+		u := newUpdates(t, announcing)
+		longer := blackout > 500*time.Millisecond
+		p := u.plan(byMove, false)
+		op := u.begin(p)
+		events := u.events(3)
+		u.reaches(op.ID, maint.PlanMove)
+		u.SetCopy(hypervisortest.Copy{Blackout: blackout})
+		u.a.Host.PutGuest("new")
+		other, err := u.a.Client.Migrate(u.ctx, maint.MigrateRequest{Guest: "new", To: "b", Emergency: "a test"})
+		check(t, err)
+		if other = await(t, u.ctx, u.a, other.ID); other.Outcome != maint.OutcomeDone {
+			t.Fatalf("%s %v", other.Outcome, other.Problems)
+		}
+		u.SetCopy(hypervisortest.Copy{})
+		u.approve(events)
+		op = await(t, u.ctx, u.a, op.ID)
+		if !longer {
+			if op.Outcome != maint.OutcomeDone {
+				t.Errorf("%s %v", op.Outcome, op.Problems)
+			}
+			continue
+		}
+		if op.Outcome != maint.OutcomeFailed || op.Problems[0].Code != maint.CodeStalePlan || !strings.Contains(op.Problems[0].Reason, "blackout 1") || len(u.parts(op.ID)) > 0 {
+			t.Errorf("%s %v: %v", op.Outcome, op.Problems, u.parts(op.ID))
+		}
+		u.settled(op)
+		var stale *maint.Refusal
+		if _, err := u.a.Client.Apply(u.ctx, maint.ApplyRequest{Plan: p}); !errors.As(err, &stale) || stale.Problems[0].Code != maint.CodeStalePlan {
+			t.Errorf("it is begun again: %v", err)
+		}
+		if err := u.a.Agent.CheckPlan(u.ctx, u.plan(byMove, false)); err != nil {
+			t.Errorf("the plan that tells of it: %v", err)
+		}
+	}
 }

@@ -2,6 +2,7 @@ package maint
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -93,6 +94,13 @@ type PlannedGuest struct {
 	Note  string `json:"note,omitempty"`
 	// Refused are rungs with less impact, and what would lift each reason.
 	Refused []RefusedRung `json:"refused,omitempty"`
+}
+
+// Outlasts reports whether a guest is to stand still for longer, or more often, than another
+// plan has told.
+func (g PlannedGuest) Outlasts(told PlannedGuest) bool {
+	is, was := cmp.Or(g.Pause, g.Blackout), cmp.Or(told.Pause, told.Blackout)
+	return is != nil && (was == nil || g.Pauses > told.Pauses || is.Exceeds(*was))
 }
 
 // PlanStepKind is what a step of a plan does.

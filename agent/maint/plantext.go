@@ -1,7 +1,6 @@
 package maint
 
 import (
-	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -40,7 +39,7 @@ func (p Plan) Text() string {
 		table(&b, func(row func(...string)) {
 			row("GUEST", "RUNG", "FEELS", "BEGINS", "")
 			for _, g := range p.Guests {
-				row(g.Guest, g.rungText(), g.feelsText(), p.begins(g), g.Note)
+				row(g.Guest, g.rungText(), g.FeelsText(), p.begins(g), g.Note)
 			}
 		})
 		for _, g := range p.Guests {
@@ -114,7 +113,8 @@ func (g PlannedGuest) rungText() string {
 	return text
 }
 
-func (g PlannedGuest) feelsText() string {
+// FeelsText is "pause 250ms (125ms to 500ms; assumed)", and "nothing".
+func (g PlannedGuest) FeelsText() string {
 	switch {
 	case g.Rung == "":
 		return "-"
@@ -232,13 +232,13 @@ func PlanDiff(was, is Plan) (lines []string) {
 	for _, g := range is.Guests {
 		old, there := guests[g.UUID]
 		if !there {
-			say("guest %s: is new: %s, %s", g.Guest, g.rungText(), g.feelsText())
+			say("guest %s: is new: %s, %s", g.Guest, g.rungText(), g.FeelsText())
 			continue
 		}
 		delete(guests, g.UUID)
 		either("guest "+g.Guest, old.rungText(), g.rungText())
-		if old.rungText() == g.rungText() && longer(old, g) {
-			say("guest %s: felt %s, feels %s", g.Guest, old.feelsText(), g.feelsText())
+		if old.rungText() == g.rungText() && (g.Outlasts(old) || old.Outlasts(g)) {
+			say("guest %s: felt %s, feels %s", g.Guest, old.FeelsText(), g.FeelsText())
 		}
 		if old.Asked != g.Asked || old.Begin.Sub(was.Made).Round(time.Minute) != g.Begin.Sub(is.Made).Round(time.Minute) {
 			either("guest "+g.Guest+" begins", was.begins(old), is.begins(g))
@@ -274,14 +274,4 @@ func orNone(r Rung) string {
 		return "none"
 	}
 	return string(r)
-}
-
-// longer reports whether a guest's predicted standstill is another one, by more than
-// what its range is for.
-func longer(was, is PlannedGuest) bool {
-	a, b := cmp.Or(was.Pause, was.Blackout), cmp.Or(is.Pause, is.Blackout)
-	if a == nil || b == nil {
-		return a != b
-	}
-	return was.Pauses != is.Pauses || b.Typical > a.High || a.Typical > b.High
 }

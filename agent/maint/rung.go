@@ -44,6 +44,17 @@ type Estimate struct {
 	From string `json:"from,omitempty"`
 }
 
+// unfelt is what a standstill may be longer by, and nobody tells the difference: it is less
+// than any timer of a network's protocols is about.
+const unfelt = 10 * time.Millisecond
+
+// Exceeds reports whether a prediction is out of the range of an earlier one, upwards: what is
+// typical now was not to be expected then. A tenth beyond it, and what nobody feels, is
+// between two predictions that what was felt meanwhile has shifted.
+func (e Estimate) Exceeds(told Estimate) bool {
+	return e.Typical > told.High+max(told.High/10, unfelt)
+}
+
 // Felt is what one guest has felt of one operation: what is predicted from.
 type Felt struct {
 	Rung   Rung          `json:"rung"`

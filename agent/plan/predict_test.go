@@ -84,3 +84,41 @@ func TestPlanIsQuick(t *testing.T) {
 		t.Errorf("%d guests, %d blockers", len(p.Guests), len(p.Blockers))
 	}
 }
+
+// TestPredictionsWaver: a plan that is made again when a little more has been felt of the same
+// kind does not tell of standstills beyond what the first has told, however narrow its range;
+// one of another kind does, once it counts.
+func TestPredictionsWaver(t *testing.T) {
+	t.Parallel()
+	r := rand.New(rand.NewPCG(3, 4))
+	u := update("u", maint.UrgencyNormal, change("leave", maint.ChangeLeave, D))
+	outlasts := func(history []maint.Felt, is, told int) bool {
+		at := func(n int) maint.PlannedGuest {
+			return plan.Make(u, ladder(u, guest("web-1"), peer("host-b", 64*gib), history[:n]), maint.PlanOptions{}).Guests[0]
+		}
+		return at(is).Outlasts(at(told))
+	}
+	for _, spread := range []float64{0.001, 0.05, 0.5, 3} {
+		const enough, all = 20, 80
+		var history []maint.Felt
+		for i := range all {
+			history = append(history, maint.Felt{Rung: D, UUID: fmt.Sprint(i % 10), At: now.Add(time.Duration(i-all) * time.Hour),
+				Pause: time.Duration(float64(50*time.Millisecond) * (1 + spread*r.Float64()))})
+		}
+		for n := enough; n+3 <= all; n++ {
+			for more := 1; more <= 3; more++ {
+				if outlasts(history, n+more, n) {
+					t.Errorf("spread %v: %d more after %d", spread, more, n)
+				}
+			}
+		}
+		for i := range all {
+			if history[i].At.After(now.Add(-all / 4 * 3 * time.Hour)) {
+				history[i].Pause *= 10
+			}
+		}
+		if !outlasts(history, all, all/4) {
+			t.Errorf("spread %v: ten times as long is not told", spread)
+		}
+	}
+}
