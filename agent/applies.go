@@ -112,8 +112,10 @@ func (a *Agent) applySteps(op maint.Op) []run.Step {
 			part = append(part, x.plan.Steps[i]) // side by side
 		}
 		steps = append(steps, run.Step{Name: at.Name(), Commit: i == last,
-			Do:   func(ctx context.Context, s *run.Scratch) error { return x.orCordon(midway(at, x.do(ctx, s, part))) },
-			Undo: func(ctx context.Context, s *run.Scratch) error { return x.orCordonAny(x.undo(ctx, s, part)) }})
+			Do: func(ctx context.Context, s *run.Scratch) error {
+				return x.cordonIfStuck(midway(at, x.do(ctx, s, part)))
+			},
+			Undo: func(ctx context.Context, s *run.Scratch) error { return x.cordonIfLeft(x.undo(ctx, s, part)) }})
 	}
 	return append(steps, run.Step{Name: phaseAccount, Do: func(context.Context, *run.Scratch) error { return x.account() }})
 }
@@ -203,16 +205,17 @@ func (x application) undo(ctx context.Context, s *run.Scratch, part []maint.Plan
 	return nil
 }
 
-// orCordon has a host that can neither go on nor back take no guests in.
-func (x application) orCordon(err error) error {
+// cordonIfStuck has a host that can neither go on nor back take no guests in.
+func (x application) cordonIfStuck(err error) error {
 	var stuck *run.Stuck
 	if errors.As(err, &stuck) {
-		return x.orCordonAny(err)
+		return x.cordonIfLeft(err)
 	}
 	return err
 }
 
-func (x application) orCordonAny(err error) error {
+// cordonIfLeft does so if a step could not be taken back, which is what its error says.
+func (x application) cordonIfLeft(err error) error {
 	if beside := new(run.Beside); err == nil || errors.As(err, &beside) || x.a.life.Err() != nil {
 		return err
 	}
@@ -307,7 +310,7 @@ func onlyOf(ps []maint.Problem, kind func(maint.Problem) bool) bool {
 // outcome is an error unless the operation of a step has done it. What was not as it should
 // be beside is told in the end; see account.
 func (x application) outcome(end maint.Op) error {
-	if end.Outcome == maint.OutcomeDone || end.Outcome == maint.OutcomePartly {
+	if end.Outcome.TookEffect() {
 		return offUnder(end)
 	}
 	p := maint.Problem{Code: maint.CodeFailed, Subject: "operation " + string(end.ID), Reason: "has ended as " + string(end.Outcome),
@@ -349,7 +352,7 @@ func (x application) begun(id maint.OpID) bool {
 // done reports whether the operation of a step has had its effect.
 func (x application) done(id maint.OpID) (maint.Op, bool) {
 	op, known := x.a.journal.Op(id)
-	return op, known && op.State == maint.OpEnded && (op.Outcome == maint.OutcomeDone || op.Outcome == maint.OutcomePartly)
+	return op, known && op.State == maint.OpEnded && op.Outcome.TookEffect()
 }
 
 // account tells what is not as it should be, of all steps.

@@ -99,8 +99,7 @@ func (x application) missing(ctx context.Context, asked bool) *maint.Problem {
 // taken reports whether somebody else has migrated a guest away since the update began.
 func (x application) taken(uuid string) bool {
 	return slices.ContainsFunc(x.a.journal.Ops(), func(op maint.Op) bool {
-		return op.Kind == maint.OpMigrate && op.Part != x.op.ID && op.GuestUUID == uuid && op.Ended.After(x.op.Started) &&
-			(op.Outcome == maint.OutcomeDone || op.Outcome == maint.OutcomePartly)
+		return op.Kind == maint.OpMigrate && op.Part != x.op.ID && op.GuestUUID == uuid && op.Ended.After(x.op.Started) && op.Outcome.TookEffect()
 	})
 }
 

@@ -347,7 +347,7 @@ func (a *Agent) advance(ctx context.Context, c maint.Campaign, told map[string]s
 		case arriving: // it does not: the guest is here, or nothing would be known of it
 			keep(func(now time.Time, c maint.Campaign) (maint.Campaign, error) { return campaign.Done(now, c, uuid) })
 		case known && op.State != maint.OpEnded:
-		case known && (op.Outcome == maint.OutcomeDone || op.Outcome == maint.OutcomePartly):
+		case known && op.Outcome.TookEffect():
 			keep(func(now time.Time, c maint.Campaign) (maint.Campaign, error) { return campaign.Done(now, c, uuid) })
 		default:
 			keep(func(now time.Time, c maint.Campaign) (maint.Campaign, error) { return campaign.Failed(now, c, uuid) })

@@ -316,7 +316,7 @@ func (c *convoy) settle(ctx context.Context, t trial) error {
 			m.Problems = []maint.Problem{*maint.AsProblem(t.err, maint.CodeFailed, "guest "+m.Guest)}
 		}
 		counts = !soon(m.Problems) && !slices.ContainsFunc(m.Problems, func(p maint.Problem) bool { return p.Code == maint.CodeJournal })
-	case t.op.Outcome == maint.OutcomeDone, t.op.Outcome == maint.OutcomePartly:
+	case t.op.Outcome.TookEffect():
 		m.State = maint.MoveMoved
 		if t.op.Move != nil {
 			m.Downtime = t.op.Move.Downtime

@@ -200,7 +200,7 @@ func killedAt(t *testing.T, victim, n int, fail, late, disk, paused bool) (at st
 		<-restarted
 	}
 
-	want := map[bool]string{true: "b", false: "a"}[op.Outcome == maint.OutcomeDone || op.Outcome == maint.OutcomePartly]
+	want := map[bool]string{true: "b", false: "a"}[op.Outcome.TookEffect()]
 	running, defined := places(t, w, uuid)
 	if paused {
 		if running != "" {

@@ -312,7 +312,7 @@ func (a *Agent) MoveEnd(_ context.Context, from string, id maint.OpID) (maint.Mo
 	switch {
 	case op.State != maint.OpEnded:
 		return maint.MoveOpen, nil
-	case op.Outcome == maint.OutcomeDone || op.Outcome == maint.OutcomePartly:
+	case op.Outcome.TookEffect():
 		return maint.MoveDone, nil
 	case op.Outcome == maint.OutcomeStuck:
 		return maint.MoveUnknown, nil

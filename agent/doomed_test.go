@@ -135,7 +135,7 @@ func (d *doomed) allEnd(story string) []maint.Op {
 // wrong is what is not as it must be after any apply.
 func (d *doomed) wrong(op maint.Op, ops []maint.Op, seen func() map[string]time.Duration) (all []string) {
 	say := func(format string, args ...any) { all = append(all, fmt.Sprintf(format, args...)) }
-	done := op.Outcome == maint.OutcomeDone || op.Outcome == maint.OutcomePartly
+	done := op.Outcome.TookEffect()
 	if text := d.whole(op, done); text != "" {
 		say("%s", text)
 	}

@@ -35,7 +35,7 @@ func ends(t *testing.T, w *agenttest.World, op maint.Op, uuid string, want maint
 		t.Errorf("want problem %q, there are %+v", code, op.Problems)
 	}
 	where := "a"
-	if want == maint.OutcomeDone || want == maint.OutcomePartly {
+	if want.TookEffect() {
 		where = "b"
 	}
 	running, defined := places(t, w, uuid)

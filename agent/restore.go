@@ -330,7 +330,7 @@ func unlessSilent(ctx context.Context, first, then time.Duration, watch func(con
 
 // seeReturned does not take a peer's word alone that a guest has come back.
 func (a *Agent) seeReturned(ctx context.Context, m maint.GuestMove, op maint.Op) maint.Op {
-	if op.Outcome != maint.OutcomeDone && op.Outcome != maint.OutcomePartly {
+	if !op.Outcome.TookEffect() {
 		return op
 	}
 	if _, err := a.hyp.Guest(ctx, m.GuestUUID); errors.Is(err, maint.ErrNoGuest) {

@@ -70,8 +70,7 @@ func (a *Agent) cameBy(from string, r maint.ReturnRequest) bool {
 		}
 	}
 	return !slices.ContainsFunc(a.journal.Ops(), func(op maint.Op) bool {
-		return op.Kind == maint.OpMigrate && op.GuestUUID == r.GuestUUID && op.Ended.After(came.At) &&
-			(op.Outcome == maint.OutcomeDone || op.Outcome == maint.OutcomePartly)
+		return op.Kind == maint.OpMigrate && op.GuestUUID == r.GuestUUID && op.Ended.After(came.At) && op.Outcome.TookEffect()
 	})
 }
 

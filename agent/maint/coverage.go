@@ -17,7 +17,7 @@ func CoverByUpdates(c Coverage, v PatchView, ops []Op) Coverage {
 		return c
 	}
 	for _, op := range slices.Backward(ops) {
-		if op.Apply == nil || op.Outcome != OutcomeDone && op.Outcome != OutcomePartly {
+		if op.Apply == nil || !op.Outcome.TookEffect() {
 			continue
 		}
 		u := op.Apply.Plan.Update

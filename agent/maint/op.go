@@ -52,6 +52,9 @@ const (
 	OutcomeStuck   Outcome = "stuck"   // neither forward nor back; needs an operator
 )
 
+// TookEffect reports whether an operation has done what it was for, whatever is not well beside.
+func (o Outcome) TookEffect() bool { return o == OutcomeDone || o == OutcomePartly }
+
 // Outcomes are all of them.
 var Outcomes = []Outcome{OutcomeDone, OutcomeBlocked, OutcomeFailed, OutcomeAborted, OutcomePartly, OutcomeStuck}
 
