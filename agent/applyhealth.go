@@ -125,7 +125,7 @@ func (x application) ails(ctx context.Context, p maint.PlannedGuest, was fitness
 		switch {
 		case err != nil:
 			return err
-		case !slices.Contains(was.Ran, p.UUID) || ownDoing(g):
+		case !slices.Contains(was.Ran, p.UUID) || ownDoing(g) || x.a.pausedByUser(g, x.op.Started):
 			return nil
 		case !works(g):
 			return fmt.Errorf("is %s (%s)", g.State, g.Reason)

@@ -67,13 +67,17 @@ func TestApplyGuestsHealth(t *testing.T) {
 		{"one ill before", byPause + guestsWell, sick, nil, maint.OutcomeDone, "guest web-2 is not well before the update: answers 503"},
 		{"one crashed", byPause + guestsWell, nil, func(u *updates, _ *surgery) { u.a.Host.Stop(u.t, u.uuids["web-3"], "crashed") }, maint.OutcomeFailed, "guest web-3 is not well: is shut off (crashed)"},
 		{"one shut down by itself", untouched + guestsWell, nil, func(u *updates, _ *surgery) { u.a.Host.Stop(u.t, u.uuids["web-3"], "shutdown") }, maint.OutcomeDone, ""},
-		{"one paused", untouched + guestsWell, nil, func(u *updates, _ *surgery) { u.a.Host.Pause(u.t, u.uuids["web-1"]) }, maint.OutcomeFailed, "guest web-1 is not well: is paused"},
+		{"one with a disk that fails", untouched + guestsWell, nil, func(u *updates, _ *surgery) { u.a.Host.FailDisk(u.t, u.uuids["web-1"]) }, maint.OutcomeFailed, "guest web-1 is not well: is paused (I/O error)"},
+		{"one paused by its owner", untouched + guestsWell, nil, func(u *updates, _ *surgery) { u.a.Host.Pause(u.t, u.uuids["web-1"]) }, maint.OutcomeDone, ""},
+		{"one that Belay cannot release", byPause + guestsWell, nil, func(u *updates, _ *surgery) { u.a.Host.TakeLease(u.t, u.uuids["web-1"]) }, maint.OutcomeFailed, "guest web-1 is not well: is paused (user)"},
 		{"one paused before", byPause + guestsWell, func(u *updates, _ *surgery) { u.a.Host.Pause(u.t, u.uuids["web-1"]) }, nil, maint.OutcomeDone, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			s := newSurgery(t)
-			u := newUpdates(t, func(cfg *config.Config) { cfg.Health = []config.Health{s.health()} })
+			u := newUpdates(t, func(cfg *config.Config) {
+				cfg.Health, cfg.Hold.MaxPause.Duration = []config.Health{s.health()}, time.Second
+			})
 			if c.before != nil {
 				c.before(u, s)
 			}

@@ -52,6 +52,50 @@ func (a *Agent) unlessHeld(what string, g maint.Guest) error {
 		"is held by operation %s", op.ID))
 }
 
+// pausedByUser reports whether a guest stands still by somebody's call, its owner's or an
+// operator's. libvirt says the same of one that Belay has paused, so nothing may be known of
+// what was done since by which Belay could have left it so.
+func (a *Agent) pausedByUser(g maint.Guest, since time.Time) bool {
+	if _, held := a.holder(g); held || g.State != maint.GuestPaused || g.Reason != "user" {
+		return false
+	}
+	for _, l := range a.leftovers() {
+		if !l.Void && slices.ContainsFunc(l.Guests, func(of leash.GuestStatus) bool { return of.UUID == g.UUID && of.Fate.Held() }) {
+			return false
+		}
+	}
+	return !slices.ContainsFunc(a.journal.Ops(), func(op maint.Op) bool {
+		return (op.State != maint.OpEnded || op.Ended.After(since)) && mayHavePaused(op, g)
+	})
+}
+
+// mayHavePaused reports whether an operation does something to a guest, or did, and is not known
+// to have had it run again if it paused it.
+func mayHavePaused(op maint.Op, g maint.Guest) bool {
+	if op.Kind == maint.OpApply { // its parts may
+		return false
+	}
+	if op.State != maint.OpEnded {
+		return inCommon(maint.Op{Guest: g.Name, GuestUUID: g.UUID}, op) != ""
+	}
+	still := func(p *maint.Problem) bool { return p != nil && p.Code == maint.CodePaused }
+	switch {
+	case slices.ContainsFunc(op.Problems, func(p maint.Problem) bool { return still(&p) && p.Subject == "guest "+g.Name }):
+		return true
+	case op.Kind == maint.OpHold && op.Held == nil:
+		return holds(op, g.UUID)
+	case op.Kind == maint.OpHold:
+		return slices.ContainsFunc(op.Held.Guests, func(h maint.HeldGuest) bool { return h.UUID == g.UUID && still(h.Problem) })
+	case op.Kind == maint.OpKexec && op.Kexeced != nil:
+		return slices.ContainsFunc(op.Kexeced.Guests, func(k maint.KexecGuest) bool { return k.UUID == g.UUID && still(k.Problem) })
+	case op.Kind == maint.OpKexec:
+		return true
+	case op.GuestUUID == g.UUID:
+		return !op.Outcome.TookEffect()
+	}
+	return false
+}
+
 // overdue are the conditions of holds that are open although their time has
 // passed, and whose leash does not know all guests to run.
 func (a *Agent) overdue(all []leash.Leftover) (cs []maint.Condition) {
