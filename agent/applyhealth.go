@@ -94,16 +94,10 @@ func (x application) ailing(ctx context.Context, s *run.Scratch) (ill []string) 
 
 // each does something for every guest of the plan, many at once.
 func (x application) each(do func(maint.PlannedGuest)) {
-	var all sync.WaitGroup
-	free := make(chan struct{}, askedAtOnce)
-	for _, g := range x.plan.Guests {
-		free <- struct{}{}
-		all.Go(func() {
-			defer func() { <-free }()
-			do(g)
-		})
-	}
-	all.Wait()
+	_ = sideBySide(askedAtOnce, x.plan.Guests, func(_ int, g maint.PlannedGuest) error { // none fails
+		do(g)
+		return nil
+	})
 }
 
 // ails is what is wrong with a guest, "" for nothing. One that has moved is asked by the host

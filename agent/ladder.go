@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"belay/agent/maint"
@@ -199,24 +198,11 @@ func (s *survey) stepProblems(ctx context.Context, c maint.Change) (ps []maint.P
 }
 
 // askGuests asks for each guest's verdicts on the rungs of B, some guests side by side.
-func (s *survey) askGuests(ctx context.Context) (failed error) {
-	var mu sync.Mutex
-	var work sync.WaitGroup
-	turn := make(chan struct{}, surveys)
-	for i, g := range s.guests {
-		work.Go(func() {
-			turn <- struct{}{}
-			defer func() { <-turn }()
-			v, err := s.guest(ctx, g)
-			mu.Lock()
-			defer mu.Unlock()
-			if s.verdicts[i] = v; err != nil {
-				failed = err
-			}
-		})
-	}
-	work.Wait()
-	return failed
+func (s *survey) askGuests(ctx context.Context) error {
+	return sideBySide(surveys, s.guests, func(i int, g maint.Guest) (err error) {
+		s.verdicts[i], err = s.guest(ctx, g)
+		return err
+	})
 }
 
 func (s *survey) guest(ctx context.Context, g maint.Guest) ([]maint.GuestVerdict, error) {

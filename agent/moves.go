@@ -12,10 +12,6 @@ import (
 	"belay/migrate"
 )
 
-// surveys is how many guests and peers are judged at once: as many as there are
-// connections to libvirt for such questions.
-const surveys = 4
-
 // Moves says of a guest and a peer whether the one could be moved to the other
 // now, with every reason against; "" stands for all guests, or all peers. Verdicts
 // are sorted by guest and peer. Nothing is changed and no room reserved.
@@ -68,31 +64,27 @@ func (a *Agent) destinations(ctx context.Context, peers []string) map[string]mig
 
 // verdicts judges guests and peers. copyDisks is maint.CopyAll or maint.CopyNone.
 func (a *Agent) verdicts(ctx context.Context, what string, guests []maint.Guest, to map[string]migrate.Destination, copyDisks string) ([]maint.MoveVerdict, error) {
-	all, failed := []maint.MoveVerdict{}, error(nil)
-	var mu sync.Mutex
-	var work sync.WaitGroup
-	turn := make(chan struct{}, surveys)
+	type pair struct {
+		guest maint.Guest
+		peer  string
+	}
+	var pairs []pair
 	for _, g := range guests {
-		for name, destination := range to {
-			work.Go(func() {
-				turn <- struct{}{}
-				defer func() { <-turn }()
-				v, err := a.verdict(ctx, g, a.peers[name], destination, copyDisks)
-				mu.Lock()
-				defer mu.Unlock()
-				switch {
-				case err == nil:
-					all = append(all, v)
-				case !errors.Is(err, maint.ErrNoGuest) || len(guests) == 1: // else it has gone since it was listed
-					failed = err
-				}
-			})
+		for name := range to {
+			pairs = append(pairs, pair{g, name})
 		}
 	}
-	work.Wait()
-	if failed != nil {
-		return nil, a.cannotAsk(what, failed)
+	all := make([]maint.MoveVerdict, len(pairs))
+	if err := sideBySide(surveys, pairs, func(i int, p pair) (err error) {
+		all[i], err = a.verdict(ctx, p.guest, a.peers[p.peer], to[p.peer], copyDisks)
+		if errors.Is(err, maint.ErrNoGuest) && len(guests) > 1 { // it has gone since it was listed
+			all[i], err = maint.MoveVerdict{}, nil
+		}
+		return err
+	}); err != nil {
+		return nil, a.cannotAsk(what, err)
 	}
+	all = slices.DeleteFunc(all, func(v maint.MoveVerdict) bool { return v.Guest == "" })
 	slices.SortFunc(all, func(x, y maint.MoveVerdict) int {
 		return strings.Compare(x.Guest+"\x00"+x.Peer, y.Guest+"\x00"+y.Peer)
 	})
