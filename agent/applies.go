@@ -57,7 +57,7 @@ func (a *Agent) checkPlan(ctx context.Context, what string, p maint.Plan) error 
 	if err := maint.Refuse(what, update.Check(p.Update)); err != nil {
 		return err
 	}
-	l, err := a.ladder(ctx, p.Update, p.Options)
+	l, err := a.ladder(ctx, p.Update, p.Options, "")
 	if err != nil {
 		return a.cannotAsk(what, err)
 	}

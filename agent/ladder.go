@@ -21,8 +21,9 @@ import (
 
 // ladder is all that an update is planned from: what this host, its guests and the peers
 // say of each rung that a change could take. Nothing is changed. An error says that libvirt
-// could not be asked; what merely stands in the way is in it.
-func (a *Agent) ladder(ctx context.Context, u maint.Update, o maint.PlanOptions) (maint.Ladder, error) {
+// could not be asked; what merely stands in the way is in it. only is a guest's key for which
+// it is to be, "" for all: what is asked of a guest, and of peers about it, is asked of no other.
+func (a *Agent) ladder(ctx context.Context, u maint.Update, o maint.PlanOptions, only string) (maint.Ladder, error) {
 	host, err := a.hyp.Info(ctx)
 	if err != nil {
 		return maint.Ladder{}, err
@@ -32,15 +33,21 @@ func (a *Agent) ladder(ctx context.Context, u maint.Update, o maint.PlanOptions)
 		return maint.Ladder{}, err
 	}
 	l := maint.Ladder{Host: a.cfg.Host, HostUUID: host.UUID, Now: time.Now(), Tells: a.cfg.Events.Enabled, MaxHold: a.cfg.Hold.MaxPauseLimit.Duration, History: a.felt()}
-	var running []maint.Guest
+	s := survey{a: a, update: u, deadline: u.Deadline(l.Now)}
 	for _, g := range guests {
-		if _, there := a.findElsewhere(g); g.State.Active() || there {
-			running = append(running, g)
-		} else {
+		_, there := a.findElsewhere(g)
+		wanted := only == "" || keyOf(g) == only
+		switch runs := g.State.Active() || there; {
+		case runs && wanted:
+			s.guests = append(s.guests, g)
+			fallthrough
+		case runs:
+			s.running = append(s.running, g.Name)
+		case wanted:
 			l.Off = append(l.Off, g.Name)
 		}
 	}
-	s := survey{a: a, update: u, guests: running, deadline: u.Deadline(l.Now), verdicts: make([][]maint.GuestVerdict, len(running))}
+	s.verdicts = make([][]maint.GuestVerdict, len(s.guests))
 	if err := s.ask(ctx, o, &l); err != nil {
 		return maint.Ladder{}, err
 	}
@@ -52,7 +59,8 @@ type survey struct {
 	a        *Agent
 	update   maint.Update
 	deadline time.Time
-	guests   []maint.Guest // that run, or are between two QEMUs
+	running  []string      // the names of all that run, or are between two QEMUs
+	guests   []maint.Guest // those of them that are asked
 	verdicts [][]maint.GuestVerdict
 	kexec    []maint.Problem // what the host has against another kernel, and its guests
 }
@@ -129,9 +137,9 @@ func (s *survey) askKexec(ctx context.Context) error {
 func (s *survey) ofGuest(name string, ps []maint.Problem) (some []maint.Problem) {
 	for _, p := range ps {
 		of := ""
-		for _, g := range s.guests {
-			if p.Subject == "guest "+g.Name {
-				of = g.Name
+		for _, running := range s.running {
+			if p.Subject == "guest "+running {
+				of = running
 			}
 		}
 		if of == name {

@@ -35,7 +35,7 @@ func (a *Agent) Plan(ctx context.Context, r maint.PlanRequest) (maint.Plan, erro
 
 // planUpdate plans an update from what is so now.
 func (a *Agent) planUpdate(ctx context.Context, u maint.Update, o maint.PlanOptions) (maint.Plan, error) {
-	l, err := a.ladder(ctx, u, o)
+	l, err := a.ladder(ctx, u, o, "")
 	if err != nil {
 		return maint.Plan{}, err
 	}

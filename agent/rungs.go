@@ -3,7 +3,6 @@ package agent
 import (
 	"cmp"
 	"context"
-	"slices"
 
 	"belay/agent/maint"
 	"belay/agent/plan"
@@ -20,10 +19,10 @@ func (a *Agent) Rungs(ctx context.Context, guest string) (maint.LadderView, erro
 		if err != nil {
 			return v, err
 		}
-		only = g.UUID
+		only = keyOf(g)
 	}
 	u := plan.Every(a.runningKernel())
-	l, err := a.ladder(ctx, u, maint.PlanOptions{})
+	l, err := a.ladder(ctx, u, maint.PlanOptions{}, only)
 	if err != nil {
 		return v, a.cannotAsk(what, err)
 	}
@@ -32,10 +31,6 @@ func (a *Agent) Rungs(ctx context.Context, guest string) (maint.LadderView, erro
 		return v, a.cannotAsk(what, err)
 	}
 	v.Rungs, v.Guests, v.Off = maint.ByRung(checks), plan.Rungs(u, l), append([]string{}, l.Off...)
-	if only != "" {
-		v.Guests = slices.DeleteFunc(v.Guests, func(g maint.GuestRungs) bool { return g.UUID != only })
-		v.Off = slices.DeleteFunc(v.Off, func(name string) bool { return name != guest })
-	}
 	return v, nil
 }
 
