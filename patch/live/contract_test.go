@@ -39,6 +39,42 @@ func TestContract(t *testing.T) {
 	}
 }
 
+// A livepatch that goes while it is looked at has gone, whichever of its files was being read.
+func TestGoesWhileLookedAt(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("only root can make devices")
+	}
+	m := livetest.New(t, t.TempDir(), livetest.Newer())
+	for _, name := range []string{"fix_a", "fix_b"} {
+		dir := filepath.Join(m.Root(), "sys/kernel/livepatch", name)
+		if err := os.MkdirAll(filepath.Join(dir, "vmlinux"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		for _, file := range []string{"enabled", "transition", "vmlinux/patched"} {
+			if err := os.WriteFile(filepath.Join(dir, file), []byte("1\n"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, file := range []string{"transition", "enabled"} {
+		file = filepath.Join(m.Root(), "sys/kernel/livepatch/fix_a", file)
+		const noSuchMisc = 253 // a minor number of "misc" that no driver has: opened with ENODEV
+		if err := errors.Join(os.Remove(file), unix.Mknod(file, unix.S_IFCHR|0o600, int(unix.Mkdev(10, noSuchMisc)))); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := os.ReadFile(file); !errors.Is(err, unix.ENODEV) {
+			t.Skipf("such a device is read with %v", err)
+		}
+		if p, err := m.Tree.Patch("fix_a"); p != nil || err != nil {
+			t.Errorf("%+v, %v", p, err)
+		}
+		if all, err := m.Tree.Patches(); err != nil || len(all) != 1 || all[0].Name != "fix_b" {
+			t.Errorf("%+v, %v", all, err)
+		}
+	}
+}
+
 // thisKernel is the kernel that the test runs on, if it may be patched: the folder
 // BELAY_LIVEPATCHES has a.ko and b.ko, cumulative, and held.ko, which changes a function in
 // which a kernel thread sleeps for good. See docs/rung-a-hot-patch.md.

@@ -11,6 +11,8 @@ import (
 	"strconv"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"belay/agent/maint"
 )
 
@@ -91,8 +93,8 @@ func (t Tree) Patches() ([]maint.LivePatch, error) {
 	patches := []maint.LivePatch{}
 	for _, e := range entries {
 		p, err := t.patch(e.Name())
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // it goes just now
+		if gone(err) {
+			continue // just now
 		}
 		if err != nil {
 			return nil, err
@@ -105,11 +107,15 @@ func (t Tree) Patches() ([]maint.LivePatch, error) {
 // Patch is the livepatch of that name; nil: the kernel has none.
 func (t Tree) Patch(name string) (*maint.LivePatch, error) {
 	p, err := t.patch(name)
-	if errors.Is(err, fs.ErrNotExist) {
+	if gone(err) {
 		return nil, nil
 	}
 	return &p, err
 }
+
+// gone reports whether a file of sysfs is not there: one that has gone after it was opened is read with
+// ENODEV (fs/kernfs/file.c).
+func gone(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) }
 
 func (t Tree) patch(name string) (p maint.LivePatch, err error) {
 	dir := filepath.Join(livepatches, name)
