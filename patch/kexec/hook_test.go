@@ -68,7 +68,8 @@ func TestHook(t *testing.T) {
 	memory, rams := filepath.Join(kept, uuid+".memory"), filepath.Join(dir, "rams")
 	order := vmm.Seat{Memory: []string{rams + "/1-web-1/pc.ram"}, Kept: memory}.Order("BelayMemoryInPlace", "kexec-1") + "{}"
 	if err := errors.Join(os.WriteFile(image, []byte(order), 0o600), os.Mkdir(memory, 0o700), os.MkdirAll(rams+"/7-web-1", 0o700),
-		os.WriteFile(memory+"/pc.ram", []byte("kept"), 0o600), os.WriteFile(rams+"/7-web-1/pc.ram", []byte("of a boot before"), 0o600)); err != nil {
+		os.WriteFile(memory+"/pc.ram", []byte("kept"), 0o600), os.WriteFile(rams+"/7-web-1/pc.ram", []byte("of a boot before"), 0o600),
+		os.Mkdir(rams+"/7-ended-with-the-host", 0o700)); err != nil {
 		t.Fatal(err)
 	}
 	for _, operation := range []string{"prepare", "restore"} {
@@ -83,7 +84,14 @@ func TestHook(t *testing.T) {
 	if got, err := os.ReadFile(rams + "/7-web-1/pc.ram"); err != nil || string(got) != "kept" {
 		t.Errorf("its memory is %q, %v", got, err)
 	}
-	if err := errors.Join(os.RemoveAll(rams+"/7-web-1"), os.Mkdir(rams+"/1-other", 0o700)); err != nil {
+	// A name that libvirt has cut off, and none at all.
+	if err := errors.Join(os.Remove(rams+"/7-ended-with-the-host"), os.Rename(rams+"/7-web-1", rams+"/7-we")); err != nil {
+		t.Fatal(err)
+	}
+	if !starts(uuid, "prepare", "start") {
+		t.Error("it cannot be started")
+	}
+	if err := errors.Join(os.RemoveAll(rams+"/7-we"), os.Mkdir(rams+"/1-other", 0o700)); err != nil {
 		t.Fatal(err)
 	}
 	if out, err := hook(uuid, "start"); err == nil || !strings.Contains(out, "libvirt keeps memory elsewhere") {

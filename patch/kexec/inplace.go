@@ -32,6 +32,8 @@ import (
 const (
 	memoryExt = ".memory"
 	pausedExt = ".paused"
+	// restoringExt is the hook's: libvirt is about to restore the guest, and may start it.
+	restoringExt = ".restoring"
 )
 
 // inPlaceMagic is how UUID.save begins of a guest whose memory is in place; libvirt's begins otherwise.

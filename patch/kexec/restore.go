@@ -297,6 +297,9 @@ func (b *bringing) restore(ctx context.Context, e *entry, m mark) error {
 			failed = b.enter(ctx, l)
 		} else if failed == nil {
 			failed = b.j.Host.Restore(ctx, b.path(), true)
+			if failed != nil { // else it would let the guest's owner start it afresh
+				failed = errors.Join(failed, remove(b.j.file(b.UUID, restoringExt)))
+			}
 		}
 		b.out.Restore = time.Since(begun)
 		now, active, err := b.look(ctx)

@@ -113,7 +113,7 @@ func (j *Job) open(pl plan) (manifest, error) {
 	}
 	// In this order what is out of date is never there without a word that it is.
 	var clean error
-	for _, pattern := range []string{"*" + saveExt, "*" + lostExt, manifestName, "*" + markExt, "*" + pausedExt, "*" + memoryExt, "*~"} {
+	for _, pattern := range []string{"*" + saveExt, "*" + lostExt, manifestName, "*" + markExt, "*" + pausedExt, "*" + memoryExt, "*" + restoringExt, "*~"} {
 		files, err := filepath.Glob(filepath.Join(j.dir(), pattern))
 		for _, f := range files {
 			err = errors.Join(err, os.RemoveAll(f))

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -505,106 +504,5 @@ func TestEndsWhileItIsSaved(t *testing.T) {
 	b.Record = func(got maint.KexecResult) error { r = got; return nil }
 	if _, err := b.Back(t.Context(), b.s); err != nil || len(r.Guests) != 1 || r.Guests[0].Fate != maint.KexecLeft {
 		t.Errorf("%+v, %v", r, err)
-	}
-}
-
-// What a guest is to be restored from, and cannot be read now, as by a process that has too many
-// files open, is not given up.
-func TestUnreadableForNow(t *testing.T) {
-	t.Parallel()
-	for name, c := range map[string]struct {
-		bed  func(*testing.T) *bed
-		file string
-	}{
-		"copied": {newBed, ".save"},
-		"state":  {newInPlaceBed, ".save"},
-		"memory": {newInPlaceBed, ".memory/pc.ram"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			b := c.bed(t)
-			b.save()
-			file := filepath.Join(b.m.Dir(), b.uuid+c.file)
-			aside := filepath.Join(b.m.Root, "aside")
-			if err := errors.Join(os.Rename(file, aside), os.Mkdir(file, 0o700)); err != nil { // reads with an error
-				t.Fatal(err)
-			}
-			if guests, err := b.rescue(); err == nil {
-				t.Errorf("%+v, %v", guests, guests[0].Problem)
-			}
-			if err := errors.Join(os.Remove(file), os.Rename(aside, file)); err != nil {
-				t.Fatal(err)
-			}
-			if g := b.mustRescue(); g.Fate != maint.KexecRestored || b.state() != maint.GuestRunning {
-				t.Errorf("%+v, %v; it is %s", g, g.Problem, b.state())
-			}
-		})
-	}
-}
-
-// hasty is a host on which a guest's owner starts it while it is to be restored, when libvirt has asked
-// the hook for the restore already.
-type hasty struct {
-	*kexectest.Machine
-	t *testing.T
-}
-
-func (h hasty) Restore(ctx context.Context, path string, _ bool) error {
-	if err := h.Launch(ctx, strings.TrimSuffix(filepath.Base(path), ".save")); err != nil {
-		h.t.Error(err)
-	}
-	return errors.New("operation failed: domain is already active")
-}
-
-// A guest that is booted afresh under Belay's hands is not taken for the one that was saved, whose memory
-// stays.
-func TestStartedWithinRestore(t *testing.T) {
-	t.Parallel()
-	b := newBed(t)
-	b.save()
-	j := &kexec.Job{Host: hasty{b.m, t}, Mover: b.m.Mover(), Log: b.Log, Inside: inside{}, Tree: b.m.Tree(), Dir: kexec.DefaultDir, Life: t.Context(), Pace: b.Pace}
-	guests, err := j.Rescue(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	b.kept(guests[0], maint.CodeStarted, maint.GuestRunning)
-}
-
-// A guest that was saved, by a belayd that died before it could put that into the manifest, is in the way
-// of another operation: that would empty the folder.
-func TestSavedButNotNamed(t *testing.T) {
-	t.Parallel()
-	b := newBed(t)
-	b.do(kexec.PhasePreflight, b.Preflight)
-	b.do(kexec.PhaseLoad, b.Load)
-	b.m.FailSave = b.uuid
-	if err := b.Save(t.Context(), b.s); err == nil {
-		t.Fatal("it is saved")
-	}
-	b.m.FailSave = ""
-	if err := b.m.Save(t.Context(), b.uuid, kexec.DefaultDir+"/"+b.uuid+".save"); err != nil {
-		t.Fatal(err)
-	}
-	b.h.Reboot()
-	b.m.Boots(kexectest.Next)
-	b.kept(b.mustRescue(), maint.CodeKeptGuest, maint.GuestShutoff)
-	if op, guests := b.m.Tree().Kept(kexec.DefaultDir); op != b.Op || !slices.Equal(guests, []string{"web-1"}) {
-		t.Errorf("%s has kept %q", op, guests)
-	}
-	next := *b.Job
-	next.Op = "kexec-2"
-	b.h.PutGuest("web-2")
-	if p, err := next.Plan(t.Context()); err != nil || !slices.ContainsFunc(p.Problems, func(p maint.Problem) bool { return p.Code == maint.CodeKeptGuest }) {
-		t.Errorf("%+v, %v", p.Problems, err)
-	}
-	if err := next.Save(t.Context(), b.s); err == nil || !b.has(".save") {
-		t.Errorf("%v; what was saved is there: %v", err, b.has(".save"))
-	}
-	// Given up, it is in no one's way.
-	if err := os.Remove(filepath.Join(b.m.Dir(), b.uuid+".save")); err != nil {
-		t.Fatal(err)
-	}
-	if _, guests := b.m.Tree().Kept(kexec.DefaultDir); len(guests) > 0 {
-		t.Errorf("%q are kept", guests)
 	}
 }
