@@ -1,6 +1,7 @@
 package maint
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -37,11 +38,12 @@ func (p Plan) Text() string {
 	if len(p.Guests) > 0 {
 		b.WriteByte('\n')
 		table(&b, func(row func(...string)) {
-			row("GUEST", "RUNG", "FEELS", "BEGINS", "")
+			row("GUEST", "RUNG", "LONGEST STANDSTILL", "BEGINS")
 			for _, g := range p.Guests {
-				row(g.Guest, g.rungText(), g.FeelsText(), p.begins(g), g.Note)
+				row(g.Guest, g.rungText(), g.standstillText(), p.begin(g))
 			}
 		})
+		p.notes(&b)
 		for _, g := range p.Guests {
 			refused(&b, g.Guest, g.Refused)
 		}
@@ -115,23 +117,70 @@ func (g PlannedGuest) rungText() string {
 
 // FeelsText is "pause 250ms (125ms to 500ms; assumed)", and "nothing".
 func (g PlannedGuest) FeelsText() string {
+	text := g.standstillText()
+	if e := cmp.Or(g.Pause, g.Blackout); e != nil && g.Rung != "" {
+		text = strings.TrimSuffix(text, ")") + "; " + e.From + ")"
+	}
+	return text
+}
+
+// standstillText is "2 pauses, 250ms (125ms to 500ms)", of which that is the longest.
+func (g PlannedGuest) standstillText() string {
+	what, e := "pause", g.Pause
+	if e == nil {
+		what, e = "blackout", g.Blackout
+	}
 	switch {
 	case g.Rung == "":
 		return "-"
-	case g.Pause != nil:
-		return times(g.Pauses, "pause", *g.Pause)
-	case g.Blackout != nil:
-		return times(g.Pauses, "blackout", *g.Blackout)
+	case e == nil:
+		return "nothing"
+	case g.Pauses > 1:
+		what = fmt.Sprintf("%d %ss,", g.Pauses, what)
 	}
-	return "nothing"
+	return fmt.Sprintf("%s %s (%s to %s)", what, round(e.Typical), round(e.Low), round(e.High))
 }
 
-func times(n int, what string, e Estimate) string {
-	if n > 1 {
-		what = fmt.Sprintf("%d %ss, the longest", n, what)
+// notes is what there is to say of guests beside, each once for all of whom it is true.
+func (p Plan) notes(b *strings.Builder) {
+	var texts []string
+	of := make(map[string][]string)
+	say := func(text string, g PlannedGuest) {
+		if of[text] == nil {
+			texts = append(texts, text)
+		}
+		of[text] = append(of[text], g.Guest)
 	}
-	return fmt.Sprintf("%s %s (%s to %s; %s)", what, round(e.Typical), round(e.Low), round(e.High), e.From)
+	for _, g := range p.Guests {
+		if e := cmp.Or(g.Pause, g.Blackout); e != nil {
+			say("predicted ("+e.From+")", g)
+		}
+		if g.Asked {
+			say("begins earlier if its owner approves", g)
+		}
+		if g.Note != "" {
+			say(g.Note, g)
+		}
+	}
+	for _, text := range texts {
+		line := "  " + text + ":"
+		for i, name := range of[text] {
+			if i < len(of[text])-1 {
+				name += ","
+			}
+			if len(line)+len(" "+name) > planWidth {
+				b.WriteString(line + "\n")
+				line = "   "
+			}
+			line += " " + name
+		}
+		b.WriteString(line + "\n")
+	}
 }
+
+// planWidth is how wide the table of a plan's guests is meant to be, with what is said
+// beneath it: names that are longer than usual make it wider.
+const planWidth = 100
 
 // round leaves three figures.
 func round(d time.Duration) time.Duration {
@@ -142,12 +191,18 @@ func round(d time.Duration) time.Duration {
 	return d.Round(unit)
 }
 
+// begins is when a guest feels it, also for whom it is not certain.
 func (p Plan) begins(g PlannedGuest) string {
+	if g.Asked && !g.Begin.IsZero() {
+		return moment(g.Begin, p.Made) + ", or when its owner approves"
+	}
+	return p.begin(g)
+}
+
+func (p Plan) begin(g PlannedGuest) string {
 	switch {
 	case g.Begin.IsZero():
 		return "-"
-	case g.Asked:
-		return moment(g.Begin, p.Made) + ", or when its owner approves"
 	case !g.Begin.After(p.Made):
 		return "at once"
 	}

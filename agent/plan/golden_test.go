@@ -5,6 +5,7 @@ import (
 	"flag"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -210,5 +211,30 @@ func TestSealed(t *testing.T) {
 		if lines := maint.PlanDiff(p, read); len(lines) > 0 {
 			t.Errorf("%s: differs from itself: %q", s.name, lines)
 		}
+	}
+}
+
+// TestTableFits: a plan's table of guests is no wider than a terminal that is wide, nor is what is
+// said beneath it, of however many guests.
+func TestTableFits(t *testing.T) {
+	t.Parallel()
+	u, l := crowd()
+	plans := map[string]maint.Plan{"a crowd": plan.Make(u, l, maint.PlanOptions{})}
+	for _, s := range situations() {
+		plans[s.name] = plan.Make(s.update, s.ladder, s.options)
+	}
+	rows := 0
+	for name, p := range plans {
+		_, table, _ := strings.Cut(p.Text(), "\nGUEST ")
+		table, _, _ = strings.Cut(table, "\n\n")
+		for line := range strings.Lines(table) {
+			rows++
+			if reason := strings.Contains(line, " not by ") || strings.Contains(line, "→"); len(line) > 101 && !reason {
+				t.Errorf("%s: %s", name, line)
+			}
+		}
+	}
+	if rows < 600 {
+		t.Errorf("only %d rows", rows)
 	}
 }
