@@ -304,3 +304,29 @@ func TestNewQEMUDiesLater(t *testing.T) {
 		}
 	}
 }
+
+// A guest that is complete in its new QEMU runs also where nothing can be written down any more, and is
+// not taken back to the state that was kept.
+func TestNoRoomForNotes(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	r, n := b.replacement(maint.VMMInPlace), newNotebook()
+	guard := filepath.Join(b.Root, "run/belay/vmm", b.uuid)
+	r.PointOfNoReturn = func(context.Context) error { return os.Mkdir(filepath.Join(guard, "resumed.new"), 0o700) }
+	for _, phase := range []struct {
+		name string
+		do   func(context.Context, vmm.Scratch) error
+	}{{vmm.PhasePreflight, r.Preflight}, {vmm.PhasePrepare, r.Prepare}, {vmm.PhaseSwap, r.Swap}} {
+		n.phase = phase.name
+		if err := phase.do(t.Context(), n); err != nil {
+			t.Fatalf("%s: %v", phase.name, err)
+		}
+	}
+	if b.state() != maint.GuestRunning || len(b.Damage()) > 0 {
+		t.Errorf("it is %s; damage: %q", b.state(), b.Damage())
+	}
+	b.Stop(t, b.uuid, "shutdown")
+	if err := r.Swap(t.Context(), n); !errors.Is(err, vmm.ErrStuck) || b.state() != maint.GuestShutoff {
+		t.Errorf("%v; it is %s", err, b.state())
+	}
+}

@@ -252,7 +252,8 @@ func (r *Replacement) wake(ctx context.Context, pl plan, t *timing) error {
 	// From here on the guest's memory may be ahead of the state that is kept.
 	again := g.has(guardResumed)
 	if !again {
-		if err := g.stamp(guardResumed); err != nil {
+		// A guest does not stand still for want of room: the state itself, renamed, says that it is void.
+		if err := g.stamp(guardResumed); err != nil && os.Rename(g.file(guardState), g.file(guardResumed)) != nil {
 			return err
 		}
 	}
