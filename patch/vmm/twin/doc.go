@@ -68,7 +68,7 @@
 //
 //	first          second              what the next belayd does
 //	runs           not there           begins anew
-//	runs           waits (inmigrate)   goes on
+//	runs           waits (inmigrate)   ends the second, which may have other devices by now; begins anew
 //	runs           loaded, paused      the way back was taken: ends the second
 //	migrating      waits               waits
 //	postmigrate    waits, or gone      has the first run on, ends the second

@@ -132,11 +132,6 @@ func (x *exchange) ready(ctx context.Context) error {
 		return errors.New("it does not map the guest's memory: Belay's hook has not run")
 	}
 	_, err = x.to.QMP(ctx, x.UUID, "migrate-incoming", x.uri())
-	if err != nil && !x.tried && !errors.Is(err, maint.ErrHypervisorDown) {
-		// A belayd that was killed has had it listen, which not every QEMU
-		// tells. If it does not, the first QEMU cannot send, and runs on.
-		return nil
-	}
 	return err
 }
 

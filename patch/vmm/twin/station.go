@@ -49,6 +49,10 @@ func (v *Visit) station(ctx context.Context, side Side) (station, error) {
 		case m.active():
 			return sending, nil
 		}
+		// It may have been sent between the two questions.
+		if again, err := runState(ctx, side, v.UUID); err != nil || again != status {
+			return unasked, err
+		}
 		return runs, nil
 	case "finish-migrate":
 		return sending, nil

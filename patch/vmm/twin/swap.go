@@ -126,7 +126,7 @@ func (x *exchange) step(ctx, detach context.Context, from, to station) (done boo
 		return soon(p.settle, alarm)
 	case waiting:
 		switch {
-		case from == runs && ctx.Err() == nil && x.failed == nil:
+		case from == runs && ctx.Err() == nil && x.failed == nil && x.tried: // else it was started long ago
 			return false, x.hand(ctx, detach)
 		case from == sending:
 			return false, x.hurry(detach)
