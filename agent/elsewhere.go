@@ -74,6 +74,12 @@ func (a *Agent) elsewhere() (all []elsewhere, err error) {
 	return all, err
 }
 
+// endsWithKernel reports whether a guest would end with this host's kernel that libvirt says is off: it runs
+// in the twin, or what is kept of it is in memory that no boot leaves.
+func (a *Agent) endsWithKernel(e elsewhere) bool {
+	return e.Where != between || !a.view.has(e.UUID, maint.GuestRunning)
+}
+
 // findElsewhere looks for a guest. What cannot be read is for conditions to tell.
 func (a *Agent) findElsewhere(g maint.Guest) (elsewhere, bool) {
 	all, _ := a.elsewhere()

@@ -370,6 +370,20 @@ func TestKexecRefused(t *testing.T) {
 	}) {
 		t.Errorf("%+v", checks)
 	}
+	// One that is between two QEMUs is off, and would lose its memory with this kernel.
+	stuck := b.Host.PutGuest("stuck-1", func(g *maint.Guest) { g.State = maint.GuestShutoff })
+	guard := filepath.Join(b.m.Root, "run/belay/vmm", stuck)
+	check(t, os.MkdirAll(guard, 0o700))
+	check(t, os.WriteFile(filepath.Join(guard, "plan"), []byte(`{"op":"vmm-1","guest":"stuck-1","uuid":"`+stuck+`"}`), 0o600))
+	v, err = b.Client.PlanKexec(b.ctx, b.request())
+	check(t, err)
+	if len(v.Problems) != 1 || v.Problems[0].Code != maint.CodeBetween {
+		t.Errorf("%+v", v.Problems)
+	}
+	if _, err := b.Client.Kexec(b.ctx, b.request()); err == nil || !strings.Contains(err.Error(), "belay replace-vmm stuck-1") {
+		t.Errorf("%v", err)
+	}
+	check(t, os.RemoveAll(guard))
 	check(t, os.WriteFile(filepath.Join(b.m.Root, "sys/kernel/security/lockdown"), []byte("none [integrity] confidentiality\n"), 0o600))
 	checks, err = b.Client.Doctor(b.ctx)
 	check(t, err)

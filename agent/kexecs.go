@@ -106,6 +106,15 @@ func (a *Agent) PlanKexec(ctx context.Context, by string, r maint.KexecRequest) 
 	if err != nil {
 		return v, a.cannotAsk("cannot plan another kernel", err)
 	}
+	all, err := a.elsewhere()
+	if err != nil {
+		v.Problems = append(v.Problems, *maint.Problemf(maint.CodeKept, "this host", "look into /run/belay/vmm and /run/belay-twin", "what is kept of guests cannot all be read: %v", err))
+	}
+	for _, e := range all {
+		if a.endsWithKernel(e) {
+			v.Problems = append(v.Problems, *e.problem())
+		}
+	}
 	return v, nil
 }
 

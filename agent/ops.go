@@ -101,7 +101,7 @@ func (a *Agent) admit(what string, op maint.Op) error {
 	if ofAll(op) { // it would run while all others are held
 		all, _ := a.elsewhere()
 		for _, e := range all {
-			if e.Where == inTwin {
+			if e.Where == inTwin || op.Kind == maint.OpKexec && a.endsWithKernel(e) {
 				return refuse(what, e.problem())
 			}
 		}
