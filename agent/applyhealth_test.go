@@ -7,6 +7,7 @@ import (
 	"net/http/httptest"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -28,14 +29,16 @@ type surgery struct {
 	*httptest.Server
 	ill   atomic.Pointer[string] // the guest, "" for none
 	asked atomic.Int32
+	onIll func() // called when the guest that is ill is asked for
 }
 
 func newSurgery(t *testing.T) *surgery {
-	s := new(surgery)
+	s := &surgery{onIll: func() {}}
 	s.ill.Store(new(string))
 	s.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		s.asked.Add(1)
 		if r.URL.Path == "/"+*s.ill.Load() {
+			s.onIll()
 			w.WriteHeader(http.StatusServiceUnavailable)
 		}
 	}))
@@ -156,18 +159,25 @@ func TestApplyGuestAgents(t *testing.T) {
 // there has the update taken back.
 func TestApplyHealthThere(t *testing.T) {
 	t.Parallel()
-	for name, sick := range map[string]bool{"well": false, "ill": true} {
+	for name, c := range map[string]struct{ sick, paused bool }{"well": {}, "ill": {sick: true}, "paused by its owner": {true, true}} {
+		sick := c.sick && !c.paused
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			here, there := newSurgery(t), newSurgery(t)
-			if sick {
+			if c.sick {
 				name := "web-2"
 				there.ill.Store(&name)
 			}
 			u := newUpdates(t, func(cfg *config.Config) {
 				cfg.Health = []config.Health{map[string]*surgery{"a": here, "b": there}[cfg.Host].health()}
 			})
+			if c.paused {
+				there.onIll = sync.OnceFunc(func() { u.Nodes[1].Host.Pause(t, u.uuids["web-2"]) })
+			}
 			op := u.apply(byMove+guestsWell, false)
+			if c.paused {
+				u.Nodes[1].Host.Unpause(t, u.uuids["web-2"])
+			}
 			want, at := maint.OutcomeDone, "b"
 			if sick {
 				want, at = maint.OutcomeFailed, "a"

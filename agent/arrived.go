@@ -111,6 +111,12 @@ func (a *Agent) reportOn(life context.Context, came maint.Arrived) (r maint.Arri
 		r.Agent = a.agentOfArrival(ctx, g)
 	}
 	ports.Wait()
+	if r.Agent == maint.AgentSilent || r.Health != nil && !r.Health.Healthy {
+		// One that somebody has paused meanwhile is not ill.
+		if g, err := a.hyp.Guest(life, came.GuestUUID); err == nil && a.pausedByUser(g, came.At) {
+			r.Health, r.Agent = nil, ""
+		}
+	}
 	return r
 }
 

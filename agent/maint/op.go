@@ -264,7 +264,8 @@ type ArrivalReport struct {
 	// Agent is AgentAnswers or AgentSilent; "" for a guest that has none, or does not run.
 	Agent string        `json:"agent,omitempty"`
 	Ports []ArrivedPort `json:"ports,omitempty"`
-	// Health is how it was found to do its work; nil where nothing says how to ask.
+	// Health is how it was found to do its work; nil where nothing says how to ask, or somebody
+	// has paused it.
 	Health *HealthReport `json:"health,omitempty"`
 }
 
