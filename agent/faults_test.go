@@ -298,7 +298,7 @@ func TestAbortInEveryPhase(t *testing.T) {
 			t.Parallel()
 			w := agenttest.New(t, quiet(t), nil, "a", "b")
 			uuid := w.Nodes[0].Host.PutGuest("web-1", autostarted)
-			asked := make(chan struct{})
+			asked, answered := make(chan struct{}), make(chan struct{})
 			var once sync.Once
 			w.OnCall(func(c hypervisortest.Call) {
 				if c.Op == "AbortJob" && c.Done {
@@ -310,6 +310,7 @@ func TestAbortInEveryPhase(t *testing.T) {
 					return
 				}
 				abortAll(t, w.Nodes[0])
+				close(answered)
 				select {
 				case <-asked:
 				case <-time.After(patience):
@@ -317,6 +318,7 @@ func TestAbortInEveryPhase(t *testing.T) {
 				}
 			})
 			op := move(t, w)
+			<-answered // the operation may have ended before who aborts it has his answer
 			code := maint.CodeAborted
 			if want == maint.OutcomeDone {
 				code = ""
