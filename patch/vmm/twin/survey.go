@@ -41,7 +41,7 @@ func (v *Visit) survey(ctx context.Context) (b before, sv survey, err error) {
 	need := Need{Guest: v.Guest, Portable: d.Portable, Memory: overhead, Hook: v.Method == maint.VMMPrewarmed}
 	sv.Pause = prewarmedPause
 	if v.Method == maint.VMMPrewarmed && g.DomainType == "kvm" {
-		sv.Unproven = "guests under KVM have crashed after it on emulated hosts, and on real ones it was not tried (docs/rung-b-vmm.md)"
+		sv.Unproven = "under KVM it was tried on emulated hosts only, where guests have crashed after it, probably of the emulation (docs/rung-b-vmm.md)"
 	}
 	if v.Method != maint.VMMPrewarmed {
 		need.Memory, need.Files = g.MemoryBytes+overhead, g.MemorySource == "file"
