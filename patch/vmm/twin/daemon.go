@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -120,6 +122,7 @@ func (t *Twin) start(ctx context.Context) error {
 		}
 		err := t.Libvirt.Ping(ctx)
 		if err == nil {
+			t.place().awaitOthers(ctx, slices.DeleteFunc(daemons(), func(d string) bool { return d == "libvirtd" || findDaemon(d) == "" }))
 			return nil
 		}
 		if why, readErr := os.ReadFile(t.place().failed()); readErr == nil {
@@ -129,6 +132,32 @@ func (t *Twin) start(ctx context.Context) error {
 			return fmt.Errorf("%w: %w", context.Cause(ctx), err)
 		}
 	}
+}
+
+// othersWithin is how long the daemons beside libvirtd are waited for. Without them no QEMU starts in the
+// twin; a guest that is in it comes home also without.
+const othersWithin = 5 * time.Second
+
+// awaitOthers waits until these daemons answer.
+func (p place) awaitOthers(ctx context.Context, names []string) {
+	ctx, cancel := context.WithTimeout(ctx, othersWithin)
+	defer cancel()
+	for _, d := range names {
+		for !p.answers(ctx, d) {
+			if !wait(ctx, pollEvery) {
+				return
+			}
+		}
+	}
+}
+
+// answers reports whether a daemon takes connections.
+func (p place) answers(ctx context.Context, daemon string) bool {
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", p.at("run", daemon+"-sock"))
+	if err == nil {
+		conn.Close()
+	}
+	return err == nil
 }
 
 // launch starts the supervisor unless there is one.
