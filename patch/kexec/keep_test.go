@@ -3,6 +3,7 @@ package kexec_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -136,5 +137,36 @@ func TestSavedButNotNamed(t *testing.T) {
 	}
 	if _, guests := b.m.Tree().Kept(kexec.DefaultDir); len(guests) > 0 {
 		t.Errorf("%q are kept", guests)
+	}
+}
+
+// A guest that its owner ends before it is saved is not lost with the host, nor booted for that.
+func TestEndedBeforeItIsSaved(t *testing.T) {
+	t.Parallel()
+	for _, autostart := range []bool{false, true} { // libvirt boots it with the host
+		t.Run(fmt.Sprint(autostart), func(t *testing.T) {
+			t.Parallel()
+			b := newBed(t)
+			b.ColdStart = true
+			if err := b.h.SetAutostart(t.Context(), b.uuid, autostart); err != nil {
+				t.Fatal(err)
+			}
+			b.do(kexec.PhasePreflight, b.Preflight)
+			b.do(kexec.PhaseLoad, b.Load)
+			b.h.KillQEMU(t, b.uuid)
+			for range 2 { // once more, by the next belayd
+				if err := b.Save(t.Context(), b.s); err != nil {
+					t.Fatal(err)
+				}
+			}
+			b.h.Reboot()
+			b.m.Boots(kexectest.Next)
+			if g := b.mustRescue(); g.Fate != maint.KexecLeft || g.Problem != nil || g.Started {
+				t.Errorf("%+v", g)
+			}
+			if now, err := b.h.Guest(t.Context(), b.uuid); err != nil || now.State.Active() != autostart || b.autostart() != autostart {
+				t.Errorf("%+v (%v)", now, err)
+			}
+		})
 	}
 }

@@ -31,9 +31,11 @@ type manifest struct {
 	Boot string            `json:"boot"` // in which it was saved
 	Old  maint.KernelImage `json:"old"`
 	New  maint.KernelImage `json:"new"`
-	// Planned are all that are to be saved, and Guests those that are.
+	// Planned are all that are to be saved, Guests those that are, and Left the UUIDs of those
+	// that their owners had ended before.
 	Planned []member `json:"planned"`
 	Guests  []entry  `json:"guests"`
+	Left    []string `json:"left,omitempty"`
 }
 
 // entry is one guest that is saved, completely.

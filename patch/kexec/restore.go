@@ -186,6 +186,7 @@ func (b *bringing) unnamed(ctx context.Context, active bool) (*entry, error) {
 			return nil, err
 		}
 	}
+	left := slices.Contains(b.m.Left, b.UUID)
 	switch {
 	case active && b.same:
 		// A save that libvirt took back at the last moment: never to be taken for the guest.
@@ -196,7 +197,7 @@ func (b *bringing) unnamed(ctx context.Context, active bool) (*entry, error) {
 			return nil, err
 		}
 		b.out.Fate = maint.KexecRan
-	case active:
+	case active && !left:
 		b.out.Fate, b.out.Started = maint.KexecLost, true
 		b.out.Problem = maint.Problemf(maint.CodeLostGuest, "guest "+b.Name, "see that it is well", "ran when the host went down, before it was saved, and was booted afresh")
 	case there && b.absent == "" && (b.same || b.InPlace): // in place, it has its checksum
@@ -219,7 +220,7 @@ func (b *bringing) unnamed(ctx context.Context, active bool) (*entry, error) {
 		b.keep(maint.CodeKeptGuest, "see what keeps "+b.j.Dir+" from being mounted, with this kernel or another; then: belayd -restore. If there is no file system on /dev/pmem0 any more, as after a power cut, its memory is lost: virsh start "+maint.ShellWord(b.Name),
 			"may be in the reserved memory, which cannot be looked at: "+b.absent)
 		return nil, nil
-	case b.same:
+	case b.same, left:
 		b.out.Fate = maint.KexecLeft
 	case b.absent != "":
 		return nil, b.lost(b.absent)

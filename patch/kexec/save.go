@@ -189,15 +189,32 @@ func (k *keeping) put(ctx context.Context, g member, begun time.Time, written ma
 		return nil, err
 	}
 	e.Took = time.Since(begun)
+	if err := k.change(func(m *manifest) { m.Guests = append(slices.Clip(m.Guests), e) }); err != nil {
+		return nil, err
+	}
+	return &e, nil
+}
+
+// left notes that a guest's owner had ended it before it was saved.
+func (k *keeping) left(g member) error {
+	return k.change(func(m *manifest) {
+		if !slices.Contains(m.Left, g.UUID) {
+			m.Left = append(slices.Clip(m.Left), g.UUID)
+		}
+	})
+}
+
+// change writes the manifest anew.
+func (k *keeping) change(how func(*manifest)) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	m := k.m
-	m.Guests = append(slices.Clip(m.Guests), e)
+	how(&m)
 	if err := writeManifest(k.j.dir(), m); err != nil {
-		return nil, err
+		return err
 	}
 	k.m = m
-	return &e, nil
+	return nil
 }
 
 // adopt names a guest that was saved by a belayd that died before it could. A file that is
@@ -263,8 +280,10 @@ func (k *keeping) save(ctx context.Context, g member) error {
 		complete, _, err := saved(file)
 		if complete {
 			_, err = k.adopt(ctx, g)
+		} else if _, none := os.Lstat(file); err == nil && errors.Is(none, fs.ErrNotExist) {
+			err = k.left(g)
 		}
-		return err // else it was ended meanwhile, by its owner: see bring
+		return err // where there is a part, its QEMU has ended in the middle: see bring
 	}
 	if g.InPlace {
 		if err := j.runOn(ctx, g.UUID); err != nil { // a belayd that died has paused it
