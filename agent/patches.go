@@ -276,10 +276,14 @@ func (a *Agent) reloadPatch(ctx context.Context) {
 			open = open || op.State != maint.OpEnded
 		}
 		if !open {
-			if !a.wantsReload(ctx) {
+			wanted, err := a.wantsReload(ctx)
+			if err == nil && !wanted {
 				return
 			}
-			if err := a.canReload(ctx); err != nil {
+			if err == nil {
+				err = a.canReload(ctx)
+			}
+			if err != nil {
 				a.log.Warn("a livepatch is to be loaded again, and waits", "err", err)
 				pause(ctx, reloadRetry)
 				continue
@@ -312,25 +316,28 @@ func (a *Agent) canReload(ctx context.Context) error {
 }
 
 // wantsReload reports whether a livepatch is kept for the kernel that runs, and is not there.
-func (a *Agent) wantsReload(ctx context.Context) bool {
+func (a *Agent) wantsReload(ctx context.Context) (bool, error) {
+	if a.journal.Patches().Active == nil {
+		return false, nil
+	}
 	v, err := a.Patches(ctx)
 	if err != nil || v.Active == nil {
-		return false
+		return false, err
 	}
 	for _, p := range v.Loaded {
 		if p.Kept != nil {
-			return false
+			return false, nil
 		}
 	}
 	switch {
 	case v.AutoOff != "":
 		a.log.Warn("a livepatch is kept, and not loaded", "patch", v.Active.Name, "reason", v.AutoOff)
-		return false
+		return false, nil
 	case v.Active.Release != v.Release || v.Active.Version != v.Version:
 		a.log.Info("the livepatch that is kept is for another kernel", "patch", v.Active.Name)
-		return false
+		return false, nil
 	}
-	return true
+	return true, nil
 }
 
 // ofPatches is what is wrong with livepatches here.

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -167,6 +169,13 @@ func TestPatchAfterBoot(t *testing.T) {
 		{"same kernel, and libvirt comes later", "fix_0", func(b *patchBed) {
 			b.Host.KillLibvirt()
 			time.AfterFunc(500*time.Millisecond, b.Host.RestartLibvirt)
+		}},
+		{"same kernel, and cannot be looked at yet", "fix_0", func(b *patchBed) {
+			file := filepath.Join(b.Kernel.Root(), "proc/sys/kernel/tainted")
+			if err := os.Rename(file, file+"~"); err != nil {
+				b.t.Fatal(err)
+			}
+			time.AfterFunc(500*time.Millisecond, func() { _ = os.Rename(file+"~", file) })
 		}},
 		{"another kernel", "", func(b *patchBed) { b.Kernel.Release = "6.1.0-26-amd64"; b.Kernel.Boot() }},
 		{"switched off", "", func(b *patchBed) { b.Kernel.SetCommandLine("ro belay.nolivepatch quiet") }},
