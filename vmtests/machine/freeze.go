@@ -21,7 +21,7 @@ import (
 // a few seconds later, as often as need be, each time as they were then.
 
 // frozenFormat is part of the key; raise it when hosts' QEMU gets other arguments.
-const frozenFormat = "1"
+const frozenFormat = "2"
 
 // freezePoll is how often QEMU is asked how far it is.
 const freezePoll = 100 * time.Millisecond
@@ -32,7 +32,7 @@ func (l *Lab) frozen(ctx context.Context, cache string, g guest.Image) (string, 
 	if err != nil {
 		return "", err
 	}
-	version, err := program.Output(ctx, "", qemuProgram, "--version")
+	version, err := program.Output(ctx, "", l.qemuProgram(), "--version")
 	if err != nil {
 		return "", err
 	}

@@ -74,7 +74,7 @@ func (h *Host) boot(ctx context.Context) error {
 	if err := os.Remove(h.file("qmp")); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	cmd := exec.Command(qemuProgram, append(h.arguments(port), h.incoming...)...)
+	cmd := exec.Command(h.lab.qemuProgram(), append(h.arguments(port), h.incoming...)...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.ExtraFiles = []*os.File{h.tap} // 3
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -121,7 +121,8 @@ func freePort() (int, error) {
 	return l.Addr().(*net.TCPAddr).Port, nil
 }
 
-const qemuProgram = "qemu-system-x86_64"
+// qemuProgram is the QEMU that hosts run in.
+func (l *Lab) qemuProgram() string { return filepath.Join(l.qemu, "/usr/bin/qemu-system-x86_64") }
 
 // commandLine is the kernel's. The reserved memory is above the hole that q35 has below 4 GiB. A
 // kernel that panics resets the machine.
@@ -131,7 +132,7 @@ func (h *Host) arguments(port int) []string {
 	number := int(h.Addr.As4()[3])
 	args := []string{
 		"-name", h.Name, "-uuid", fmt.Sprintf("b31a0000-0000-4000-8000-%012d", number),
-		"-machine", "q35", "-smp", "2", "-m", strconv.Itoa(h.lab.config.MemoryMiB),
+		"-machine", "q35,hpet=off", "-smp", "2", "-m", strconv.Itoa(h.lab.config.MemoryMiB),
 		"-nodefaults", "-no-user-config", "-display", "none",
 		"-kernel", h.lab.Image.Kernel(h.Kernel), "-initrd", h.lab.Image.Initrd(h.Kernel),
 		"-append", commandLine,
@@ -145,6 +146,10 @@ func (h *Host) arguments(port int) []string {
 		"-device", "virtio-rng-pci",
 		"-chardev", "file,id=console,append=on,path=" + h.file("console"), "-serial", "chardev:console",
 		"-qmp", "unix:" + h.file("qmp") + ",server=on,wait=off",
+	}
+	if h.lab.qemu != "" {
+		share := filepath.Join(h.lab.qemu, "usr/share")
+		args = append(args, "-L", filepath.Join(share, "qemu"), "-L", filepath.Join(share, "seabios"))
 	}
 	if h.lab.kvm {
 		return append(args, "-accel", "kvm", "-cpu", "host")

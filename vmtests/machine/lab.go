@@ -18,6 +18,7 @@ import (
 	"belay/vmtests/imagecache"
 	"belay/vmtests/observer"
 	"belay/vmtests/program"
+	"belay/vmtests/qemu"
 )
 
 const (
@@ -47,7 +48,8 @@ type Lab struct {
 
 	config Config
 	dir    string
-	kvm    bool // this machine's KVM runs hosts that have KVM
+	kvm    bool   // this machine's KVM runs hosts that have KVM
+	qemu   string // the folder that hosts' QEMU is unpacked in, "" for the machine's own
 	lan    *lan
 	login  *ssh.ClientConfig
 	unlock func()
@@ -103,6 +105,11 @@ func (l *Lab) up(ctx context.Context) (err error) {
 	}
 	if l.kvm, err = nestedKVM(ctx, guestImage, c.Log); err != nil {
 		return err
+	}
+	if !l.kvm {
+		if l.qemu, err = qemu.ForTCG(ctx, cache, c.Log); err != nil {
+			return err
+		}
 	}
 	if l.unlock, err = imagecache.Lock(ctx, filepath.Join(cache, "machines.lock")); err != nil {
 		return err
