@@ -132,8 +132,11 @@ func (c *Control) call(ctx context.Context, cmd string, args, result any) error 
 }
 
 func (c *Control) exchange(ctx context.Context, cmd string, args, result any) error {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
+	if _, bounded := ctx.Deadline(); !bounded {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, callTimeout)
+		defer cancel()
+	}
 	req := probe.Request{ID: c.prefix + strconv.FormatUint(c.next.Add(1), 10), Cmd: cmd}
 	if args != nil {
 		var err error
