@@ -1,4 +1,4 @@
-// Package qemu provides the lab with a QEMU whose emulation migrates guests
+// Package qemu provides the labs with a QEMU whose emulation migrates guests
 // whole.
 //
 // Before 9.0, QEMU under TCG could lose writes of a guest that is being
@@ -7,6 +7,9 @@
 // March 2024). A busy guest then arrives with stale pages, and usually panics.
 // Debian 12 has 7.2; its backports have a newer one, which is unpacked here
 // beside the machine's own and never installed. KVM was never concerned.
+//
+// Hosts that are whole machines run in it, too: under the KVM that 7.2 emulates, guests
+// that were given a new QEMU with their memory soon had the host's registers (docs/rung-b-vmm.md).
 package qemu
 
 import (
