@@ -135,6 +135,14 @@ func (h *host) guest(bridge, tap string, m byte, cidr string) *guest {
 	return g
 }
 
+// tenants are two guests with the same address, each on a bridge of its own.
+func (h *host) tenants() (a, b *guest) {
+	h.t.Helper()
+	h.bridge("br0")
+	h.bridge("br1")
+	return h.guest("br0", "vnet0", 1, "10.0.0.1/24"), h.guest("br1", "vnet1", 2, "10.0.0.1/24")
+}
+
 // plug gives the guest its interface, with an index of the host's choice if 0, and
 // waits until it carries frames.
 func (g *guest) plug(h *host, index int) {

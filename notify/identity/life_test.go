@@ -272,10 +272,7 @@ func TestConnectionsAtOnce(t *testing.T) {
 func TestNoRequestIsLostWhilePortsAreSet(t *testing.T) {
 	t.Parallel()
 	h := newHost(t)
-	h.bridge("br0")
-	h.bridge("br1")
-	a := h.guest("br0", "vnet0", 1, "10.0.0.1/24")
-	b := h.guest("br1", "vnet1", 2, "10.0.0.1/24")
+	a, b := h.tenants()
 	others := []*guest{h.guest("br0", "vnet2", 3, "10.0.0.3/24"), h.guest("br1", "vnet3", 4, "10.0.0.4/24")}
 	g := h.open(Config{})
 	h.serve(g)

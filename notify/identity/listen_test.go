@@ -34,10 +34,7 @@ func answer(c net.Conn) (string, error) {
 func TestSameAddressAndPortOnTwoBridges(t *testing.T) {
 	t.Parallel()
 	h := newHost(t)
-	h.bridge("br0")
-	h.bridge("br1")
-	a := h.guest("br0", "vnet0", 1, "10.0.0.1/24")
-	b := h.guest("br1", "vnet1", 2, "10.0.0.1/24")
+	a, b := h.tenants()
 	g := h.open(Config{})
 	h.serve(g)
 	h.set(g, a, b)
@@ -68,10 +65,7 @@ func TestSameAddressAndPortOnTwoBridges(t *testing.T) {
 func TestSocketsFollowBridges(t *testing.T) {
 	t.Parallel()
 	h := newHost(t)
-	h.bridge("br0")
-	h.bridge("br1")
-	a := h.guest("br0", "vnet0", 1, "10.0.0.1/24")
-	b := h.guest("br1", "vnet1", 2, "10.0.0.2/24")
+	a, b := h.tenants()
 	g := h.open(Config{})
 	h.serve(g)
 	sockets := func() (n int) {

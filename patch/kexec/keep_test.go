@@ -106,12 +106,7 @@ func TestStartedWithinRestore(t *testing.T) {
 func TestSavedButNotNamed(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
-	b.do(kexec.PhasePreflight, b.Preflight)
-	b.do(kexec.PhaseLoad, b.Load)
-	b.m.FailSave = b.uuid
-	if err := b.Save(t.Context(), b.s); err == nil {
-		t.Fatal("it is saved")
-	}
+	b.failsToSave()
 	b.m.FailSave = ""
 	if err := b.m.Save(t.Context(), b.uuid, kexec.DefaultDir+"/"+b.uuid+".save"); err != nil {
 		t.Fatal(err)

@@ -230,17 +230,23 @@ func TestPausedSincePlan(t *testing.T) {
 	}
 }
 
+// failsToSave goes on to a save that libvirt takes back.
+func (b *bed) failsToSave() {
+	b.t.Helper()
+	b.do(kexec.PhasePreflight, b.Preflight)
+	b.do(kexec.PhaseLoad, b.Load)
+	b.m.FailSave = b.uuid
+	if err := b.Save(b.t.Context(), b.s); err == nil {
+		b.t.Fatal("it is saved")
+	}
+}
+
 // A save that libvirt took back at the last moment leaves a whole file of a guest that runs
 // on: it is never taken for the guest, also when that is off.
 func TestSaveTakenBack(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
-	b.do(kexec.PhasePreflight, b.Preflight)
-	b.do(kexec.PhaseLoad, b.Load)
-	b.m.FailSave = b.uuid
-	if err := b.Save(t.Context(), b.s); err == nil {
-		t.Fatal("it is saved")
-	}
+	b.failsToSave()
 	b.m.Write(kexec.DefaultDir+"/"+b.uuid+".save", kexectest.Saved(b.uuid, true))
 	if g := b.mustRescue(); g.Fate != maint.KexecRan || b.has(".save") {
 		t.Errorf("%+v", g)
@@ -394,12 +400,7 @@ func TestSettledOnce(t *testing.T) {
 func TestLibvirtCatchesUp(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
-	b.do(kexec.PhasePreflight, b.Preflight)
-	b.do(kexec.PhaseLoad, b.Load)
-	b.m.FailSave = b.uuid
-	if err := b.Save(t.Context(), b.s); err == nil {
-		t.Fatal("it is saved")
-	}
+	b.failsToSave()
 	b.m.Write(kexec.DefaultDir+"/"+b.uuid+".save", kexectest.Saved(b.uuid, true))
 	b.h.Lag(t, b.uuid, true)
 	if guests, err := b.rescue(); err == nil || !b.has(".save") {
@@ -457,12 +458,7 @@ func TestAutostartSincePlan(t *testing.T) {
 func TestUnreadable(t *testing.T) {
 	t.Parallel()
 	b := newBed(t)
-	b.do(kexec.PhasePreflight, b.Preflight)
-	b.do(kexec.PhaseLoad, b.Load)
-	b.m.FailSave = b.uuid
-	if err := b.Save(t.Context(), b.s); err == nil {
-		t.Fatal("it is saved")
-	}
+	b.failsToSave()
 	b.h.KillQEMU(t, b.uuid)
 	image := filepath.Join(b.m.Dir(), b.uuid+".save")
 	if err := errors.Join(os.Remove(image), os.Mkdir(image, 0o700)); err != nil { // reads with an error
