@@ -3,7 +3,6 @@ package agent
 import (
 	"context"
 	"fmt"
-	"math"
 
 	"belay/agent/maint"
 	"belay/patch/live"
@@ -37,7 +36,7 @@ func (a *Agent) doctorA(ctx context.Context) []maint.Check {
 		add("keys", maint.CheckOK, "", "%d in %s", len(keys), h.Keys)
 	}
 	// What only the privileged can see is the least that is asked of who touches the kernel.
-	if _, err := h.Witness.KernelLog(ctx, math.MaxUint64); err != nil {
+	if _, err := h.Witness.LogEnd(ctx); err != nil {
 		p := maint.AsProblem(err, maint.CodeNoHelper, "kernel")
 		add("kernel access", maint.CheckWarn, p.Remedy, "no livepatch can be loaded: %s %s", p.Subject, p.Reason)
 	} else {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"math"
 	"path/filepath"
 	"strings"
 	"time"
@@ -278,6 +277,8 @@ func (a *Agent) reloadPatch(ctx context.Context) {
 		if !open {
 			wanted, err := a.wantsReload(ctx)
 			if err == nil && !wanted {
+				// belay-kernel is there, then, when it is needed; that it cannot be had is doctor's to say.
+				_, _ = a.preserve.Live.Host.Witness.LogEnd(ctx)
 				return
 			}
 			if err == nil {
@@ -311,7 +312,7 @@ func (a *Agent) canReload(ctx context.Context) error {
 	if _, err := a.hyp.Guests(ctx); err != nil {
 		return err
 	}
-	_, err := a.preserve.Live.Host.Witness.KernelLog(ctx, math.MaxUint64)
+	_, err := a.preserve.Live.Host.Witness.LogEnd(ctx)
 	return err
 }
 

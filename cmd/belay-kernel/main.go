@@ -1,8 +1,8 @@
 // Command belay-kernel changes the running kernel for belayd, which has not the
 // capabilities to: it loads, disables and unloads livepatches that are signed by a key in
 // its own folder, likewise patches guests' QEMUs, loads microcode late, and tells what only the
-// privileged can see. Systemd starts it for each connection to its socket (Accept=yes); it ends
-// when belayd hangs up.
+// privileged can see. Systemd starts it for each connection to its socket (Accept=yes), of which belayd
+// keeps one; it ends when belayd hangs up.
 package main
 
 import (

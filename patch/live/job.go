@@ -87,7 +87,7 @@ func (j *Job) Preflight(ctx context.Context, s Scratch) error {
 	}
 	known := j.Known()
 	plan := intent{Known: known}
-	// belay-kernel, which has to be started first, and libvirt answer while the files are judged.
+	// belay-kernel, which may have to be started first, and libvirt answer while the files are judged.
 	var unknown []maint.Problem
 	var asked sync.WaitGroup
 	asked.Go(func() { unknown = j.baseline(ctx, &plan) })
@@ -139,11 +139,8 @@ func (j *Job) baseline(ctx context.Context, plan *intent) (problems []maint.Prob
 	if plan.Taint, err = j.Tree.Taint(); err != nil {
 		add("the kernel's taint", err)
 	}
-	lines, err := j.Witness.KernelLog(ctx, 0)
-	if err != nil {
+	if plan.LogSeq, err = j.Witness.LogEnd(ctx); err != nil {
 		add("the kernel's log", err)
-	} else if len(lines) > 0 {
-		plan.LogSeq = lines[len(lines)-1].Seq
 	}
 	if libvirt.Wait(); noGuests != nil {
 		problems = append(problems, *maint.Problemf(maint.CodeHypervisorDown, "libvirt", "systemctl status libvirtd virtqemud", "does not answer: %v", noGuests))

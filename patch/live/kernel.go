@@ -27,6 +27,8 @@ type Kernel interface {
 type Witness interface {
 	Tasks(ctx context.Context, functions []string) ([]maint.KernelTask, error)
 	KernelLog(ctx context.Context, after uint64) ([]Line, error)
+	// LogEnd is the last record of the kernel's log.
+	LogEnd(ctx context.Context) (uint64, error)
 }
 
 // Microcode loads CPU microcode late.
@@ -96,6 +98,9 @@ func (d Direct) Tasks(_ context.Context, functions []string) ([]maint.KernelTask
 func (d Direct) KernelLog(_ context.Context, after uint64) ([]Line, error) {
 	return d.Tree.KernelLog(after)
 }
+
+// LogEnd implements Witness.
+func (d Direct) LogEnd(context.Context) (uint64, error) { return d.Tree.LogEnd() }
 
 // ReloadMicrocode writes /sys/devices/system/cpu/microcode/reload; it returns when all CPUs
 // are done. ENOENT: the kernel cannot.

@@ -55,10 +55,7 @@ func (u *MicrocodeUpdate) look(ctx context.Context) (r revisions, err error) {
 	if r.Taint, err = u.Tree.Taint(); err != nil {
 		return r, err
 	}
-	lines, err := u.Witness.KernelLog(ctx, 0)
-	if len(lines) > 0 {
-		r.LogSeq = lines[len(lines)-1].Seq
-	}
+	r.LogSeq, err = u.Witness.LogEnd(ctx)
 	return r, err
 }
 

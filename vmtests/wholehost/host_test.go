@@ -35,6 +35,8 @@ func TestHost(t *testing.T) {
 		if got := show(t, h, "belay-kernel.socket", "ActiveState"); got != "active" {
 			t.Errorf("belay-kernel.socket is %s", got)
 		}
+		// belayd has it started before anything is asked of it.
+		must(t, h, "timeout", "60", "sh", "-c", "until pgrep -x belay-kernel; do sleep .1; done")
 		if failed := must(t, h, "systemctl", "list-units", "--failed", "--plain", "--no-legend", "belay*", "libvirt*", "virt*"); failed != "" {
 			t.Errorf("units have failed:\n%s", failed)
 		}

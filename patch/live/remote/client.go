@@ -18,18 +18,14 @@ import (
 )
 
 // Client has belay-kernel act. It has no deadline but those of its callers' contexts. To
-// start belay-kernel takes longer than most of what it does, so a connection is kept for a
-// moment, for whatever is asked next.
+// start belay-kernel takes longer than most of what it does, so one connection is kept, and
+// belay-kernel with it, for whatever is asked next.
 type Client struct {
 	Socket string
 
-	mu     sync.Mutex
-	idle   *net.UnixConn
-	hangUp *time.Timer
+	mu   sync.Mutex
+	idle *net.UnixConn
 }
-
-// linger is how long a connection is kept.
-const linger = 3 * time.Second
 
 var (
 	_ Host         = (*Client)(nil)
@@ -127,6 +123,12 @@ func (c *Client) KernelLog(ctx context.Context, after uint64) ([]live.Line, erro
 	return a.Log, err
 }
 
+// LogEnd implements live.Witness.
+func (c *Client) LogEnd(ctx context.Context) (uint64, error) {
+	a, err := c.ask(ctx, request{Do: doLogEnd}, nil)
+	return a.LogEnd, err
+}
+
 // ask sends one request and reads its answer. When the connection is lost nobody knows what
 // was done: callers look. Only where it had been kept it is asked again: belay-kernel may
 // have ended meanwhile, and to meet a request twice does the kernel no harm. That is not said
@@ -195,13 +197,11 @@ func (c *Client) take() *net.UnixConn {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	conn := c.idle
-	if c.idle = nil; conn != nil {
-		c.hangUp.Stop()
-	}
+	c.idle = nil
 	return conn
 }
 
-// keep keeps a connection for a while, unless one is.
+// keep keeps a connection, unless one is.
 func (c *Client) keep(conn *net.UnixConn) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -210,12 +210,4 @@ func (c *Client) keep(conn *net.UnixConn) {
 		return
 	}
 	c.idle = conn
-	c.hangUp = time.AfterFunc(linger, func() {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		if c.idle == conn {
-			c.idle = nil
-			conn.Close()
-		}
-	})
 }

@@ -30,6 +30,7 @@ func (a *asked) Tasks(context.Context, []string) ([]maint.KernelTask, error) {
 	return nil, a.note("tasks")
 }
 func (a *asked) KernelLog(context.Context, uint64) ([]live.Line, error) { return nil, a.note("log") }
+func (a *asked) LogEnd(context.Context) (uint64, error)                 { return 0, a.note("log-end") }
 
 // FuzzServe: whatever comes, there is one answer, one thing is done at most, and only what a
 // request asks for that reads as one.

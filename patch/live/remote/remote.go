@@ -32,6 +32,7 @@ const (
 	doMicrocode = "microcode"
 	doTasks     = "tasks"
 	doLog       = "log"
+	doLogEnd    = "log-end"
 
 	doKexecLoad   = "kexec-load"
 	doKexecUnload = "kexec-unload"
@@ -66,6 +67,7 @@ const maxRequest = 4 << 20
 type answer struct {
 	Tasks   []maint.KernelTask `json:"tasks,omitempty"`
 	Log     []live.Line        `json:"log,omitempty"`
+	LogEnd  uint64             `json:"log_end,omitempty"`
 	Applied bool               `json:"applied,omitempty"`
 	Stopped time.Duration      `json:"stopped_ns,omitempty"`
 	Error   string             `json:"error,omitempty"`
@@ -122,6 +124,8 @@ func perform(ctx context.Context, h Host, r request, module []byte) (a answer) {
 		a.Tasks, err = h.Tasks(ctx, r.Functions)
 	case doLog:
 		a.Log, err = h.KernelLog(ctx, r.After)
+	case doLogEnd:
+		a.LogEnd, err = h.LogEnd(ctx)
 	case doKexecLoad, doKexecUnload:
 		err = keep(ctx, h, r)
 	case doPatchable, doApplied, doPatch, doUnpatch:

@@ -115,6 +115,9 @@ func TestWitness(t *testing.T) {
 	if err != nil || len(lines) < 2 || !lines[len(lines)-1].Alarm() {
 		t.Errorf("%+v, %v", lines, err)
 	}
+	if end, err := c.LogEnd(t.Context()); err != nil || end == 0 || end != lines[len(lines)-1].Seq {
+		t.Errorf("the log ends with %d, %v", end, err)
+	}
 	before, _ := m.Tree.Microcode()
 	if err := c.ReloadMicrocode(t.Context()); err != nil {
 		t.Fatal(err)
