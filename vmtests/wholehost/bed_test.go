@@ -17,8 +17,14 @@ import (
 	"belay/vmtests/probe"
 )
 
-// beatUs is the time between two heartbeats: each costs an emulated host a good deal.
-const beatUs = 50_000
+// load is what guests do: heartbeats, microseconds apart, and writing memory, MiB/s.
+type load struct {
+	beatUs int
+	rate   float64
+}
+
+// loads is what guests can do in an emulated host without being all that it does.
+var loads = map[guest.Accel]load{guest.KVM: {50_000, 4}, guest.TCG: {500_000, .25}}
 
 // inFull skips a test, or a part of one, that only the long form has: BELAY_LONG=1, make vmtest-long.
 func inFull(t *testing.T) {
@@ -34,6 +40,7 @@ var long = os.Getenv("BELAY_LONG") != ""
 type bed struct {
 	*machine.Lab
 	t     *testing.T
+	accel guest.Accel // of guests
 	guest *guest.Guest
 	obs   *observer.Observer
 	first probe.Status
@@ -50,7 +57,7 @@ func newBed(t *testing.T, c machine.Config) *bed {
 // newEmptyBed is a bed whose guest is yet to be booted.
 func newEmptyBed(t *testing.T, c machine.Config) *bed {
 	t.Helper()
-	b := &bed{Lab: machine.ForTest(t, c), t: t}
+	b := &bed{Lab: machine.ForTest(t, c), t: t, accel: guest.KVM}
 	var err error
 	if b.obs, err = b.Observe(); err != nil {
 		t.Fatal(err)
@@ -75,18 +82,18 @@ func web1(s guest.Spec) guest.Spec {
 // meet has the guest write memory, and takes it for the one that it is by now.
 func (b *bed) meet() {
 	b.t.Helper()
-	b.dirty(b.Hosts[0], 4)
+	b.dirty(b.Hosts[0], loads[b.accel].rate)
 	b.first, b.mem = b.look(b.Hosts[0])
 }
 
-// start starts guests, all at once, under KVM and with heartbeats.
+// start starts guests, all at once, with heartbeats.
 func (b *bed) start(h *machine.Host, specs ...guest.Spec) []*guest.Guest {
 	b.t.Helper()
 	guests, errs := make([]*guest.Guest, len(specs)), make([]error, len(specs))
 	ctx := b.ctx(5 * time.Minute)
 	var wg sync.WaitGroup
 	for i, s := range specs {
-		s.Accel, s.Heartbeat, s.IntervalUs = guest.KVM, b.obs.Addr(), beatUs
+		s.Accel, s.Heartbeat, s.IntervalUs = b.accel, b.obs.Addr(), loads[b.accel].beatUs
 		wg.Go(func() { guests[i], errs[i] = guest.Start(ctx, h, s, b.Guest) })
 	}
 	wg.Wait()
