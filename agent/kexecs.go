@@ -182,6 +182,9 @@ type asker interface {
 	AgentCommand(ctx context.Context, uuid, command string, args any) (json.RawMessage, error)
 }
 
+// insideWait bounds what a guest is asked after a boot, when all are.
+const insideWait = time.Minute
+
 // inside asks guests themselves.
 type inside struct {
 	agents asker
@@ -192,7 +195,7 @@ type inside struct {
 
 // Clock implements kexec.Inside.
 func (i inside) Clock(ctx context.Context, g maint.Guest, lost time.Duration) maint.ClockReport {
-	ctx, cancel := context.WithTimeout(ctx, clockWait)
+	ctx, cancel := context.WithTimeout(ctx, insideWait)
 	defer cancel()
 	return i.clocks.Restore(ctx, g, lost)
 }
@@ -205,7 +208,7 @@ func (i inside) BootID(ctx context.Context, g maint.Guest) string {
 	if g.Agent == maint.AgentNone {
 		return ""
 	}
-	ctx, cancel := context.WithTimeout(ctx, clockWait)
+	ctx, cancel := context.WithTimeout(ctx, insideWait)
 	defer cancel()
 	ask := func(command string, args, answer any) bool {
 		b, err := i.agents.AgentCommand(ctx, g.UUID, command, args)

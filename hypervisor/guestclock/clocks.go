@@ -107,6 +107,10 @@ const (
 	// would otherwise keep a connection from those that live, until ctx ends.
 	firstAnswer = 5 * time.Second
 
+	// longAway bounds what an agent is given beyond that, a quarter of the time that
+	// its guest has lost: what has come due meanwhile comes first.
+	longAway = 10 * time.Second
+
 	// longestSet bounds the wait for the answer to a setting that is alone: hwclock
 	// takes a second. What came of it is measured in any case.
 	longestSet = 3 * time.Second
@@ -140,8 +144,8 @@ type abilities struct {
 
 // ask asks a guest's agent what it can do (guest-info, guest-fsfreeze-status,
 // guest-get-osinfo). It is an error only if the agent cannot be asked: what it
-// refuses to say is not known, and tried.
-func (c *Clocks) ask(ctx context.Context, uuid string) (abilities, error) {
+// refuses to say is not known, and tried. The first answer may take so long.
+func (c *Clocks) ask(ctx context.Context, uuid string, within time.Duration) (abilities, error) {
 	a := abilities{canSet: true, coarse: true}
 	var info struct {
 		Commands []struct {
@@ -154,7 +158,7 @@ func (c *Clocks) ask(ctx context.Context, uuid string) (abilities, error) {
 		ID     string `json:"id"`
 		Kernel string `json:"kernel-version"`
 	}
-	first, cancel := context.WithTimeout(ctx, firstAnswer)
+	first, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	err := c.command(first, uuid, "guest-info", &info)
 	for _, cause := range []error{maint.ErrNoAgent, maint.ErrNoGuest, maint.ErrHypervisorDown, context.DeadlineExceeded, context.Canceled} {
@@ -215,7 +219,7 @@ func (c *Clocks) Prepare(ctx context.Context, g maint.Guest) (Baseline, *maint.P
 		b.Reason = noChannel
 		return b, nil
 	}
-	a, err := c.ask(ctx, g.UUID)
+	a, err := c.ask(ctx, g.UUID, firstAnswer)
 	if err != nil {
 		b.Reason = err.Error()
 		return b, nil
@@ -246,7 +250,7 @@ const (
 
 // Measure compares a guest's clock with the host's.
 func (c *Clocks) Measure(ctx context.Context, g maint.Guest) maint.ClockReport {
-	k, ok := c.begin(ctx, g)
+	k, ok := c.begin(ctx, g, firstAnswer)
 	if ok {
 		k.judge(*k.report.Before)
 	}
@@ -256,18 +260,18 @@ func (c *Clocks) Measure(ctx context.Context, g maint.Guest) maint.ClockReport {
 // Sync measures a guest's clock and steps it forward to the host's time if it is
 // behind, however far. One that is ahead is reported and left alone.
 func (c *Clocks) Sync(ctx context.Context, g maint.Guest) maint.ClockReport {
-	return c.Restore(ctx, g, math.MaxInt64)
+	return c.restore(ctx, g, math.MaxInt64, time.Time{}, firstAnswer)
 }
 
 // Restore is Sync for a guest that has lost some time, but not more than lost, and
 // for which nothing was prepared: after a migration, for instance. One that is
 // much further behind was off before, and is left alone.
 func (c *Clocks) Restore(ctx context.Context, g maint.Guest, lost time.Duration) maint.ClockReport {
-	return c.restore(ctx, g, lost, time.Time{})
+	return c.restore(ctx, g, lost, time.Time{}, firstAnswer+min(lost/4, longAway))
 }
 
-func (c *Clocks) restore(ctx context.Context, g maint.Guest, lost time.Duration, resumed time.Time) maint.ClockReport {
-	k, ok := c.begin(ctx, g)
+func (c *Clocks) restore(ctx context.Context, g maint.Guest, lost time.Duration, resumed time.Time, within time.Duration) maint.ClockReport {
+	k, ok := c.begin(ctx, g, within)
 	if !ok {
 		return k.report
 	}
@@ -289,14 +293,14 @@ func (c *Clocks) restore(ctx context.Context, g maint.Guest, lost time.Duration,
 }
 
 // begin asks a guest's agent and measures. It reports false when nothing more is
-// to be done; the report says why.
-func (c *Clocks) begin(ctx context.Context, g maint.Guest) (*correction, bool) {
+// to be done; the report says why. The agent's first answer may take so long.
+func (c *Clocks) begin(ctx context.Context, g maint.Guest, within time.Duration) (*correction, bool) {
 	k := &correction{c: c, report: maint.ClockReport{Guest: g.Name, UUID: g.UUID, State: maint.ClockUnsynchronised}}
 	if g.Agent == maint.AgentNone {
 		k.report.Reason = noChannel
 		return k, false
 	}
-	a, err := c.ask(ctx, g.UUID)
+	a, err := c.ask(ctx, g.UUID, within)
 	if err != nil {
 		k.report.Reason = err.Error()
 		return k, false

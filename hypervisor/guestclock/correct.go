@@ -61,7 +61,7 @@ func (c *Clocks) Correct(ctx context.Context, b Baseline, resumed time.Time, sto
 	switch {
 	case !b.Agent:
 	case b.Offset == nil:
-		return c.restore(ctx, maint.Guest{Name: b.Guest, UUID: b.UUID}, resumed.Sub(b.Taken), resumed)
+		return c.restore(ctx, maint.Guest{Name: b.Guest, UUID: b.UUID}, resumed.Sub(b.Taken), resumed, firstAnswer)
 	case !b.CanSet:
 		read, err := c.compare(ctx, b.UUID, k.grain)
 		if err != nil {

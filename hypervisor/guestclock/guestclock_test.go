@@ -400,6 +400,23 @@ func TestRestore(t *testing.T) {
 	}
 }
 
+// The longer a guest was away, the longer its agent may take to answer at all.
+func TestRestoreBusyGuest(t *testing.T) {
+	for lost, state := range map[time.Duration]maint.ClockState{40 * time.Second: maint.ClockSynchronised, 2 * time.Second: maint.ClockUnsynchronised} {
+		simulate(t, func(t *testing.T, w *world, ctx context.Context) {
+			fixed := w.guest.there
+			w.guest.there = func() time.Duration {
+				w.guest.there = fixed
+				return 8 * time.Second
+			}
+			w.guest.put(time.Now().Add(-lost))
+			if r := w.Restore(ctx, w.guest.known(), lost); r.State != state {
+				t.Errorf("away for %s: %+v", lost, r)
+			}
+		})
+	}
+}
+
 // A guest whose clock could not be read before is still put right: by no more than
 // what it can have lost.
 func TestCorrectWithoutOffset(t *testing.T) {
