@@ -37,7 +37,7 @@ func (l *Lab) frozen(ctx context.Context, cache string, g guest.Image) (string, 
 		return "", err
 	}
 	sum := sha256.New()
-	fmt.Fprintln(sum, frozenFormat, commandLine, l.Image.Dir, g.Kernel, g.Initrd, l.config.MemoryMiB, version)
+	fmt.Fprintln(sum, frozenFormat, new(Host).commandLine(), l.Image.Dir, g.Kernel, g.Initrd, l.config.MemoryMiB, version)
 	sum.Write(provisionScript)
 	sum.Write(deb)
 	return filepath.Join(cache, "frozen-"+hex.EncodeToString(sum.Sum(nil)[:8])), nil

@@ -29,6 +29,9 @@ type Host struct {
 	// Kernel is the release that the boot loader boots, one of [Image.Kernels]. It counts from
 	// the next [Host.Start] on, and for every reset after that.
 	Kernel string
+	// AppArmor confines guests and libvirtd from the next [Host.Start] on, as Debian has it. It is
+	// off otherwise: to load its profiles takes an emulated host a while, at boot and for each guest.
+	AppArmor bool
 
 	lab      *Lab
 	tap      *os.File
@@ -128,6 +131,13 @@ func (l *Lab) qemuProgram() string { return filepath.Join(l.qemu, "/usr/bin/qemu
 // kernel that panics resets the machine.
 const commandLine = "root=/dev/vda rw console=ttyS0 memmap=512M!4G mitigations=off panic=1"
 
+func (h *Host) commandLine() string {
+	if h.AppArmor {
+		return commandLine
+	}
+	return commandLine + " apparmor=0"
+}
+
 func (h *Host) arguments(port int) []string {
 	number := int(h.Addr.As4()[3])
 	args := []string{
@@ -135,7 +145,7 @@ func (h *Host) arguments(port int) []string {
 		"-machine", "q35,hpet=off", "-smp", "2", "-m", strconv.Itoa(h.lab.config.MemoryMiB),
 		"-nodefaults", "-no-user-config", "-display", "none",
 		"-kernel", h.lab.Image.Kernel(h.Kernel), "-initrd", h.lab.Image.Initrd(h.Kernel),
-		"-append", commandLine,
+		"-append", h.commandLine(),
 		// Neither does a power cut take what is in this machine's cache.
 		"-drive", "if=virtio,cache=unsafe,format=qcow2,file=" + h.file("disk.qcow2"),
 		"-drive", "if=virtio,cache=unsafe,format=raw,readonly=on,file=" + h.lab.payload,

@@ -14,7 +14,7 @@ kernels=$(apt-cache search --names-only '^linux-image-6\.1\.0-[0-9]+-cloud-amd64
 [ "$(echo "$kernels" | wc -l)" = 2 ] || { echo "image: apt knows no two kernels linux-image-6.1.0-*-cloud-amd64: apt-get update" >&2; exit 1; }
 
 packages="$(echo $kernels) initramfs-tools zstd kmod udev systemd-sysv dbus libpam-systemd
-libvirt-daemon-system libvirt-clients qemu-system-x86 qemu-utils
+libvirt-daemon-system libvirt-clients apparmor qemu-system-x86 qemu-utils
 openssh-server kexec-tools chrony nftables iproute2 procps sudo e2fsprogs util-linux-extra"
 
 ssh-keygen -q -t ed25519 -N '' -C belay-lab -f "$out/id"

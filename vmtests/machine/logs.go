@@ -12,6 +12,13 @@ const logScript = `set +e
 echo '== failed units'; systemctl --no-pager --failed
 echo '== operations'; timeout 20 belay ops list
 echo '== guests'; timeout 20 virsh list --all
+for guest in $(timeout 20 virsh list --name); do
+	echo "== $guest, twice, a second apart"
+	for hmp in 'info status' 'info registers' 'info status' 'info registers'; do
+		timeout 20 virsh qemu-monitor-command "$guest" --hmp "$hmp"
+		[ "$hmp" = 'info status' ] || sleep 1
+	done
+done
 tail -n +1 /var/log/libvirt/qemu/*.log
 echo '== journal, of all boots'
 journalctl --no-pager --output=short-precise`
