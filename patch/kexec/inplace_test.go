@@ -147,6 +147,7 @@ func TestCopiedAndWhy(t *testing.T) {
 		"a hook for another folder": {func(b *bed) {
 			b.m.Write(vmmtest.HookFile, strings.ReplaceAll(b.text(vmmtest.HookFile), "\nkept=", "\nkept=/srv"))
 		}, "kexec.dir"},
+		"memory of its owner's": {func(b *bed) { b.m.PlugMemory(b.uuid, "memnvdimm0", "/srv/pmem.img") }, "memnvdimm0 is a file of its owner's, /srv/pmem.img"},
 		"an emulated TPM": {func(b *bed) {
 			b.h.Edit(b.t, b.uuid, func(g *maint.Guest) { g.Devices = append(g.Devices, maint.Device{Kind: "tpm", Type: "emulator"}) })
 		}, "TPM"},

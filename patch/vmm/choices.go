@@ -231,6 +231,18 @@ func inPlaceProblems(f Facts) []maint.Problem {
 	return ps.list
 }
 
+// overBootProblems is what else stands in the way of memory that is to stay in place over a boot: nobody
+// but its owner knows where a file of theirs is then, and what is written to it meanwhile.
+func overBootProblems(f Facts) []maint.Problem {
+	ps := problems{guest: f.Guest.Name}
+	for _, m := range f.Memory {
+		if m.Kind == "memory-backend-file" && m.Shared && !m.Ours {
+			ps.add(maint.CodeMemory, "use another method", "its memory %s is a file of its owner's, %s", m.ID, m.Path)
+		}
+	}
+	return ps.list
+}
+
 func copyProblems(f Facts) []maint.Problem {
 	ps := problems{guest: f.Guest.Name}
 	if !f.Guest.State.Active() {

@@ -52,7 +52,7 @@ func (m Mover) paced() pace {
 var ErrForeign = errors.New("somebody else has started it")
 
 // Seat looks at a guest that runs, and changes nothing. It gives all that stands in the way of
-// its leaving its QEMU in place, or else its seat, without Kept. token is what tells the
+// its leaving its QEMU in place, over a boot too, or else its seat, without Kept. token is what tells the
 // QEMU that it is to enter from any other.
 func (m Mover) Seat(ctx context.Context, uuid, token string) (s Seat, against []maint.Problem, err error) {
 	f, err := Survey(ctx, m.Host, m.Places, uuid)
@@ -62,7 +62,7 @@ func (m Mover) Seat(ctx context.Context, uuid, token string) (s Seat, against []
 	if f.Guarded != "" {
 		return s, []maint.Problem{guarded(f)}, nil
 	}
-	if against := append(unfit(f), inPlaceProblems(f)...); len(against) > 0 {
+	if against := slices.Concat(unfit(f), inPlaceProblems(f), overBootProblems(f)); len(against) > 0 {
 		return s, against, nil
 	}
 	d, err := m.Host.Describe(ctx, uuid)

@@ -24,8 +24,9 @@ type qemu struct {
 	dir          string // of its memory, inside the machine
 	ram          string // inside the machine
 	mem          *os.File
-	dev          int // how far the state of its devices is
-	used         int // ns of processor time
+	more         map[string]string // further memory: files, inside the machine, by the backends' names
+	dev          int               // how far the state of its devices is
+	used         int               // ns of processor time
 	ignoreShared bool
 	bandwidth    uint64
 	migration    string // the state of the last one
@@ -56,17 +57,33 @@ func (m *Machine) spawn(g maint.Guest, xml string) {
 	q.mem = f
 	m.qemus[g.UUID] = q
 	m.xmls[g.UUID] = xml
-	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		panic(err)
-	}
 	proc := fmt.Sprintf("/proc/%d", q.pid)
 	m.mkdir(proc+"/attr", fmt.Sprintf("%s/task/%d", proc, q.pid+1))
 	m.write(proc+"/stat", fmt.Sprintf("%d (qemu-system) x) S%s %d 0 0\n", q.pid, strings.Repeat(" 0", 18), q.pid*10))
-	m.write(proc+"/maps", fmt.Sprintf("7f0000000000-7f0004000000 rw-s 00000000 %02x:%02x %d   %s\n", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino, q.ram))
+	m.write(proc+"/maps", m.mapping(q.ram))
 	m.write(proc+"/attr/current", "unconfined\n")
 	m.write(proc+"/status", fmt.Sprintf("Name:\tqemu\nUid:\t%[1]d\t%[1]d\t%[1]d\t%[1]d\nGid:\t%[2]d\t%[2]d\t%[2]d\t%[2]d\n", os.Getuid(), os.Getgid()))
 	m.write(fmt.Sprintf("/run/libvirt/qemu/%s.pid", g.Name), strconv.Itoa(q.pid))
+}
+
+// mapping is the line of /proc/pid/maps of a file that a QEMU has mapped.
+func (m *Machine) mapping(file string) string {
+	var st unix.Stat_t
+	if err := unix.Stat(m.at(file), &st); err != nil {
+		panic(err)
+	}
+	return fmt.Sprintf("7f0000000000-7f0004000000 rw-s 00000000 %02x:%02x %d   %s\n", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino, file)
+}
+
+// PlugMemory gives a guest that runs further memory, a file of its owner's, as an NVDIMM has.
+func (m *Machine) PlugMemory(uuid, id, file string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.mkdir(filepath.Dir(file))
+	m.write(file, "")
+	q := m.qemus[uuid]
+	q.more = map[string]string{id: file}
+	m.write(fmt.Sprintf("/proc/%d/maps", q.pid), m.mapping(q.ram)+m.mapping(file))
 }
 
 // end is a QEMU's end, and libvirt's tidying up after it.
@@ -178,7 +195,11 @@ func (m *Machine) qmp(uuid, command string, text json.RawMessage) (any, bool, er
 	case "query-block-jobs":
 		return []any{}, true, nil
 	case "query-memdev":
-		return []any{map[string]any{"id": "pc.ram", "size": 64 << 20, "share": true}}, true, nil
+		all := []any{map[string]any{"id": "pc.ram", "size": 64 << 20, "share": true}}
+		for id := range q.more {
+			all = append(all, map[string]any{"id": id, "size": 1 << 20, "share": true})
+		}
+		return all, true, nil
 	case "query-memory-devices":
 		return []any{}, true, nil
 	case "qom-get":
@@ -186,6 +207,9 @@ func (m *Machine) qmp(uuid, command string, text json.RawMessage) (any, bool, er
 		case "type":
 			return "memory-backend-file", true, nil
 		case "mem-path":
+			if file := q.more[strings.TrimPrefix(args.Path, "/objects/")]; file != "" {
+				return file, true, nil
+			}
 			return q.ram, true, nil
 		case "discard-data":
 			return false, true, nil
