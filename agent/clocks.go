@@ -11,7 +11,7 @@ import (
 )
 
 // clockWait bounds what is asked of guests' agents for a request.
-const clockWait = 20 * time.Second
+const clockWait = 30 * time.Second
 
 // Clock measures the clock of one guest, or of all that run for "".
 func (a *Agent) Clock(ctx context.Context, guest string) ([]maint.ClockReport, error) {

@@ -34,10 +34,10 @@ type Kexec struct {
 }
 
 // newKexec is the real host's.
-func newKexec(cfg config.Config) Kexec {
+func newKexec(cfg config.Config, helper *remote.Client) Kexec {
 	k := Kexec{Dir: cfg.Kexec.Dir, Loader: kexec.Direct{}, Rebooter: systemdKexec{}, Pace: kexec.Usual}
-	if cfg.Patch.Helper != "" {
-		k.Loader = &remote.Client{Socket: cfg.Patch.Helper}
+	if helper != nil {
+		k.Loader = helper
 	}
 	return k
 }
@@ -182,8 +182,12 @@ type asker interface {
 	AgentCommand(ctx context.Context, uuid, command string, args any) (json.RawMessage, error)
 }
 
-// insideWait bounds what a guest is asked after a boot, when all are.
-const insideWait = time.Minute
+// After a boot all guests are asked at once: for their clocks, and, when they have answered, for
+// their boot IDs.
+const (
+	clocksWait = time.Minute
+	bootIDWait = 10 * time.Second
+)
 
 // inside asks guests themselves.
 type inside struct {
@@ -195,7 +199,7 @@ type inside struct {
 
 // Clock implements kexec.Inside.
 func (i inside) Clock(ctx context.Context, g maint.Guest, lost time.Duration) maint.ClockReport {
-	ctx, cancel := context.WithTimeout(ctx, insideWait)
+	ctx, cancel := context.WithTimeout(ctx, clocksWait)
 	defer cancel()
 	return i.clocks.Restore(ctx, g, lost)
 }
@@ -208,7 +212,7 @@ func (i inside) BootID(ctx context.Context, g maint.Guest) string {
 	if g.Agent == maint.AgentNone {
 		return ""
 	}
-	ctx, cancel := context.WithTimeout(ctx, insideWait)
+	ctx, cancel := context.WithTimeout(ctx, bootIDWait)
 	defer cancel()
 	ask := func(command string, args, answer any) bool {
 		b, err := i.agents.AgentCommand(ctx, g.UUID, command, args)
@@ -235,7 +239,7 @@ func (i inside) BootID(ctx context.Context, g maint.Guest) string {
 // Rescue restores every guest that the reserved memory holds: what a belayd does that cannot
 // start, or has lost its journal. Guests that are not back are an error.
 func Rescue(ctx context.Context, cfg config.Config, hyp *hypervisor.Host, log *slog.Logger) error {
-	k := newKexec(cfg)
+	k := newKexec(cfg, nil)
 	j := &kexec.Job{Host: hyp, Mover: vmm.Mover{Host: vmmHost{hyp}, Places: vmm.Places{Lib: cfg.Libvirt.StateDir}}, Tree: k.Tree, Dir: k.Dir, Pace: k.Pace, Life: ctx, Log: log, Inside: inside{hyp, guestclock.New(hyp, clocksAtOnce)}}
 	guests, err := j.Rescue(ctx)
 	for _, g := range guests {

@@ -31,8 +31,16 @@ type Live struct {
 	Containers live.Store
 }
 
+// newHelper is belay-kernel; nil: belayd does by itself what that would.
+func newHelper(cfg config.Config) *remote.Client {
+	if cfg.Patch.Helper == "" {
+		return nil
+	}
+	return &remote.Client{Socket: cfg.Patch.Helper}
+}
+
 // newLive is the real host's.
-func newLive(cfg config.Config, hyp *hypervisor.Host) Live {
+func newLive(cfg config.Config, hyp *hypervisor.Host, helper *remote.Client) Live {
 	timing := live.DefaultTiming
 	timing.Soak = cfg.Patch.Soak.Duration
 	l := Live{QEMU: hyp.QEMUProcess, Process: live.Tree{}.Process, Containers: live.Store{Dir: filepath.Join(cfg.StateDir, "qemu-live"), Ext: ".so"},
@@ -41,8 +49,7 @@ func newLive(cfg config.Config, hyp *hypervisor.Host) Live {
 		l.BootID = "unknown" // no boot is told from another
 	}
 	var kernel remote.Host = live.Direct{Keys: cfg.Patch.Keys}
-	if cfg.Patch.Helper != "" {
-		helper := &remote.Client{Socket: cfg.Patch.Helper}
+	if helper != nil {
 		kernel, l.UserSpace = helper, helper
 	}
 	l.Host.Kernel, l.Host.Witness, l.Microcode = kernel, kernel, kernel

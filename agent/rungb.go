@@ -45,13 +45,14 @@ func NewPreserve(cfg config.Config, hyp *hypervisor.Host, log *slog.Logger) Pres
 		}})
 		return leashes{leash.Client{Dir: dir, Launcher: launcher, Log: log}, cfg.Hold}
 	}
+	helper := newHelper(cfg)
 	p := Preserve{
 		Leash:  leashFor(dir, cfg.Libvirt.Socket, cfg.Libvirt.URI, cfg.Libvirt.StateDir),
 		Steps:  steps{hoststep.New(hoststep.Config{Dir: filepath.Join(cfg.RunDir, "steps"), Systemd: hoststep.ThisSystemd(), Log: log})},
 		Clocks: clocks{guestclock.New(hyp, clocksAtOnce)},
 		Places: vmm.Places{Lib: cfg.Libvirt.StateDir}, // the hook knows the other folders by their names
-		Live:   newLive(cfg, hyp),
-		Kexec:  newKexec(cfg),
+		Live:   newLive(cfg, hyp, helper),
+		Kexec:  newKexec(cfg, helper),
 
 		Shutdown: logind.Host{},
 	}

@@ -107,6 +107,10 @@ const (
 	// would otherwise keep a connection from those that live, until ctx ends.
 	firstAnswer = 5 * time.Second
 
+	// unconnected is how soon libvirt says of an agent that is not connected that it is not. One that
+	// is has five seconds for libvirt's own question (guest-sync), and may have them again.
+	unconnected = time.Second
+
 	// longAway bounds what an agent is given beyond that, a quarter of the time that
 	// its guest has lost: what has come due meanwhile comes first.
 	longAway = 10 * time.Second
@@ -160,7 +164,12 @@ func (c *Clocks) ask(ctx context.Context, uuid string, within time.Duration) (ab
 	}
 	first, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
-	err := c.command(first, uuid, "guest-info", &info)
+	var err error
+	for again := true; again; {
+		asked := time.Now()
+		err = c.command(first, uuid, "guest-info", &info)
+		again = errors.Is(err, maint.ErrNoAgent) && time.Since(asked) > unconnected && first.Err() == nil
+	}
 	for _, cause := range []error{maint.ErrNoAgent, maint.ErrNoGuest, maint.ErrHypervisorDown, context.DeadlineExceeded, context.Canceled} {
 		if errors.Is(err, cause) {
 			return a, fmt.Errorf("its agent cannot be asked: %w", err)

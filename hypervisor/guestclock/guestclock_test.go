@@ -404,11 +404,7 @@ func TestRestore(t *testing.T) {
 func TestRestoreBusyGuest(t *testing.T) {
 	for lost, state := range map[time.Duration]maint.ClockState{40 * time.Second: maint.ClockSynchronised, 2 * time.Second: maint.ClockUnsynchronised} {
 		simulate(t, func(t *testing.T, w *world, ctx context.Context) {
-			fixed := w.guest.there
-			w.guest.there = func() time.Duration {
-				w.guest.there = fixed
-				return 8 * time.Second
-			}
+			w.guest.deaf = 2
 			w.guest.put(time.Now().Add(-lost))
 			if r := w.Restore(ctx, w.guest.known(), lost); r.State != state {
 				t.Errorf("away for %s: %+v", lost, r)

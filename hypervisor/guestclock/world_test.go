@@ -35,6 +35,7 @@ type simGuest struct {
 	tick        time.Duration        // its readings are rounded down to this
 	hwclock     string               // "util-linux", "missing", "failing"
 	lostAfter   int                  // calls; the agent is gone then
+	deaf        int                  // calls that libvirt gives up, after five seconds
 	frozen      bool
 	disabled    map[string]bool // commands
 	os          string          // guest-get-osinfo
@@ -111,6 +112,10 @@ func (g *simGuest) call(ctx context.Context, name string, do func() error) error
 	g.agent.Lock()
 	defer g.agent.Unlock()
 	g.log = append(g.log, name)
+	if g.deaf > 0 {
+		g.deaf--
+		return errors.Join(maint.ErrNoAgent, sleep(ctx, 5*time.Second))
+	}
 	if g.calls++; g.calls > g.lostAfter {
 		<-ctx.Done()
 		return fmt.Errorf("no answer: %w", errors.Join(maint.ErrNoAgent, ctx.Err()))

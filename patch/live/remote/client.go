@@ -134,7 +134,7 @@ func (c *Client) LogEnd(ctx context.Context) (uint64, error) {
 // have ended meanwhile, and to meet a request twice does the kernel no harm. That is not said
 // of QEMUs.
 func (c *Client) ask(ctx context.Context, r request, file *os.File) (a answer, err error) {
-	if r.QEMU == nil {
+	if r.QEMU == nil && c.alive(ctx) {
 		if conn := c.take(); conn != nil {
 			if a, err = c.exchange(ctx, conn, r, file); err == nil {
 				return a, a.err()
@@ -158,6 +158,22 @@ func (c *Client) ask(ctx context.Context, r request, file *os.File) (a answer, e
 	}
 	return a, maint.Problemf(maint.CodeNoHelper, "belay-kernel", "systemctl status belay-kernel.socket; it says why in the journal (journalctl -u 'belay-kernel@*')",
 		"gives no answer on %s: %v", c.Socket, err)
+}
+
+// aliveWithin is far more than belay-kernel takes to answer when there is nothing to do.
+const aliveWithin = time.Second
+
+// alive reports whether who is at the other end of the connection that is kept answers; if not,
+// none is kept any more. It may have been stopped, or frozen, for however long.
+func (c *Client) alive(ctx context.Context) bool {
+	conn := c.take()
+	if conn == nil {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, aliveWithin)
+	defer cancel()
+	_, err := c.exchange(ctx, conn, request{Do: doNothing}, nil)
+	return err == nil
 }
 
 // exchange asks on a connection, which it keeps for the next request or ends.

@@ -33,6 +33,7 @@ const (
 	doTasks     = "tasks"
 	doLog       = "log"
 	doLogEnd    = "log-end"
+	doNothing   = "nothing" // but answer
 
 	doKexecLoad   = "kexec-load"
 	doKexecUnload = "kexec-unload"
@@ -126,6 +127,7 @@ func perform(ctx context.Context, h Host, r request, module []byte) (a answer) {
 		a.Log, err = h.KernelLog(ctx, r.After)
 	case doLogEnd:
 		a.LogEnd, err = h.LogEnd(ctx)
+	case doNothing:
 	case doKexecLoad, doKexecUnload:
 		err = keep(ctx, h, r)
 	case doPatchable, doApplied, doPatch, doUnpatch:

@@ -227,3 +227,57 @@ func TestConnectionIsKept(t *testing.T) {
 		t.Errorf("after that: %v", err)
 	}
 }
+
+// TestStoppedHelper: a belay-kernel that does not answer any more keeps nobody waiting.
+func TestStoppedHelper(t *testing.T) {
+	t.Parallel()
+	m := livetest.New(t, t.TempDir(), livetest.Debian12())
+	next := listen(t, m)
+	dir := t.TempDir()
+	l, err := net.Listen("unix", filepath.Join(dir, "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &remote.Client{Socket: filepath.Join(dir, "s")}
+	go func() {
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		t.Cleanup(func() { conn.Close() })
+		_, _ = bufio.NewReader(conn).ReadString('\n')
+		_, _ = conn.Write([]byte("{}\n")) // and nothing more, whatever comes
+	}()
+	if _, err := c.Tasks(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	if err := os.Symlink(next.Socket, c.Socket); err != nil { // closing has removed it
+		t.Fatal(err)
+	}
+	m.Hold(120, "meminfo_proc_show")
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if tasks, err := c.Tasks(ctx, []string{"vmlinux/meminfo_proc_show"}); err != nil || len(tasks) != 1 {
+		t.Errorf("%+v, %v", tasks, err)
+	}
+}
+
+// TestGivenUp: what its asker does not wait for any more is not begun.
+func TestGivenUp(t *testing.T) {
+	t.Parallel()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	here, there := conn(t, fds[0]), conn(t, fds[1])
+	if _, err := here.Write([]byte(`{"do":"unload","name":"a"}` + "\n")); err != nil {
+		t.Fatal(err)
+	}
+	here.Close()
+	h, told := new(asked), ""
+	remote.Serve(t.Context(), there, h, func(asked string, err error) { told = asked + ": " + err.Error() }, uint32(os.Getuid()))
+	if len(h.did) > 0 || !strings.Contains(told, "unload a: ") {
+		t.Errorf("done: %v; told: %q", h.did, told)
+	}
+}

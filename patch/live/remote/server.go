@@ -51,6 +51,10 @@ func Serve(ctx context.Context, conn *net.UnixConn, h Host, failed func(asked st
 		if r.QEMU != nil {
 			asked += r.QEMU.Guest
 		}
+		if gone(conn) { // it has given up, and must not be surprised by what comes of it
+			failed(asked, errors.New("its asker has hung up before it was begun"))
+			return
+		}
 		a := perform(ctx, h, r, module)
 		if err := a.err(); err != nil {
 			failed(asked, err)
@@ -60,6 +64,20 @@ func Serve(ctx context.Context, conn *net.UnixConn, h Host, failed func(asked st
 			return
 		}
 	}
+}
+
+// gone reports whether the asker has closed the connection.
+func gone(conn *net.UnixConn) (hungUp bool) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return true
+	}
+	err = raw.Control(func(fd uintptr) {
+		fds := []unix.PollFd{{Fd: int32(fd)}}
+		n, err := unix.Poll(fds, 0)
+		hungUp = err == nil && n > 0 && fds[0].Revents&(unix.POLLHUP|unix.POLLERR) != 0
+	})
+	return hungUp || err != nil
 }
 
 // reply tells the asker what is wrong with what it asks.
