@@ -14,6 +14,8 @@ import (
 	"belay/agent/agenttest"
 	"belay/agent/config"
 	"belay/agent/maint"
+	"belay/hypervisor"
+	"belay/hypervisor/hypervisortest"
 	"belay/patch/kexec/kexectest"
 )
 
@@ -182,6 +184,22 @@ func TestKexecGoesWrong(t *testing.T) {
 		"the new kernel finds no memory": {
 			onBoot: func(b *kexecBed, boot int, release string) string {
 				b.m.Mount(release == kexectest.Old)
+				return release
+			},
+			want: maint.OutcomeFailed, fates: "app-1 restored;db-1 restored;old-1 restored;ram-1 restored;", code: maint.CodeKernelSick},
+		"the new kernel has no memory for QEMU": {
+			onBoot: func(b *kexecBed, _ int, release string) string {
+				if release != kexectest.Old {
+					b.m.MountNotForQEMU()
+				}
+				return release
+			},
+			want: maint.OutcomeFailed, fates: "app-1 restored;db-1 restored;old-1 restored;ram-1 restored;", code: maint.CodeKernelSick},
+		"the new kernel cannot run the guests' CPUs": {
+			onBoot: func(b *kexecBed, _ int, release string) string {
+				if b.Host.Heal("CompareCPU"); release != kexectest.Old {
+					b.Host.Fault("CompareCPU", hypervisortest.Fault{Err: &hypervisor.IncompatibleCPU{Reason: "no TSX"}})
+				}
 				return release
 			},
 			want: maint.OutcomeFailed, fates: "app-1 restored;db-1 restored;old-1 restored;ram-1 restored;", code: maint.CodeKernelSick},
@@ -363,6 +381,7 @@ func TestKexecRefused(t *testing.T) {
 	if _, err := b.Client.Kexec(b.ctx, r); err == nil || !strings.Contains(err.Error(), "guest db-1") {
 		t.Errorf("%v", err)
 	}
+	b.m.Remove("/etc/libvirt/qemu.conf")
 	checks, err := b.Client.Doctor(b.ctx)
 	check(t, err)
 	if !slices.ContainsFunc(checks, func(c maint.Check) bool {

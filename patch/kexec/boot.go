@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"belay/agent/maint"
+	"belay/patch/vmm"
 )
 
 // Boot has the host go down and come up with the new kernel. It does not return before the
@@ -159,12 +160,14 @@ func (j *Job) Check(_ context.Context, s Scratch) error {
 
 // healthy is nil if guests can be restored here.
 func (j *Job) healthy(pl plan) error {
-	var why error
-	for giveUp := time.Now().Add(j.Pace.Healed); ; {
-		if why = j.ready(pl); why == nil {
+	limit, cancel := context.WithTimeout(j.Life, j.Pace.Healed)
+	defer cancel()
+	for {
+		why := j.ready(limit, pl)
+		if why == nil {
 			break
 		}
-		if time.Now().After(giveUp) || !wait(j.Life, j.Pace.Poll) {
+		if !wait(limit, j.Pace.Poll) {
 			return why
 		}
 	}
@@ -176,17 +179,25 @@ func (j *Job) healthy(pl plan) error {
 
 // ready: the memory is there, libvirt answers, and its QEMU is the guests'. What comes late in
 // a boot is waited for.
-func (j *Job) ready(pl plan) error {
+func (j *Job) ready(ctx context.Context, pl plan) error {
 	if why := j.Tree.OnPmem(j.Dir); why != "" {
 		return errors.New(why)
 	}
-	info, err := j.Host.Info(j.Life)
+	if slices.ContainsFunc(pl.Guests, func(g member) bool { return g.InPlace }) {
+		if _, why := j.Tree.within(j.Dir, j.Tree.backing()); why != "" {
+			return fmt.Errorf("libvirt cannot give guests their memory: %s", why)
+		}
+	}
+	info, err := j.Host.Info(ctx)
 	if err != nil {
 		return fmt.Errorf("libvirt does not answer: %w", err)
 	}
 	for _, g := range pl.Guests {
 		if !slices.Contains(info.MachineTypes, g.Machine) {
 			return fmt.Errorf("QEMU %s has not the machine type %s of guest %s", info.QEMUVersion, g.Machine, g.Name)
+		}
+		if err := vmm.CanRun(ctx, j.Mover.Host, maint.Guest{Name: g.Name, DomainType: g.Domain, MachineType: g.Machine}, info.Arch, g.CPU); err != nil {
+			return err
 		}
 	}
 	return nil

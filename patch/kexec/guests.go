@@ -2,11 +2,13 @@ package kexec
 
 import (
 	"context"
+	"errors"
 	"path/filepath"
 	"slices"
 	"strings"
 
 	"belay/agent/maint"
+	"belay/patch/vmm"
 )
 
 // guests are those of the plan, what keeps them from it, and how each would be kept.
@@ -41,8 +43,21 @@ func (j *Job) guests(ctx context.Context, g *judgement, pl *plan) (ways []maint.
 				"runs on this host, and would end with its kernel")
 			continue
 		}
+		d, err := j.Mover.Host.Describe(ctx, q.UUID)
+		if errors.Is(err, maint.ErrNoGuest) {
+			continue // it has ended meanwhile
+		}
+		if err != nil {
+			return nil, err
+		}
 		j.fits(g, q, info)
-		pl.Guests = append(pl.Guests, member{Name: q.Name, UUID: q.UUID, Bytes: q.MemoryBytes, Machine: q.MachineType,
+		err = vmm.CanRun(ctx, j.Mover.Host, q, info.Arch, d.CPU)
+		if p := new(maint.Problem); errors.As(err, &p) {
+			g.problems = append(g.problems, *p)
+		} else if err != nil {
+			return nil, err
+		}
+		pl.Guests = append(pl.Guests, member{Name: q.Name, UUID: q.UUID, Bytes: q.MemoryBytes, Machine: q.MachineType, Domain: q.DomainType, CPU: d.CPU,
 			Paused: q.State == maint.GuestPaused, Autostart: q.Autostart, Disks: disks(q)})
 		way := maint.KexecGuest{Guest: q.Name, UUID: q.UUID, Memory: maint.KexecCopied, Bytes: Needs(q.MemoryBytes)}
 		s, why := j.seat(ctx, q.UUID, "plan")

@@ -95,6 +95,9 @@ func (j *Job) seat(ctx context.Context, uuid, token string) (s vmm.Seat, why str
 	if hook, err := j.Tree.text(hookFile); err != nil || !strings.Contains(hook, inPlaceMagic) || !strings.Contains(hook, "\nkept="+j.dir()+"\n") {
 		return s, fmt.Sprintf("Belay's hook of libvirt, %s, is not there, of another version, or does not look in %s (kexec.dir)", hookFile, j.Dir)
 	}
+	if p := j.Tree.NotInPlace(j.Dir); p != nil {
+		return s, p.Reason
+	}
 	s, against, err := j.Mover.Seat(ctx, uuid, token)
 	if err != nil {
 		return s, err.Error()
@@ -107,7 +110,7 @@ func (j *Job) seat(ctx context.Context, uuid, token string) (s vmm.Seat, why str
 		return s, strings.Join(all, "; ")
 	}
 	for i, path := range s.Memory {
-		if s.Memory[i], why = j.Tree.within(j.Dir, path); why != "" {
+		if s.Memory[i], why = j.Tree.lasting(j.Dir, path); why != "" {
 			return s, "its memory: " + why
 		}
 	}
@@ -135,12 +138,20 @@ func (t Tree) within(dir, path string) (inside, why string) {
 	if err != nil || strings.HasPrefix(below, "..") {
 		return "", fmt.Sprintf("%s is in the reserved memory, but not below %s", path, dir)
 	}
-	if fstab, _ := t.text("/etc/fstab"); m.Point != region.Point && !mounts(fstab, m.Point) && !t.exists("/etc/systemd/system/"+unitOf(m.Point)) {
-		return "", fmt.Sprintf("%s would not be mounted after a boot: /etc/fstab has nothing of it", m.Point)
-	}
 	inside = filepath.Join(dir, below)
 	if !t.exists(inside) {
 		return "", fmt.Sprintf("%s is not found as %s", path, inside)
+	}
+	return inside, ""
+}
+
+// lasting is within, and the file has its other path after a boot, too.
+func (t Tree) lasting(dir, path string) (inside, why string) {
+	if inside, why = t.within(dir, path); why != "" {
+		return "", why
+	}
+	if m, err := t.Mount(path); err != nil || !t.mountsAtBoot(m.Point) {
+		return "", fmt.Sprintf("%s would not be mounted after a boot: /etc/fstab has nothing of it", m.Point)
 	}
 	return inside, ""
 }
@@ -150,15 +161,19 @@ const backingDir = "/var/lib/libvirt/qemu/ram"
 
 var backingSetting = regexp.MustCompile(`(?m)^[ \t]*memory_backing_dir[ \t]*=[ \t]*["']([^"'\n]*)["']`)
 
+// backing is where libvirt makes guests' memory, from its next start on.
+func (t Tree) backing() string {
+	conf, _ := t.text("/etc/libvirt/qemu.conf")
+	if m := backingSetting.FindStringSubmatch(conf); m != nil { // the first one counts
+		return m[1]
+	}
+	return backingDir
+}
+
 // NotInPlace says why libvirt makes no guest's memory in the reserved memory that is mounted on dir;
 // nil: it does, for those that are defined so.
 func (t Tree) NotInPlace(dir string) *maint.Problem {
-	folder := backingDir
-	conf, _ := t.text("/etc/libvirt/qemu.conf")
-	if m := backingSetting.FindStringSubmatch(conf); m != nil {
-		folder = m[1]
-	}
-	if _, why := t.within(dir, folder); why != "" {
+	if _, why := t.lasting(dir, t.backing()); why != "" {
 		return maint.Problemf(maint.CodeNoRegion, host, "mkdir -p -m 711 "+inPlaceDir+"; in /etc/fstab: "+inPlaceLine+
 			`; in /etc/libvirt/qemu.conf: memory_backing_dir = "`+inPlaceDir+`"; mount it, restart libvirt's daemon; guests' next starts are with it`, "%s", why)
 	}

@@ -124,7 +124,7 @@ func (b *bed) text(path string) string {
 func TestCopiedAndWhy(t *testing.T) {
 	t.Parallel()
 	const mounts = "22 1 254:1 / / rw - ext4 /dev/vda1 rw\n40 22 259:0 / " + kexec.DefaultDir + " rw - ext4 /dev/pmem0 rw,dax=always\n"
-	const elsewhere = kexec.DefaultDir + "/libvirt"
+	const elsewhere = kexectest.Backing
 	for name, c := range map[string]struct {
 		spoil func(b *bed)
 		why   string
@@ -134,13 +134,14 @@ func TestCopiedAndWhy(t *testing.T) {
 			b.m.Write("/proc/self/mountinfo", mounts+"41 22 0:31 / "+elsewhere+" rw - tmpfs tmpfs rw\n")
 		}, "not in reserved memory"},
 		"the page cache": {func(b *bed) {
-			b.m.Write("/proc/self/mountinfo", mounts+"41 22 259:0 /libvirt "+elsewhere+" rw - ext4 /dev/pmem0 rw\n")
+			b.m.Write("/proc/self/mountinfo", mounts+"41 22 259:0 / "+elsewhere+" rw - ext4 /dev/pmem0 rw\n")
 		}, "page cache"},
 		"until a boot": {func(b *bed) {
-			b.m.Write("/proc/self/mountinfo", mounts+"41 22 259:0 /libvirt "+elsewhere+" rw - ext4 /dev/pmem0 rw,dax\n")
+			b.m.Write("/etc/fstab", "/dev/pmem0 "+kexec.DefaultDir+" ext4 dax 0 0\n")
 		}, "/etc/fstab"},
-		"paused":       {func(b *bed) { b.h.Pause(b.t, b.uuid) }, "is paused"},
-		"switched off": {func(b *bed) { b.InPlace = false }, "kexec.in_place"},
+		"from libvirt's next start on": {func(b *bed) { b.m.Remove("/etc/libvirt/qemu.conf") }, "/var/lib/libvirt/qemu/ram is not in reserved memory"},
+		"paused":                       {func(b *bed) { b.h.Pause(b.t, b.uuid) }, "is paused"},
+		"switched off":                 {func(b *bed) { b.InPlace = false }, "kexec.in_place"},
 		"an older hook": {func(b *bed) {
 			b.m.Write(vmmtest.HookFile, strings.ReplaceAll(b.text(vmmtest.HookFile), "BelayMemoryInPlace", "BelayMemoryOfLater"))
 		}, "of another version"},
@@ -178,10 +179,11 @@ func TestCopiedAndWhy(t *testing.T) {
 func TestNotInPlace(t *testing.T) {
 	t.Parallel()
 	b := newInPlaceBed(t)
+	b.m.Remove("/etc/libvirt/qemu.conf")
 	if p := b.m.Tree().NotInPlace(kexec.DefaultDir); p == nil || !strings.Contains(p.Reason, "/var/lib/libvirt/qemu/ram is not in reserved memory") || !strings.Contains(p.Remedy, "memory_backing_dir") {
 		t.Errorf("%v", p)
 	}
-	b.m.Write("/etc/libvirt/qemu.conf", "#memory_backing_dir = \"/dev/shm\"\nmemory_backing_dir = \""+kexec.DefaultDir+"\"\n")
+	b.m.Write("/etc/libvirt/qemu.conf", "#memory_backing_dir = \"/dev/shm\"\nmemory_backing_dir = \""+kexectest.Backing+"\"\n")
 	if p := b.m.Tree().NotInPlace(kexec.DefaultDir); p != nil {
 		t.Error(p)
 	}

@@ -126,6 +126,8 @@ type member struct {
 	UUID      string `json:"uuid"`
 	Bytes     uint64 `json:"bytes"`
 	Machine   string `json:"machine"`
+	Domain    string `json:"domain,omitempty"` // its type: kvm, qemu
+	CPU       string `json:"cpu,omitempty"`    // its <cpu>, as it runs
 	Paused    bool   `json:"paused,omitempty"` // by its owner
 	Autostart bool   `json:"autostart,omitempty"`
 	BootID    string `json:"boot_id,omitempty"` // its own

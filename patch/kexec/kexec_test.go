@@ -103,7 +103,7 @@ func newBed(t *testing.T) *bed {
 	t.Helper()
 	w := hypervisortest.NewWorld()
 	t.Cleanup(w.Close)
-	h := w.AddHost("a", hypervisortest.HostOptions{})
+	h := w.AddHost("a", hypervisortest.HostOptions{CannotRun: []string{"EPYC"}})
 	m := kexectest.New(t, h)
 	b := &bed{t: t, m: m, h: h, s: &notes{data: make(map[string][]byte)}}
 	b.uuid = h.PutGuest("web-1", func(g *maint.Guest) { g.MemoryBytes = 1 << 20 })
@@ -393,6 +393,7 @@ func TestPreflight(t *testing.T) {
 		"an unknown machine type": {func(b *bed) {
 			b.h.PutGuest("old-1", func(g *maint.Guest) { g.MachineType = "pc-q35-2.4" })
 		}, maint.CodeMachineType},
+		"another CPU":              {func(b *bed) { b.h.PutGuest("amd-1", func(g *maint.Guest) { g.CPUModel = "EPYC" }) }, maint.CodeCPU},
 		"no room":                  {func(b *bed) { b.h.PutGuest("big-1", func(g *maint.Guest) { g.MemoryBytes = 1 << 60 }) }, maint.CodeNoRoom},
 		"guests of an earlier one": {func(b *bed) { b.save(); b.m.Boots(kexectest.Old); b.Op = "kexec-2" }, maint.CodeKeptGuest},
 	} {

@@ -140,7 +140,7 @@ func (t Tree) Missing(dir string, need uint64) []maint.Problem {
 	}
 	if why := t.OnPmem(dir); why != "" && len(regions) > 0 {
 		g.add(maint.CodeNoRegion, host, fmt.Sprintf("mkdir -p -m 700 %s; in /etc/fstab: %s; systemctl daemon-reload; systemctl start '%s'", dir, fstabLine(dir), unitOf(dir)), "%s", why)
-	} else if fstab, _ := t.text("/etc/fstab"); len(regions) > 0 && !mounts(fstab, dir) && !t.exists("/etc/systemd/system/"+unitOf(dir)) {
+	} else if len(regions) > 0 && !t.mountsAtBoot(dir) {
 		g.add(maint.CodeNoRegion, host, "in /etc/fstab: "+fstabLine(dir),
 			"%s is mounted, but would not be after a boot", dir)
 	}
@@ -170,14 +170,16 @@ func (t Tree) reserve(need uint64) string {
 	return fmt.Sprintf(`in /etc/default/grub: GRUB_CMDLINE_LINUX="... memmap=%s", update-grub, and boot; then see docs/rung-b-kexec.md`, r)
 }
 
-func mounts(fstab, dir string) bool {
+// mountsAtBoot reports whether systemd mounts something on a folder when the host boots.
+func (t Tree) mountsAtBoot(dir string) bool {
+	fstab, _ := t.text("/etc/fstab")
 	for line := range strings.Lines(fstab) {
 		f := strings.Fields(line)
 		if len(f) > 1 && !strings.HasPrefix(f[0], "#") && f[1] == dir {
 			return true
 		}
 	}
-	return false
+	return t.exists("/etc/systemd/system/" + unitOf(dir))
 }
 
 // unitOf is the mount unit of a folder (systemd-escape(1), for plain paths).

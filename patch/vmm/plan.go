@@ -74,29 +74,35 @@ func (r *Replacement) Preflight(ctx context.Context, s Scratch) error {
 	return s.Save(pl)
 }
 
-// probe has libvirt look at the QEMU that it will start. It believes what it has
-// learnt as long as the program is the same.
+// probe has libvirt look at the QEMU that it will start.
 func (r *Replacement) probe(ctx context.Context, f Facts) error {
 	d, err := r.Host.Describe(ctx, r.UUID)
 	if err != nil {
 		return err
 	}
+	err = CanRun(ctx, r.Host, f.Guest, f.Host.Arch, d.CPU)
+	if p := new(maint.Problem); errors.As(err, &p) {
+		return maint.Refuse("cannot put a new QEMU under guest "+r.Guest, []maint.Problem{*p})
+	}
+	return err
+}
+
+// CanRun is a *maint.Problem if libvirt says that the QEMU that it would start for a guest, which had
+// that <cpu>, cannot run that. libvirt looks at that QEMU for it, and believes what it has learnt as long as
+// program and kernel are the same; any other error says that it has not answered.
+func CanRun(ctx context.Context, h Prober, g maint.Guest, arch, cpuXML string) error {
 	for step := 100 * time.Millisecond; ; step = min(2*step, 2*time.Second) {
-		err := r.Host.CompareCPU(ctx, f.Guest.DomainType, f.Host.Arch, f.Guest.MachineType, d.CPU)
-		if !errors.Is(err, maint.ErrHypervisorDown) { // or it is still looking
-			return maint.Refuse("cannot put a new QEMU under guest "+r.Guest, r.cpuProblem(err))
+		err := h.CompareCPU(ctx, g.DomainType, arch, g.MachineType, cpuXML)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, maint.ErrHypervisorDown) && ctx.Err() == nil { // or it is still looking
+			return maint.Problemf(maint.CodeCPU, "guest "+g.Name, "install a QEMU that can", "libvirt says that the QEMU of this host cannot run its CPU: %v", err)
 		}
 		if !wait(ctx, step) {
 			return err
 		}
 	}
-}
-
-func (r *Replacement) cpuProblem(err error) []maint.Problem {
-	if err == nil {
-		return nil
-	}
-	return []maint.Problem{*maint.Problemf(maint.CodeCPU, "guest "+r.Guest, "install a QEMU that can", "libvirt says that the QEMU of this host cannot run its CPU: %v", err)}
 }
 
 // adoptable: the guest is between two QEMUs, and has been left there.

@@ -27,6 +27,9 @@ const (
 	Next = "6.1.0-30-amd64"
 )
 
+// Backing is its libvirt's memory_backing_dir, where the reserved memory is mounted once more.
+const Backing = "/var/lib/libvirt/belay"
+
 // Cmdline is what it was started with.
 const Cmdline = "root=/dev/vda1 ro quiet memmap=512M!4G"
 
@@ -62,8 +65,9 @@ var (
 func New(t testing.TB, h *hypervisortest.Host) *Machine {
 	t.Helper()
 	m := &Machine{Machine: vmmtest.New(t, h), t: t}
-	m.Backing = kexec.DefaultDir
-	m.Write("/etc/fstab", "/dev/vda1 / ext4 errors=remount-ro 0 1\n/dev/pmem0 "+kexec.DefaultDir+" ext4 dax,nofail 0 0\n")
+	m.Backing = Backing
+	m.Write("/etc/libvirt/qemu.conf", "memory_backing_dir = \""+Backing+"\"\n")
+	m.Write("/etc/fstab", "/dev/vda1 / ext4 errors=remount-ro 0 1\n/dev/pmem0 "+kexec.DefaultDir+" ext4 dax,nofail 0 0\n/dev/pmem0 "+Backing+" ext4 dax,nofail 0 0\n")
 	m.Write("/proc/cmdline", "BOOT_IMAGE=/boot/vmlinuz "+Cmdline+"\n")
 	m.Write("/sys/kernel/kexec_loaded", "0\n")
 	m.Write("/sys/kernel/security/lockdown", "[none] integrity confidentiality\n")
@@ -77,7 +81,9 @@ func New(t testing.TB, h *hypervisortest.Host) *Machine {
 		m.Write("/boot/config-"+r, "CONFIG_KEXEC_FILE=y\nCONFIG_FS_DAX=y\nCONFIG_DAX=y\nCONFIG_EXT4_FS=m\n")
 		m.Write("/lib/modules/"+r+"/modules.dep", "kernel/drivers/nvdimm/nd_e820.ko: kernel/x.ko\nkernel/drivers/nvdimm/nd_pmem.ko.xz:\nkernel/fs/ext4/ext4.ko:\n")
 	}
-	if err := os.MkdirAll(filepath.Join(m.Dir(), "libvirt/qemu"), 0o700); err != nil {
+	backing := filepath.Join(m.Root, Backing)
+	err := errors.Join(os.MkdirAll(filepath.Join(m.Dir(), "libvirt/qemu"), 0o700), os.MkdirAll(filepath.Dir(backing), 0o755), os.Symlink(m.Dir(), backing))
+	if err != nil {
 		t.Fatal(err)
 	}
 	m.Boots(Old)
@@ -139,11 +145,22 @@ func (m *Machine) Boots(release string) {
 	m.Mount(true)
 }
 
-// Mount says whether the reserved memory is mounted.
+// Mount says whether the reserved memory is mounted, for Belay and for QEMU.
 func (m *Machine) Mount(on bool) {
-	text := "22 1 254:1 / / rw,relatime shared:1 - ext4 /dev/vda1 rw\n23 22 0:21 / /dev/shm rw - tmpfs tmpfs rw\n"
 	if on {
-		text += "40 22 259:0 / " + kexec.DefaultDir + " rw,relatime shared:9 - ext4 /dev/pmem0 rw,dax=always\n"
+		m.mount(kexec.DefaultDir, Backing)
+	} else {
+		m.mount()
+	}
+}
+
+// MountNotForQEMU has the reserved memory be mounted for Belay only.
+func (m *Machine) MountNotForQEMU() { m.mount(kexec.DefaultDir) }
+
+func (m *Machine) mount(points ...string) {
+	text := "22 1 254:1 / / rw,relatime shared:1 - ext4 /dev/vda1 rw\n23 22 0:21 / /dev/shm rw - tmpfs tmpfs rw\n"
+	for i, point := range points {
+		text += fmt.Sprintf("%d 22 259:0 / %s rw,relatime shared:9 - ext4 /dev/pmem0 rw,dax=always\n", 40+i, point)
 	}
 	m.Write("/proc/self/mountinfo", text)
 }
