@@ -60,7 +60,7 @@ func (j *Job) guests(ctx context.Context, g *judgement, pl *plan) (ways []maint.
 		pl.Guests = append(pl.Guests, member{Name: q.Name, UUID: q.UUID, Bytes: q.MemoryBytes, Machine: q.MachineType, Domain: q.DomainType, CPU: d.CPU,
 			Paused: q.State == maint.GuestPaused, Autostart: q.Autostart, Disks: disks(q)})
 		way := maint.KexecGuest{Guest: q.Name, UUID: q.UUID, Memory: maint.KexecCopied, Bytes: Needs(q.MemoryBytes)}
-		s, why := j.seat(ctx, q.UUID, "plan")
+		s, why := j.seat(ctx, q, "plan")
 		if way.Why = why; why == "" {
 			way.Memory, way.Bytes = maint.KexecInPlace, stateRoom+j.grows(s)
 			pl.Guests[len(pl.Guests)-1].InPlace = true

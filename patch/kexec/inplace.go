@@ -87,18 +87,21 @@ func readLeaving(name string) (l leaving, err error) {
 func isInPlace(head []byte) bool { return bytes.HasPrefix(head, []byte(inPlaceMagic)) }
 
 // seat is a guest in its QEMU, with its memory by the folder's own paths. why says what keeps its
-// memory from staying in place, "" if nothing does.
-func (j *Job) seat(ctx context.Context, uuid, token string) (s vmm.Seat, why string) {
+// memory from staying in place, "" if nothing does. Its QEMU is asked, and tried, last.
+func (j *Job) seat(ctx context.Context, g maint.Guest, token string) (s vmm.Seat, why string) {
 	if !j.InPlace {
 		return s, "kexec.in_place is false"
 	}
 	if hook, err := j.Tree.text(hookFile); err != nil || !strings.Contains(hook, inPlaceMagic) || !strings.Contains(hook, "\nkept="+j.dir()+"\n") {
 		return s, fmt.Sprintf("Belay's hook of libvirt, %s, is not there, of another version, or does not look in %s (kexec.dir)", hookFile, j.Dir)
 	}
+	if g.MemorySource != "file" || !g.MemoryShared {
+		return s, "its memory is in no shared file"
+	}
 	if p := j.Tree.NotInPlace(j.Dir); p != nil {
 		return s, p.Reason
 	}
-	s, against, err := j.Mover.Seat(ctx, uuid, token)
+	s, against, err := j.Mover.Seat(ctx, g.UUID, token)
 	if err != nil {
 		return s, err.Error()
 	}
@@ -114,7 +117,7 @@ func (j *Job) seat(ctx context.Context, uuid, token string) (s vmm.Seat, why str
 			return s, "its memory: " + why
 		}
 	}
-	s.Kept = filepath.Join(j.Dir, uuid+memoryExt)
+	s.Kept = filepath.Join(j.Dir, g.UUID+memoryExt)
 	return s, ""
 }
 
@@ -214,16 +217,12 @@ func (j *Job) grows(s vmm.Seat) (bytes uint64) {
 
 // leave has a guest leave its QEMU, its memory staying where it is, and names it. One that cannot
 // runs on.
-func (k *keeping) leave(ctx context.Context, g member) error {
+func (k *keeping) leave(ctx context.Context, g member, s vmm.Seat) error {
 	j := k.j
-	l := leaving{Token: string(j.Op)}
+	l := leaving{Token: string(j.Op), Seat: s}
 	var err error
 	if l.Boot, err = j.Tree.Boot(); err != nil {
 		return err
-	}
-	var why string
-	if l.Seat, why = j.seat(ctx, g.UUID, l.Token); why != "" {
-		return fmt.Errorf("its memory cannot stay in place any more: %s", why)
 	}
 	if err := j.Mover.Keep(l.Seat); err != nil {
 		return err

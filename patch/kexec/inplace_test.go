@@ -141,6 +141,7 @@ func TestCopiedAndWhy(t *testing.T) {
 		}, "/etc/fstab"},
 		"from libvirt's next start on": {func(b *bed) { b.m.Remove("/etc/libvirt/qemu.conf") }, "/var/lib/libvirt/qemu/ram is not in reserved memory"},
 		"paused":                       {func(b *bed) { b.h.Pause(b.t, b.uuid) }, "is paused"},
+		"plain memory":                 {func(b *bed) { b.h.Edit(b.t, b.uuid, func(g *maint.Guest) { g.MemorySource = "" }) }, "in no shared file"},
 		"switched off":                 {func(b *bed) { b.InPlace = false }, "kexec.in_place"},
 		"an older hook": {func(b *bed) {
 			b.m.Write(vmmtest.HookFile, strings.ReplaceAll(b.text(vmmtest.HookFile), "BelayMemoryInPlace", "BelayMemoryOfLater"))
@@ -170,6 +171,31 @@ func TestCopiedAndWhy(t *testing.T) {
 				if g := b.mustRescue(); g.Fate != maint.KexecRestored || g.Memory != maint.KexecCopied {
 					t.Errorf("%+v", g)
 				}
+			}
+		})
+	}
+}
+
+// A plan puts nothing to the QEMU of a guest whose memory cannot be in the reserved memory.
+func TestPlanLeavesQEMUAlone(t *testing.T) {
+	t.Parallel()
+	for name, spoil := range map[string]func(b *bed){
+		"plain memory":                        func(b *bed) { b.h.Edit(b.t, b.uuid, func(g *maint.Guest) { g.MemorySource = "" }) },
+		"a private file":                      func(b *bed) { b.h.Edit(b.t, b.uuid, func(g *maint.Guest) { g.MemoryShared = false }) },
+		"memory that libvirt makes elsewhere": func(b *bed) { b.m.Remove("/etc/libvirt/qemu.conf") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newInPlaceBed(t)
+			asked := 0
+			b.m.Intercept(func(string) (any, bool) { asked++; return nil, false })
+			if v, err := b.Plan(t.Context()); err != nil || v.Guests[0].Memory != maint.KexecInPlace || asked == 0 {
+				t.Fatalf("%+v, %v; its QEMU was asked %d times", v, err, asked)
+			}
+			spoil(b)
+			asked = 0
+			if v, err := b.Plan(t.Context()); err != nil || v.Guests[0].Memory != maint.KexecCopied || asked > 0 {
+				t.Errorf("%+v, %v; its QEMU was asked %d times", v, err, asked)
 			}
 		})
 	}

@@ -300,7 +300,11 @@ func (k *keeping) save(ctx context.Context, g member) error {
 		}
 	}
 	if g.InPlace {
-		return k.leave(ctx, g)
+		s, why := j.seat(ctx, now, string(j.Op))
+		if why != "" {
+			return fmt.Errorf("its memory cannot stay in place any more: %s", why)
+		}
+		return k.leave(ctx, g, s)
 	}
 	if err := remove(file); err != nil {
 		return err
