@@ -36,3 +36,22 @@ type ClockReport struct {
 	StaleError time.Duration `json:"stale_error_ns,omitempty"`
 	Reason     string        `json:"reason,omitempty"` // why it is not synchronised
 }
+
+// farOff is what a guest's own time service is not trusted to put right unnoticed.
+const farOff = 500 * time.Millisecond
+
+// Behind is the problem of a guest with an agent that has lost some time, and not been given it back.
+func (r ClockReport) Behind(lost time.Duration) *Problem {
+	reason := ""
+	switch {
+	case r.State == ClockSynchronised || lost < farOff:
+	case r.State == ClockUnsynchronised:
+		reason = "its clock may be " + lost.Round(time.Millisecond).String() + " behind: " + r.Reason
+	case r.After != nil && r.After.Offset < -farOff && (r.Before == nil || r.Before.Offset-r.After.Offset > farOff):
+		reason = "its clock is " + (-r.After.Offset).Round(time.Millisecond).String() + " behind"
+	}
+	if reason == "" {
+		return nil
+	}
+	return Problemf(CodeClock, "guest "+r.Guest, "when its agent answers: belay clock "+ShellWord(r.Guest)+" --sync", "%s", reason)
+}

@@ -113,7 +113,7 @@ const (
 
 	// longAway bounds what an agent is given beyond that, a quarter of the time that
 	// its guest has lost: what has come due meanwhile comes first.
-	longAway = 10 * time.Second
+	longAway = 20 * time.Second
 
 	// longestSet bounds the wait for the answer to a setting that is alone: hwclock
 	// takes a second. What came of it is measured in any case.

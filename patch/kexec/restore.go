@@ -404,8 +404,11 @@ func (b *bringing) settle(ctx context.Context) error {
 // than has passed since it stood still, by the host's clock of this moment: after a boot that may
 // be put right, too.
 func (b *bringing) ask(ctx context.Context, now maint.Guest, e *entry) {
-	clock := b.j.Inside.Clock(ctx, now, max(time.Since(e.Begun), 0))
-	b.out.Clock = &clock
+	lost := max(time.Since(e.Begun), 0)
+	clock := b.j.Inside.Clock(ctx, now, lost)
+	if b.out.Clock = &clock; b.out.Problem == nil && now.Agent != maint.AgentNone {
+		b.out.Problem = clock.Behind(lost)
+	}
 	if after := b.j.Inside.BootID(ctx, now); after != "" && b.BootID != "" {
 		same := after == b.BootID
 		if b.out.SameBoot = &same; !same {

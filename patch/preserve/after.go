@@ -87,19 +87,3 @@ func (p *pause) restore(ctx context.Context, g *held) {
 		g.Clock = &r
 	})
 }
-
-// clockProblem is one of a clock that the pause has left behind.
-func clockProblem(guest string, r maint.ClockReport, lost time.Duration) *maint.Problem {
-	reason := ""
-	switch {
-	case r.State == maint.ClockSynchronised || lost < farOff:
-	case r.State == maint.ClockUnsynchronised:
-		reason = "its clock may be " + lost.Round(time.Millisecond).String() + " behind: " + r.Reason
-	case r.After != nil && r.After.Offset < -farOff && (r.Before == nil || r.Before.Offset-r.After.Offset > farOff):
-		reason = "its clock is " + (-r.After.Offset).Round(time.Millisecond).String() + " behind"
-	}
-	if reason == "" {
-		return nil
-	}
-	return maint.Problemf(maint.CodeClock, "guest "+guest, "when its agent answers: belay clock "+guest+" --sync", "%s", reason)
-}

@@ -33,9 +33,6 @@ const (
 	// lookTimeout is how long those that can be looked at wait for one that
 	// cannot, before they are released.
 	lookTimeout = 200 * time.Millisecond
-	// farOff is what a guest's own time service is not trusted to put right
-	// unnoticed.
-	farOff = 500 * time.Millisecond
 	// settle is how long a guest is watched that a belayd which died may have
 	// asked to stop.
 	settle = 3 * time.Second
@@ -259,7 +256,7 @@ func (p *pause) end(ctx context.Context) ([]maint.HeldGuest, []maint.LeashEvent)
 	p.clocks.Wait()
 	for _, g := range p.guests {
 		if g.Problem == nil && g.Clock != nil && g.agent != maint.AgentNone {
-			g.Problem = clockProblem(g.Guest, *g.Clock, g.lost)
+			g.Problem = g.Clock.Behind(g.lost)
 		}
 	}
 	var result []maint.HeldGuest
