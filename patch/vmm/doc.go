@@ -39,7 +39,8 @@
 //	before the pause                   begins the swap
 //	after the pause, before quit       has the old QEMU run on (so does the
 //	                                   caller's leash, meanwhile), and gives up
-//	after quit, QEMU still there       waits until it has gone
+//	after quit, QEMU still there       tells it again, waits until it has gone: never has it
+//	                                   run on, unless somebody else has resumed it
 //	the guest is off                   starts the new QEMU from what is kept
 //	the new QEMU waits for the state   pours it in, or has it end and starts another
 //	the new QEMU has it, paused        resumes it

@@ -9,6 +9,9 @@ func (r *Replacement) Hurry() {
 	r.pace = &p
 }
 
+// GivesUp is how long it waits for a QEMU that was told to quit.
+func (r *Replacement) GivesUp(d time.Duration) { r.pace.gone = d }
+
 // Impatient has it wait for no sign of life for long, either.
 func (r *Replacement) Impatient() { r.pace.prove = 100 * time.Millisecond }
 

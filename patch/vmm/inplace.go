@@ -22,8 +22,8 @@ const (
 )
 
 // handOver pauses the guest, takes the state of its devices, and ends its QEMU.
-// The memory stays in its files. Until QuitMigrated the guest can run on where
-// it is (see Back), and nothing here removes what that needs.
+// The memory stays in its files. Until it is stamped that its QEMU is to quit the guest
+// can run on where it is (see Back), and nothing here removes what that needs.
 func (r *Replacement) handOver(ctx context.Context, pl plan, t *timing) error {
 	g, m := r.Places.guard(pl.UUID), r.mover()
 	defer m.Linger(pl.Seat)()

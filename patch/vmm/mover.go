@@ -194,20 +194,11 @@ func (m Mover) unchanged(ctx context.Context, s Seat) error {
 	return err
 }
 
-// End ends the QEMU that the guest has left, and returns when libvirt has taken the domain down.
-// After an error look where the guest is: the QEMU may end nevertheless.
-func (m Mover) End(ctx context.Context, s Seat) error {
-	if err := m.Host.QuitMigrated(ctx, s.UUID); err != nil {
-		return err
-	}
-	return m.awaitOff(context.WithoutCancel(ctx), s)
-}
-
 // Alive reports whether the QEMU that the guest is to leave is there.
 func (m Mover) Alive(s Seat) bool { return m.Places.alive(s.Old) }
 
 // Back has the guest run on in the QEMU that it has not left, and may be done over. The state that
-// Leave took is out of date then: drop it before.
+// Leave took is out of date then: drop it before. After End it is for a guest that is ErrResumed alone.
 func (m Mover) Back(ctx context.Context, s Seat) error {
 	if err := m.resume(ctx, s, m.tryOld); err != nil {
 		return err
@@ -329,28 +320,6 @@ func (m Mover) postMigrate(ctx context.Context, s Seat) error {
 		}
 		if !wait(ctx, pollEvery) {
 			return context.Cause(ctx)
-		}
-	}
-}
-
-// awaitOff waits until libvirt has taken the domain down. It answers when it
-// has, mostly, as it is busy with it.
-func (m Mover) awaitOff(ctx context.Context, s Seat) error {
-	ctx, cancel := context.WithTimeout(ctx, m.paced().gone)
-	defer cancel()
-	for {
-		state, _, err := m.Host.State(ctx, s.UUID)
-		if absent(err) || err == nil && !state.Active() {
-			if !m.Places.alive(s.Old) {
-				return nil
-			}
-			err = errors.New("libvirt says that it is off, and its QEMU is there")
-		}
-		if err != nil {
-			return err
-		}
-		if !wait(ctx, pollEvery) {
-			return errors.New("libvirt does not take it down")
 		}
 	}
 }

@@ -73,7 +73,7 @@ const (
 	guardPlan    = "plan"    // the plan, as in the journal
 	guardPaused  = "paused"  // since then the guest is paused, by us
 	guardState   = "state"   // the state of its devices, all of it
-	guardQuit    = "quit"    // the old QEMU is being ended: the state counts
+	guardQuit    = "quit"    // the old QEMU is being ended: the state counts, there is no way back
 	guardID      = "id"      // the hook's: the new domain's number
 	guardResumed = "resumed" // the guest may have run in the new QEMU: the state is void
 )

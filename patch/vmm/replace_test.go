@@ -241,9 +241,6 @@ func TestFailsBeforeTheEndOfTheOldQEMU(t *testing.T) {
 		"suspend works, and fails": {maint.VMMInPlace, func(b *bed, _ *vmm.Replacement) {
 			b.Fault("Suspend", hypervisortest.Fault{Err: errors.New("x"), After: true, Times: 1})
 		}},
-		"quit is refused": {maint.VMMInPlace, func(b *bed, _ *vmm.Replacement) {
-			b.Fault("QuitMigrated", hypervisortest.Fault{Err: errors.New("x"), Times: 1})
-		}},
 		"resume fails for a while": {maint.VMMInPlace, func(b *bed, _ *vmm.Replacement) {
 			b.FailMigrate = true
 			b.Fault("Resume", hypervisortest.Fault{Err: errors.New("x"), Times: 2})

@@ -15,45 +15,21 @@ import (
 	"belay/agent/maint"
 )
 
-// place is where a guest is on its way.
-//
-//	old ──► leaving ──► off ──► new
-//	 └──────────┘ Back           └── foreign: neither of ours
-type place string
-
-const (
-	atOld   place = "in its old QEMU"
-	leaving place = "in its old QEMU, which is ending"
-	atOff   place = "off"
-	atNew   place = "in its new QEMU"
-	foreign place = "in a QEMU that somebody else has started"
-)
-
 // look finds out where the guest is.
 func (r *Replacement) look(ctx context.Context, pl plan) (place, error) {
 	ctx, cancel := context.WithTimeout(ctx, r.paced().ask)
 	defer cancel()
 	g, err := r.Host.Guest(ctx, pl.UUID)
-	alive := r.Places.alive(pl.Old)
-	saving := err == nil && (g.Job == "save" || g.State == maint.GuestPaused && g.Reason == "saving")
-	switch {
-	case err != nil && !errors.Is(err, maint.ErrNoGuest):
+	if err != nil && !errors.Is(err, maint.ErrNoGuest) {
 		return "", err
-	case err != nil || !g.State.Active():
-		if alive {
-			return leaving, nil // libvirt has let go of a process that is still there
-		}
-		return atOff, nil
 	}
-	now, err := r.Places.qemu(pl.Guest)
+	if err != nil {
+		g = maint.Guest{}
+	}
+	now := r.mover().where(pl.Seat, g)
 	switch {
-	case alive && (err != nil || now == pl.Old):
-		if g.State == maint.GuestShutdown || saving {
-			return leaving, nil
-		}
-		return atOld, nil
-	case err != nil: // it has ended, or the new one has not written its number yet
-		return leaving, nil
+	case now != foreign: // or it is the new one
+		return now, nil
 	case pl.Method == maint.VMMCopy:
 		if g.Reason == "restored" || g.Reason == "migrating" || r.Places.guard(pl.UUID).has(guardResumed) {
 			return atNew, nil
@@ -75,7 +51,8 @@ func (r *Replacement) look(ctx context.Context, pl plan) (place, error) {
 }
 
 // settled looks until there is an answer, libvirt being away for a while, and
-// the guest is not on its way out.
+// the guest is not on its way out. Once its old QEMU was to be ended it is on its
+// way out of that, and there is no way back, unless QEMU says that it runs.
 func (r *Replacement) settled(ctx context.Context, pl plan) (now place, err error) {
 	pace := r.paced()
 	away, cancelAway := context.WithTimeout(ctx, pace.libvirt)
@@ -89,13 +66,21 @@ func (r *Replacement) settled(ctx context.Context, pl plan) (now place, err erro
 	step := 5 * time.Millisecond
 	for {
 		now, err = r.look(ctx, pl)
+		if err == nil && now == atOld && pl.Method == maint.VMMInPlace && r.Places.guard(pl.UUID).has(guardQuit) {
+			switch err = r.mover().End(ctx, pl.Seat); {
+			case errors.Is(err, ErrResumed):
+				return atOld, nil
+			case err == nil:
+				return atOff, nil
+			}
+		}
 		patience := away
 		switch {
 		case err == nil && now != leaving:
 			return now, nil
 		case err == nil:
 			patience, err = gone, fmt.Errorf("the guest is %s, and does not get out of it", now)
-		case errors.Is(err, maint.ErrNoGuest): // it went between two questions
+		case errors.Is(err, maint.ErrNoGuest), now == atOld: // it went between two questions, or is to go
 			patience = gone
 		}
 		if !wait(patience, step) {
@@ -280,7 +265,8 @@ func (r *Replacement) wake(ctx context.Context, pl plan, t *timing) error {
 }
 
 // Back has the guest run on in its old QEMU. It is the undo of Swap, and may be
-// done over.
+// done over. A guest whose old QEMU was to be ended cannot: it goes on to a new one,
+// and the error wraps ErrStuck, since the operation is yet to be finished.
 func (r *Replacement) Back(ctx context.Context, s Scratch) error {
 	pl, err := r.load(s)
 	if err != nil {
@@ -292,10 +278,14 @@ func (r *Replacement) Back(ctx context.Context, s Scratch) error {
 		return r.unknown(pl, err)
 	case now == atOld:
 		return r.back(ctx, pl)
-	case r.Places.guard(pl.UUID).has(guardQuit):
-		return r.stuck(pl, now, errors.New("it has left its old QEMU"))
+	case !r.Places.guard(pl.UUID).has(guardQuit):
+		return nil // it has ended by itself
 	}
-	return nil // it has ended by itself
+	if _, _, err := r.arrive(ctx, pl, now, new(timing)); err != nil {
+		return err
+	}
+	p := maint.Problemf(maint.CodeBetween, "guest "+r.Guest, "belay replace-vmm "+maint.ShellWord(r.Guest), "runs in its new QEMU: it had left its old one when this was called off; that is yet to be finished")
+	return fmt.Errorf("%w: %w", ErrStuck, p)
 }
 
 // back does it, for a guest that is in its old QEMU. What was kept of the state

@@ -46,6 +46,9 @@ type Machine struct {
 	// FailMigrate has QEMUs fail to send their state; HangMigrate has them
 	// never end.
 	FailMigrate, HangMigrate bool
+	// OnQuit, unless nil, is what comes of a QEMU's being told to quit, which else ends at once, as does its
+	// domain: gone ends the process, down has libvirt take the domain down, and the error is the answer.
+	OnQuit func(gone, down func()) error
 	// Confined QEMUs cannot use sockets.
 	Confined bool
 
@@ -249,6 +252,9 @@ func (m *Machine) Describe(ctx context.Context, uuid string) (vmm.Description, e
 // QuitMigrated implements vmm.QEMU.
 func (m *Machine) QuitMigrated(ctx context.Context, uuid string) error {
 	g, _ := m.Host.Guest(ctx, uuid)
+	if m.OnQuit != nil {
+		return m.quit(ctx, g)
+	}
 	if err := m.Host.QuitMigrated(ctx, uuid); err != nil {
 		return err
 	}
@@ -256,6 +262,45 @@ func (m *Machine) QuitMigrated(ctx context.Context, uuid string) error {
 	defer m.mu.Unlock()
 	m.end(g)
 	return nil
+}
+
+// quit has OnQuit say what comes of it.
+func (m *Machine) quit(ctx context.Context, g maint.Guest) error {
+	var is struct{ Status string }
+	b, err := m.Host.QMP(ctx, g.UUID, "query-status", nil)
+	if err == nil {
+		err = json.Unmarshal(b, &is)
+	}
+	if err == nil && is.Status != "postmigrate" {
+		err = fmt.Errorf("it is %s: %w", is.Status, hypervisor.ErrRunsHere)
+	}
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	q := m.qemus[g.UUID]
+	m.mu.Unlock()
+	var gone, down sync.Once
+	return m.OnQuit(func() {
+		gone.Do(func() {
+			now, _ := m.Host.Guest(context.Background(), g.UUID)
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			if now.State == maint.GuestRunning {
+				m.damage = append(m.damage, fmt.Sprintf("guest %s ran, and was ended by a quit of before", g.Name))
+			}
+			if m.qemus[g.UUID] == q {
+				m.exit(g)
+			}
+		})
+	}, func() {
+		down.Do(func() {
+			m.Host.Stop(discard{}, g.UUID, "shutdown")
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			m.end(g)
+		})
+	})
 }
 
 // QuitIncoming implements vmm.QEMU.

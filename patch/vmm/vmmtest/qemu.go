@@ -86,17 +86,24 @@ func (m *Machine) PlugMemory(uuid, id, file string) {
 	m.write(fmt.Sprintf("/proc/%d/maps", q.pid), m.mapping(q.ram)+m.mapping(file))
 }
 
-// end is a QEMU's end, and libvirt's tidying up after it.
-func (m *Machine) end(g maint.Guest) {
+// exit is a QEMU's end.
+func (m *Machine) exit(g maint.Guest) {
 	if q := m.qemus[g.UUID]; q != nil {
 		q.mem.Close()
 		for _, c := range q.chardevs {
 			c.Close()
 		}
 		os.RemoveAll(m.at(fmt.Sprintf("/proc/%d", q.pid)))
-		os.RemoveAll(m.at(q.dir))
 	}
 	delete(m.qemus, g.UUID)
+}
+
+// end is a QEMU's end, and libvirt's tidying up after it.
+func (m *Machine) end(g maint.Guest) {
+	if q := m.qemus[g.UUID]; q != nil {
+		os.RemoveAll(m.at(q.dir))
+	}
+	m.exit(g)
 	delete(m.xmls, g.UUID)
 	os.Remove(m.at(fmt.Sprintf("/run/libvirt/qemu/%s.pid", g.Name)))
 	os.RemoveAll(m.at(m.ramDir(g)))
