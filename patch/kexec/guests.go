@@ -62,7 +62,10 @@ func (j *Job) guests(ctx context.Context, g *judgement, pl *plan) (ways []maint.
 		way := maint.KexecGuest{Guest: q.Name, UUID: q.UUID, Memory: maint.KexecCopied, Bytes: Needs(q.MemoryBytes)}
 		s, why := j.seat(ctx, q, "plan")
 		if way.Why = why; why == "" {
-			way.Memory, way.Bytes = maint.KexecInPlace, stateRoom+j.grows(s)
+			way.Memory, way.Bytes = maint.KexecInPlace, stateRoom
+			for _, path := range s.Memory {
+				way.Bytes += grows(j.Tree.at(path))
+			}
 			pl.Guests[len(pl.Guests)-1].InPlace = true
 		}
 		ways = append(ways, way)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -81,6 +82,21 @@ func readLeaving(name string) (l leaving, err error) {
 		return l, fmt.Errorf("%s %w: its beginning is", name, errDamaged)
 	}
 	return l, unseal(name, parts[3], &l)
+}
+
+// stayed reports whether what is saved of a guest is of one whose memory is in place: such a guest may have
+// been copied after all.
+func stayed(name string) (bool, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	head := make([]byte, len(inPlaceMagic))
+	if _, err := io.ReadFull(f, head); err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+		return false, err
+	}
+	return isInPlace(head), nil
 }
 
 // isInPlace reports whether a guest's UUID.save is of one whose memory is in place.
@@ -204,15 +220,22 @@ func (t Tree) exposed(dir string) (who string) {
 	return ""
 }
 
-// grows is how much a guest's memory in place may take yet: a file has the room that was written to.
-func (j *Job) grows(s vmm.Seat) (bytes uint64) {
-	for _, path := range s.Memory {
+// grows is how much files of guests' memory may take yet, bytes: a file has the room that was written to.
+func grows(files ...string) (bytes uint64) {
+	for _, name := range files {
 		var st unix.Stat_t
-		if unix.Stat(j.Tree.at(path), &st) == nil && st.Size > st.Blocks*512 {
+		if unix.Stat(name, &st) == nil && st.Size > st.Blocks*512 {
 			bytes += uint64(st.Size - st.Blocks*512)
 		}
 	}
 	return bytes
+}
+
+// unwritten is that of all guests whose memory libvirt has made in the reserved memory that is mounted on dir.
+func (t Tree) unwritten(dir string) uint64 {
+	inside, _ := t.within(dir, t.backing())
+	files, _ := filepath.Glob(t.at(filepath.Join(inside, "libvirt/qemu/*/*")))
+	return grows(files...)
 }
 
 // leave has a guest leave its QEMU, its memory staying where it is, and names it. One that cannot

@@ -288,6 +288,11 @@ func (m mortal) Resume(ctx context.Context, uuid string) error {
 	return m.Machine.Resume(ctx, uuid)
 }
 
+func (m mortal) Save(ctx context.Context, uuid, path string) error {
+	defer m.die("after Save")
+	return m.Machine.Save(ctx, uuid, path)
+}
+
 func (m mortal) CreatePaused(ctx context.Context, xml string) error {
 	defer m.die("after CreatePaused")
 	return m.Machine.CreatePaused(ctx, xml)

@@ -179,10 +179,13 @@ func (b *bringing) look(ctx context.Context) (now maint.Guest, active bool, err 
 // saved by a belayd that died before it could write that down.
 func (b *bringing) unnamed(ctx context.Context, active bool) (*entry, error) {
 	// Another operation's files are out of date: this one has not come to saving.
-	there := false
-	if !b.unseen && !b.others {
+	there, inPlace := false, false
+	if name := b.j.file(b.UUID, saveExt); !b.unseen && !b.others {
 		var err error
-		if there, _, err = saved(filepath.Join(b.j.dir(), b.UUID+saveExt)); err != nil {
+		if there, _, err = saved(name); err == nil && there {
+			inPlace, err = stayed(name)
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
@@ -200,7 +203,7 @@ func (b *bringing) unnamed(ctx context.Context, active bool) (*entry, error) {
 	case active && !left:
 		b.out.Fate, b.out.Started = maint.KexecLost, true
 		b.out.Problem = maint.Problemf(maint.CodeLostGuest, "guest "+b.Name, "see that it is well", "ran when the host went down, before it was saved, and was booted afresh")
-	case there && b.absent == "" && (b.same || b.InPlace): // in place, it has its checksum
+	case there && b.absent == "" && (b.same || inPlace): // in place, it has its checksum
 		e, err := b.adopt(ctx, b.member)
 		if p := new(maint.Problem); errors.As(err, &p) && !b.same {
 			return nil, b.lost(p.Reason)

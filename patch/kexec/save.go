@@ -18,6 +18,7 @@ import (
 
 	"belay/agent/maint"
 	"belay/patch/internal/linux"
+	"belay/patch/vmm"
 )
 
 // atOnce is how many guests are saved or restored at once: it is memory that is copied.
@@ -150,9 +151,47 @@ func (j *Job) unsettled(m manifest) *maint.Problem {
 
 // keeping is a manifest that several guests are put into at once.
 type keeping struct {
-	j  *Job
-	mu sync.Mutex
-	m  manifest
+	j        *Job
+	mu       sync.Mutex
+	m        manifest
+	promised uint64 // room, bytes, to guests that are copied although they were to stay in place
+}
+
+// instead is an error if there is no room to copy a guest that was to stay in place: what the guests
+// take that are not saved yet is theirs, also what those in place have not written to. done gives back
+// what it has promised.
+func (k *keeping) instead(g member) (done func(), err error) {
+	j := k.j
+	if err := j.forget(g.UUID); err != nil { // or its memory is there twice
+		return nil, err
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	need := Needs(g.Bytes)
+	others := k.promised + j.Tree.unwritten(j.Dir)
+	for _, p := range k.m.Planned {
+		saved := slices.ContainsFunc(k.m.Guests, func(e entry) bool { return e.UUID == p.UUID })
+		switch {
+		case saved || p.UUID == g.UUID:
+		case p.InPlace:
+			others += stateRoom
+		default:
+			others += Needs(p.Bytes)
+		}
+	}
+	free, err := room(j.dir())
+	if err != nil {
+		return nil, err
+	}
+	if free < need+others {
+		return nil, fmt.Errorf("it needs %d MiB in %s, and others %d MiB, and %d MiB are free", need>>20, j.Dir, others>>20, free>>20)
+	}
+	k.promised += need
+	return func() {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		k.promised -= need
+	}, nil
 }
 
 func (k *keeping) has(uuid string) *entry {
@@ -223,6 +262,9 @@ func (k *keeping) adopt(ctx context.Context, g member) (*entry, error) {
 	name := k.j.file(g.UUID, saveExt)
 	info, err := os.Stat(name)
 	if err != nil {
+		return nil, err
+	}
+	if g.InPlace, err = stayed(name); err != nil {
 		return nil, err
 	}
 	if g.InPlace {
@@ -301,10 +343,20 @@ func (k *keeping) save(ctx context.Context, g member) error {
 	}
 	if g.InPlace {
 		s, why := j.seat(ctx, now, string(j.Op))
-		if why != "" {
-			return fmt.Errorf("its memory cannot stay in place any more: %s", why)
+		if why == "" {
+			err := k.leave(ctx, g, s)
+			if !errors.Is(err, vmm.ErrPaused) {
+				return err
+			}
+			why = err.Error()
 		}
-		return k.leave(ctx, g, s)
+		done, err := k.instead(g)
+		if err != nil {
+			return fmt.Errorf("its memory cannot stay in place any more: %s; and it cannot be copied: %w", why, err)
+		}
+		defer done()
+		j.Log.Warn("its memory is copied, as it cannot stay in place any more", "guest", g.Name, "why", why)
+		g.InPlace = false
 	}
 	if err := remove(file); err != nil {
 		return err

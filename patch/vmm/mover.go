@@ -51,6 +51,9 @@ func (m Mover) paced() pace {
 // ErrForeign: the guest is in a QEMU that somebody else has started.
 var ErrForeign = errors.New("somebody else has started it")
 
+// ErrPaused: somebody has paused the guest since it was looked at.
+var ErrPaused = errors.New("somebody has paused it meanwhile")
+
 // Seat looks at a guest that runs, and changes nothing. It gives all that stands in the way of
 // its leaving its QEMU in place, over a boot too, or else its seat, without Kept. token is what tells the
 // QEMU that it is to enter from any other.
@@ -131,8 +134,8 @@ func (s Seat) Order(word, token string) string {
 // Linger has libvirt find the end of the guest's QEMU at once, if it ends before letGo is called.
 func (m Mover) Linger(s Seat) (letGo func()) { return m.Places.linger(s.Old) }
 
-// Leave pauses the guest and takes the state of its devices. before is called right before the
-// pause, and may call it off. When it returns nil the QEMU has sent all away and waits for End or
+// Leave pauses the guest and takes the state of its devices; one that is paused already is ErrPaused.
+// before is called right before the pause, and may call it off. When it returns nil the QEMU has sent all away and waits for End or
 // Back; after an error Back has the guest run on, if it was paused.
 func (m Mover) Leave(ctx context.Context, s Seat, before func(context.Context) error) (state []byte, err error) {
 	return m.leave(ctx, s, before, new(timing))
@@ -149,6 +152,12 @@ func (m Mover) leave(ctx context.Context, s Seat, before func(context.Context) e
 	stream := receive(ctx, ln)
 	if err := setBandwidth(ctx, m.Host, s.UUID, unlimited); err != nil {
 		return nil, err
+	}
+	switch state, reason, err := m.Host.State(ctx, s.UUID); {
+	case err != nil:
+		return nil, err
+	case state == maint.GuestPaused: // and would run when it has got its new QEMU
+		return nil, fmt.Errorf("%w (%s)", ErrPaused, reason)
 	}
 	if err := before(ctx); err != nil {
 		return nil, err

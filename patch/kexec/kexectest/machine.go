@@ -33,8 +33,6 @@ const Backing = "/var/lib/libvirt/belay"
 // Cmdline is what it was started with.
 const Cmdline = "root=/dev/vda1 ro quiet memmap=512M!4G"
 
-const magic = "LibvirtQemudSave"
-
 // Machine is a host whose kernel can be changed under its guests. Those that PutGuest gives it have
 // QEMUs, and their memory is in the reserved memory; those that its Host is given have none.
 type Machine struct {
@@ -224,12 +222,7 @@ func (m *Machine) Save(ctx context.Context, uuid, path string) error {
 
 // Saved is what libvirt writes of a guest, in short: its header, and no memory.
 func Saved(uuid string, ran bool) string {
-	head := append([]byte(magic), make([]byte, 12)...)
-	binary.NativeEndian.PutUint32(head[len(magic):], 2)
-	if ran {
-		binary.NativeEndian.PutUint32(head[len(magic)+8:], 1)
-	}
-	return string(head) + " of guest " + uuid
+	return vmmtest.SavedHeader(ran) + " of guest " + uuid
 }
 
 // Restore implements kexec.Saver: what is restored is what the file has.
@@ -242,7 +235,7 @@ func (m *Machine) Restore(ctx context.Context, path string, paused bool) error {
 	if m.Knows(uuid) {
 		return m.Machine.Restore(ctx, path, paused)
 	}
-	if !strings.HasPrefix(string(b), magic) || !strings.HasSuffix(string(b), " of guest "+uuid) {
+	if !strings.HasPrefix(string(b), "LibvirtQemudSave") || !strings.HasSuffix(string(b), " of guest "+uuid) {
 		return errors.New("operation failed: it is no image of the guest")
 	}
 	m.mu.Lock()

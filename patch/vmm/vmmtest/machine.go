@@ -14,6 +14,7 @@ package vmmtest
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -396,13 +397,21 @@ func (m *Machine) create(ctx context.Context, xml string, start func() error) er
 	return m.hook(g.Name, "started", xml)
 }
 
-// saved is what is in an image after libvirt's magic.
+// saved is what is in an image after libvirt's header.
 type saved struct {
 	UUID string
 	At   int
 }
 
-const magic = "LibvirtQemudSave"
+// SavedHeader is how a file begins in which libvirt has saved a guest (libvirt, qemu_saveimage.h).
+func SavedHeader(ran bool) string {
+	head := append([]byte("LibvirtQemudSave"), make([]byte, 12)...)
+	binary.NativeEndian.PutUint32(head[16:], 2)
+	if ran {
+		binary.NativeEndian.PutUint32(head[24:], 1)
+	}
+	return string(head)
+}
 
 // Save implements vmm.Starter.
 func (m *Machine) Save(ctx context.Context, uuid, path string) error {
@@ -421,7 +430,7 @@ func (m *Machine) Save(ctx context.Context, uuid, path string) error {
 		m.ran(g)
 	}
 	text, _ := json.Marshal(saved{uuid, m.latest[uuid]})
-	m.write(path, magic+string(text))
+	m.write(path, SavedHeader(g.State == maint.GuestRunning)+string(text))
 	m.mu.Unlock()
 	if err := m.Host.Save(context.WithoutCancel(ctx), uuid, path); err != nil {
 		return err
@@ -440,7 +449,7 @@ func (m *Machine) Restore(ctx context.Context, path string, paused bool) error {
 		return err
 	}
 	var s saved
-	if err := json.Unmarshal([]byte(strings.TrimPrefix(string(b), magic)), &s); err != nil {
+	if err := json.Unmarshal(b[min(len(b), len(SavedHeader(true))):], &s); err != nil {
 		return err
 	}
 	xml, err := m.Host.SavedXML(ctx, path)
