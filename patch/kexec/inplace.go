@@ -46,7 +46,8 @@ const hookFile = "/etc/libvirt/hooks/qemu.d/belay"
 
 // leaving is a guest that is leaving its QEMU: what UUID.paused has, and, with State and Memory, UUID.save.
 type leaving struct {
-	Boot   string    `json:"boot"`  // the host's
+	Boot   string    `json:"boot"` // the host's
+	Guest  member    `json:"guest"`
 	Token  string    `json:"token"` // of the QEMU that it is to enter
 	Seat   vmm.Seat  `json:"seat"`
 	Begun  time.Time `json:"begun"`
@@ -242,7 +243,7 @@ func (t Tree) unwritten(dir string) uint64 {
 // runs on.
 func (k *keeping) leave(ctx context.Context, g member, s vmm.Seat) error {
 	j := k.j
-	l := leaving{Token: string(j.Op), Seat: s}
+	l := leaving{Token: string(j.Op), Guest: g, Seat: s}
 	var err error
 	if l.Boot, err = j.Tree.Boot(); err != nil {
 		return err
@@ -431,8 +432,8 @@ func (b *bringing) whole(ctx context.Context, e *entry, m mark) (l leaving, lost
 const damaged = "its checksum is another: the reserved memory was damaged"
 
 // gone sees that a guest that was saved by a belayd that died has left its QEMU, and has not run in it
-// since.
-func (j *Job) gone(ctx context.Context, g member) error {
+// since. One whose restore was begun had.
+func (j *Job) gone(ctx context.Context, g member, begun bool) error {
 	file := filepath.Join(j.Dir, g.UUID+saveExt)
 	stale := func(err error) error {
 		return maint.Problemf(maint.CodeStarted, "guest "+g.Name, "see who has ended it; then remove "+file+", and: belayd -restore",
@@ -442,7 +443,7 @@ func (j *Job) gone(ctx context.Context, g member) error {
 	if isGone(err) {
 		return stale(err)
 	}
-	if err != nil {
+	if err != nil || begun {
 		return err
 	}
 	boot, err := j.Tree.Boot()

@@ -15,6 +15,8 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/cespare/xxhash/v2"
@@ -36,6 +38,8 @@ type manifest struct {
 	Planned []member `json:"planned"`
 	Guests  []entry  `json:"guests"`
 	Left    []string `json:"left,omitempty"`
+	// Damaged is why it is not the one that was written then, "" if it is; see rebuilt.
+	Damaged string `json:"damaged,omitempty"`
 }
 
 // entry is one guest that is saved, completely.
@@ -146,6 +150,34 @@ func readManifest(dir string) (m manifest, err error) {
 		}
 	}
 	return m, nil
+}
+
+// rebuilt is a manifest in the place of one that is damaged, by what is saved of guests. Of those whose
+// memory is in place that tells all; of others nothing tells whether it is whole. Its Op and its Boot are
+// "" where no guest is in place.
+func (j *Job) rebuilt(ctx context.Context, why error) manifest {
+	m := manifest{Guests: []entry{}, Damaged: why.Error()}
+	files, _ := filepath.Glob(filepath.Join(j.dir(), "*"+saveExt))
+	for _, name := range files {
+		uuid := strings.TrimSuffix(filepath.Base(name), saveExt)
+		g := member{Name: uuid, UUID: uuid}
+		if now, err := j.Host.Guest(ctx, uuid); err == nil {
+			g.Name = now.Name
+		}
+		if l, err := readLeaving(name); err == nil && l.Seat.UUID == uuid {
+			g, m.Op, m.Boot = l.Guest, maint.OpID(l.Token), l.Boot
+			g.Name, g.UUID, g.InPlace = l.Seat.Guest, uuid, true
+		}
+		m.Planned = append(m.Planned, g)
+	}
+	return m
+}
+
+// told reports whether what is kept of a guest says what became of it although the manifest was damaged.
+func (j *Job) told(m manifest, uuid string) bool {
+	in, _ := stayed(j.file(uuid, saveExt))
+	done, _ := readMark(j.dir(), uuid)
+	return in || done.Stage == stageDone || slices.ContainsFunc(m.Guests, func(e entry) bool { return e.UUID == uuid })
 }
 
 // settled reports whether nothing that is kept is needed any more.
@@ -319,6 +351,9 @@ type mark struct {
 	// Settled: its autostart and its clock are as they should be.
 	Settled bool `json:"settled,omitempty"`
 }
+
+// begun: the guest's restore was begun, and has not ended, as far as is written down.
+func (m mark) begun() bool { return m.Stage == stageRestoring || m.Stage == stageReleased }
 
 func markFile(dir, uuid string) string { return filepath.Join(dir, filepath.Base(uuid)+markExt) }
 

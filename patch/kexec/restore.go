@@ -38,13 +38,24 @@ func (j *Job) bring(ctx context.Context, pl *plan) (guests []maint.KexecGuest, e
 			return nil, err
 		}
 		defer unlock()
-		switch k.m, err = readManifest(j.dir()); {
+		k.m, err = readManifest(j.dir())
+		if isGone(err) {
+			if k.m = j.rebuilt(ctx, err); len(k.m.Planned) > 0 {
+				err = nil
+			}
+			if pl != nil && k.m.Op == "" {
+				k.m.Op = j.Op
+			}
+		}
+		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			reason = "the reserved memory is empty"
 		case err != nil:
 			reason = err.Error()
 		case pl != nil && k.m.Op != j.Op:
 			reason, others, k.m = fmt.Sprintf("the reserved memory has what operation %s saved", k.m.Op), true, manifest{}
+		case pl != nil && k.m.Damaged != "":
+			k.m.Boot, k.m.Old, k.m.New, k.m.Planned = pl.Boot, pl.Old, pl.New, pl.Guests
 		}
 	}
 	rescue := pl == nil
@@ -55,11 +66,15 @@ func (j *Job) bring(ctx context.Context, pl *plan) (guests []maint.KexecGuest, e
 		pl = &plan{Boot: k.m.Boot, Old: k.m.Old, New: k.m.New, Guests: k.m.Planned}
 	}
 	retry := time.Now().Add(j.Pace.Healed)
-	back := make([]*bringing, len(pl.Guests))
+	m, back := k.m, make([]*bringing, len(pl.Guests))
 	var all errgroup.Group
 	all.SetLimit(atOnce)
 	for i, g := range pl.Guests {
-		b := &bringing{keeping: k, member: g, boot: boot, same: boot == pl.Boot, absent: reason, unseen: unseen, others: others, rescue: rescue, retry: retry,
+		absent := reason
+		if m.Damaged != "" && !j.told(m, g.UUID) {
+			absent = m.Damaged
+		}
+		b := &bringing{keeping: k, member: g, boot: boot, same: boot == pl.Boot, left: slices.Contains(m.Left, g.UUID), damaged: m.Damaged != "", absent: absent, unseen: unseen, others: others, rescue: rescue, retry: retry,
 			out: maint.KexecGuest{Guest: g.Name, UUID: g.UUID}}
 		back[i] = b
 		all.Go(func() error { return b.bring(ctx) })
@@ -89,6 +104,8 @@ type bringing struct {
 	member
 	boot    string // the host's, now
 	same    bool   // it is the one in which guests were saved
+	left    bool   // its owner had ended it before it was to be saved
+	damaged bool   // the manifest was; see rebuilt
 	absent  string // why nothing is there, "" if it is
 	unseen  bool   // it could not be looked
 	others  bool   // what is there is another operation's
@@ -122,10 +139,10 @@ func (b *bringing) bring(ctx context.Context) error {
 	}
 	e := b.has(b.UUID)
 	if e == nil {
-		if e, err = b.unnamed(ctx, active); e == nil || err != nil {
+		if e, err = b.unnamed(ctx, active, m); e == nil || err != nil {
 			return err
 		}
-		active = false
+		active = active && m.begun()
 	}
 	b.out.Bytes, b.out.Save, b.out.Memory = uint64(e.Size)+e.InPlace, e.Took, e.way()
 	switch {
@@ -176,8 +193,8 @@ func (b *bringing) look(ctx context.Context) (now maint.Guest, active bool, err 
 }
 
 // unnamed is of a guest that the manifest does not have. It gives an entry for one that was
-// saved by a belayd that died before it could write that down.
-func (b *bringing) unnamed(ctx context.Context, active bool) (*entry, error) {
+// saved by a belayd that died before it could write that down, or whose manifest was damaged since.
+func (b *bringing) unnamed(ctx context.Context, active bool, m mark) (*entry, error) {
 	// Another operation's files are out of date: this one has not come to saving.
 	there, inPlace := false, false
 	if name := b.j.file(b.UUID, saveExt); !b.unseen && !b.others {
@@ -189,9 +206,9 @@ func (b *bringing) unnamed(ctx context.Context, active bool) (*entry, error) {
 			return nil, err
 		}
 	}
-	left := slices.Contains(b.m.Left, b.UUID)
+	mine := inPlace || b.same && !b.damaged // in place, it has its checksum
 	switch {
-	case active && b.same:
+	case active && b.same && !m.begun():
 		// A save that libvirt took back at the last moment: never to be taken for the guest.
 		if err := b.outdate(there); err != nil {
 			return nil, err
@@ -200,11 +217,11 @@ func (b *bringing) unnamed(ctx context.Context, active bool) (*entry, error) {
 			return nil, err
 		}
 		b.out.Fate = maint.KexecRan
-	case active && !left:
+	case active && !b.left && !m.begun():
 		b.out.Fate, b.out.Started = maint.KexecLost, true
 		b.out.Problem = maint.Problemf(maint.CodeLostGuest, "guest "+b.Name, "see that it is well", "ran when the host went down, before it was saved, and was booted afresh")
-	case there && b.absent == "" && (b.same || inPlace): // in place, it has its checksum
-		e, err := b.adopt(ctx, b.member)
+	case there && b.absent == "" && mine:
+		e, err := b.adopt(ctx, b.member, m)
 		if p := new(maint.Problem); errors.As(err, &p) && !b.same {
 			return nil, b.lost(p.Reason)
 		} else if errors.As(err, &p) {
@@ -223,7 +240,7 @@ func (b *bringing) unnamed(ctx context.Context, active bool) (*entry, error) {
 		b.keep(maint.CodeKeptGuest, "see what keeps "+b.j.Dir+" from being mounted, with this kernel or another; then: belayd -restore. If there is no file system on /dev/pmem0 any more, as after a power cut, its memory is lost: virsh start "+maint.ShellWord(b.Name),
 			"may be in the reserved memory, which cannot be looked at: "+b.absent)
 		return nil, nil
-	case b.same, left:
+	case b.same, b.left:
 		b.out.Fate = maint.KexecLeft
 	case b.absent != "":
 		return nil, b.lost(b.absent)

@@ -131,14 +131,14 @@ func (j *Job) open(pl plan) (manifest, error) {
 // damaged is why nothing is begun where guests may be kept, and the manifest, which was read
 // with err, does not tell; nil: none is.
 func (j *Job) damaged(err error) *maint.Problem {
-	if err == nil || errors.Is(err, fs.ErrNotExist) {
+	if err == nil {
 		return nil
 	}
 	files, _ := filepath.Glob(filepath.Join(j.dir(), "*"+saveExt))
 	if len(files) == 0 {
 		return nil
 	}
-	return maint.Problemf(maint.CodeKeptGuest, "folder "+j.Dir, "look at them, and if you trust one: virsh restore FILE; then remove the folder's files",
+	return maint.Problemf(maint.CodeKeptGuest, "folder "+j.Dir, "belayd -restore: guests with their memory in place go on, and of others it says what you can do",
 		"has what was saved of %d guests, and %v", len(files), err)
 }
 
@@ -257,8 +257,9 @@ func (k *keeping) change(how func(*manifest)) error {
 }
 
 // adopt names a guest that was saved by a belayd that died before it could. A file that is
-// older than what the guest has written is not its memory any more.
-func (k *keeping) adopt(ctx context.Context, g member) (*entry, error) {
+// older than what the guest has written is not its memory any more. Of one whose restore was begun, by its
+// mark, that is judged already.
+func (k *keeping) adopt(ctx context.Context, g member, m mark) (*entry, error) {
 	name := k.j.file(g.UUID, saveExt)
 	info, err := os.Stat(name)
 	if err != nil {
@@ -268,13 +269,13 @@ func (k *keeping) adopt(ctx context.Context, g member) (*entry, error) {
 		return nil, err
 	}
 	if g.InPlace {
-		if err := k.j.gone(ctx, g); err != nil {
+		if err := k.j.gone(ctx, g, m.begun()); err != nil {
 			return nil, err
 		}
 	}
 	written := k.j.Tree.written(g.Disks)
 	for f, at := range written {
-		if at.After(info.ModTime()) {
+		if m.Stage != stageReleased && at.After(info.ModTime()) {
 			return nil, k.j.stale(g, f)
 		}
 	}
@@ -321,7 +322,7 @@ func (k *keeping) save(ctx context.Context, g member) error {
 	if !active {
 		complete, _, err := saved(file)
 		if complete {
-			_, err = k.adopt(ctx, g)
+			_, err = k.adopt(ctx, g, mark{})
 		} else if _, none := os.Lstat(file); err == nil && errors.Is(none, fs.ErrNotExist) {
 			err = k.left(g)
 		}
