@@ -25,14 +25,18 @@ import (
 // has links to the file, since libvirt removes its own. A QEMU that restores it maps the same file.
 //
 //	UUID.paused   the guest is paused, by Belay, in its old QEMU      before the pause
-//	UUID.save     the state, and the checksum of the memory           before that QEMU ends
+//	UUID.save     the state, and the checksum of the memory           when that QEMU has sent it
+//	UUID.quit     that QEMU is being ended; it was UUID.paused        before it is told to quit
 //
-// The old QEMU is there until UUID.save is, and whoever has the guest run on in it removes that
-// before. What has run since is told by the checksum, which the memory does not have any more.
+// Until UUID.quit is there whoever finds the guest in its old QEMU has it run on, and puts UUID.save
+// aside before. From then on there is no way back but by the new QEMU: the old one may end in any
+// moment, and is told again to, unless it says itself that somebody has resumed the guest. What has
+// run since is told by the checksum, too, which the memory does not have any more.
 
 const (
 	memoryExt = ".memory"
 	pausedExt = ".paused"
+	quitExt   = ".quit"
 	// restoringExt is the hook's: libvirt is about to restore the guest, and may start it.
 	restoringExt = ".restoring"
 )
@@ -44,7 +48,7 @@ const inPlaceMagic = "BelayMemoryInPlace"
 // hookFile is Belay's hook. It gives the memory to the QEMU that restores the guest.
 const hookFile = "/etc/libvirt/hooks/qemu.d/belay"
 
-// leaving is a guest that is leaving its QEMU: what UUID.paused has, and, with State and Memory, UUID.save.
+// leaving is a guest that is leaving its QEMU: what UUID.paused and UUID.quit have, and, with State and Memory, UUID.save.
 type leaving struct {
 	Boot   string    `json:"boot"` // the host's
 	Guest  member    `json:"guest"`
@@ -239,66 +243,6 @@ func (t Tree) unwritten(dir string) uint64 {
 	return grows(files...)
 }
 
-// leave has a guest leave its QEMU, its memory staying where it is, and names it. One that cannot
-// runs on.
-func (k *keeping) leave(ctx context.Context, g member, s vmm.Seat) error {
-	j := k.j
-	l := leaving{Token: string(j.Op), Guest: g, Seat: s}
-	var err error
-	if l.Boot, err = j.Tree.Boot(); err != nil {
-		return err
-	}
-	if err := j.Mover.Keep(l.Seat); err != nil {
-		return err
-	}
-	defer j.Mover.Linger(l.Seat)()
-	err = k.empty(ctx, &l)
-	if err == nil {
-		err = j.Mover.End(context.WithoutCancel(ctx), l.Seat)
-	}
-	// By where it is, not by the error.
-	now, active, lookErr := j.unsaving(context.WithoutCancel(ctx), g)
-	switch {
-	case lookErr != nil:
-		return errors.Join(err, lookErr)
-	case active:
-		if err == nil {
-			err = errors.New("it has not left its QEMU")
-		}
-		return errors.Join(err, j.runOn(context.WithoutCancel(ctx), g.UUID))
-	}
-	g.Disks = disks(now)
-	written := j.Tree.written(g.Disks)
-	if complete, _, savedErr := saved(filepath.Join(j.dir(), g.UUID+saveExt)); !complete {
-		return errors.Join(err, savedErr) // its QEMU has ended in the middle
-	}
-	_, err = k.put(ctx, g, l.Begun, written)
-	return err
-}
-
-// empty takes what is to be kept out of a guest's QEMU, which then waits to be ended.
-func (k *keeping) empty(ctx context.Context, l *leaving) (err error) {
-	j := k.j
-	l.State, err = j.Mover.Leave(ctx, l.Seat, func(context.Context) error {
-		l.Begun = time.Now().Round(0)
-		return writeSealed(j.file(l.Seat.UUID, pausedExt), l)
-	})
-	if err != nil {
-		return err
-	}
-	if l.Memory, err = j.sumMemory(ctx, l.Seat); err != nil {
-		return err
-	}
-	text, err := l.encode()
-	if err != nil {
-		return err
-	}
-	if err := linux.WriteFile(j.file(l.Seat.UUID, saveExt), text); err != nil {
-		return err
-	}
-	return linux.Sync(j.dir())
-}
-
 // file is a guest's, as this process sees it.
 func (j *Job) file(uuid, ext string) string {
 	return filepath.Join(j.dir(), filepath.Base(uuid)+ext)
@@ -330,40 +274,6 @@ func (j *Job) intact(ctx context.Context, l leaving) (bool, error) {
 		}
 	}
 	return true, nil
-}
-
-// runOn has a guest run on that is in its old QEMU, if Belay has paused it there. What was saved of it
-// is out of date with its first instruction, and goes before.
-func (j *Job) runOn(ctx context.Context, uuid string) error {
-	var l leaving
-	err := readSealed(j.file(uuid, pausedExt), &l)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	if err := remove(j.file(uuid, saveExt)); err != nil {
-		return err
-	}
-	if err := linux.Sync(j.dir()); err != nil {
-		return err
-	}
-	if boot, err := j.Tree.Boot(); err != nil || boot != l.Boot {
-		return err // it is another QEMU, and the pause is not Belay's
-	}
-	if j.Mover.Alive(l.Seat) { // else it is another QEMU, too
-		if err := j.Mover.Back(ctx, l.Seat); err != nil {
-			return maint.Problemf(maint.CodePaused, "guest "+l.Seat.Guest, "virsh resume "+maint.ShellWord(l.Seat.Guest)+", once what it names is put right",
-				"is paused in its QEMU, whole, and could not be resumed: %v", err)
-		}
-	}
-	return j.forget(uuid)
-}
-
-// forget removes what is kept of a guest beside UUID.save and its mark: nothing of that is needed.
-func (j *Job) forget(uuid string) error {
-	return errors.Join(remove(j.file(uuid, pausedExt)), os.RemoveAll(j.file(uuid, memoryExt)))
 }
 
 // remove removes a file, if it is there.
@@ -430,44 +340,6 @@ func (b *bringing) whole(ctx context.Context, e *entry, m mark) (l leaving, lost
 }
 
 const damaged = "its checksum is another: the reserved memory was damaged"
-
-// gone sees that a guest that was saved by a belayd that died has left its QEMU, and has not run in it
-// since. One whose restore was begun had.
-func (j *Job) gone(ctx context.Context, g member, begun bool) error {
-	file := filepath.Join(j.Dir, g.UUID+saveExt)
-	stale := func(err error) error {
-		return maint.Problemf(maint.CodeStarted, "guest "+g.Name, "see who has ended it; then remove "+file+", and: belayd -restore",
-			"has run since its state was saved, or what is kept of it was damaged (%v), and is not restored", err)
-	}
-	l, err := readLeaving(j.file(g.UUID, saveExt))
-	if isGone(err) {
-		return stale(err)
-	}
-	if err != nil || begun {
-		return err
-	}
-	boot, err := j.Tree.Boot()
-	if err != nil {
-		return err
-	}
-	for giveUp := time.Now().Add(j.Pace.Healed); boot == l.Boot && j.Mover.Alive(l.Seat); {
-		if time.Now().After(giveUp) || !wait(ctx, j.Pace.Poll) {
-			return fmt.Errorf("the QEMU of guest %s is off for libvirt, and has not ended", g.Name)
-		}
-	}
-	intact, err := j.intact(ctx, l)
-	switch {
-	case ctx.Err() != nil:
-		return ctx.Err()
-	case isGone(err):
-		return stale(err)
-	case err != nil:
-		return err
-	case !intact:
-		return stale(errors.New("the checksum of its memory is another"))
-	}
-	return nil
-}
 
 // settleQEMU leaves a guest's new QEMU as any other.
 func (b *bringing) settleQEMU(ctx context.Context, e *entry) *maint.Problem {

@@ -3,6 +3,7 @@ package kexec_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -39,7 +40,7 @@ func (b *bed) whole() {
 	if d := b.m.Damage(); len(d) > 0 {
 		b.t.Error(d)
 	}
-	for _, ext := range []string{".save", ".paused", ".memory"} {
+	for _, ext := range []string{".save", ".paused", ".quit", ".memory"} {
 		if b.has(ext) {
 			b.t.Errorf("its %s is left", ext)
 		}
@@ -275,7 +276,21 @@ func TestEntersAtLast(t *testing.T) {
 // mortal is a guest's host, whose Belay dies at one of its calls.
 type mortal struct {
 	*kexectest.Machine
+	t  testing.TB
 	at string
+}
+
+// Guest is asked right before it is written down that a guest's QEMU is to end.
+func (m mortal) Guest(ctx context.Context, uuid string) (maint.Guest, error) {
+	if name := filepath.Join(m.Dir(), uuid); exists(name+".save") && !exists(name+".quit") {
+		m.die("all is saved")
+	}
+	return m.Machine.Guest(ctx, uuid)
+}
+
+func exists(name string) bool {
+	_, err := os.Lstat(name)
+	return err == nil
 }
 
 func (m mortal) QuitMigrated(ctx context.Context, uuid string) error {
@@ -308,11 +323,26 @@ func (m mortal) die(call string) {
 func (b *bed) dies(at string, f func()) {
 	host, mover := b.Host, b.Mover
 	defer func() { b.Host, b.Mover = host, mover }()
-	m := mortal{Machine: b.m, at: at}
+	m := mortal{Machine: b.m, t: b.t, at: at}
 	b.Host, b.Mover.Host = m, m
 	done := make(chan struct{})
 	go func() { defer close(done); f() }()
 	<-done
+}
+
+// untilSaved begins, with a Belay that dies when all of the guest is saved, and its QEMU is still to be ended,
+// which it may have been about to.
+func (b *bed) untilSaved(about bool) {
+	b.t.Helper()
+	b.begin()
+	at := "all is saved"
+	if about {
+		at = "QuitMigrated"
+	}
+	b.dies(at, func() { _ = b.Save(b.t.Context(), b.s) })
+	if !b.has(".save") || b.has(".paused") == about || b.has(".quit") != about {
+		b.t.Fatal("its state is not saved")
+	}
 }
 
 // What is kept of a guest is out of date once it has run in its old QEMU, also if Belay was dead then,
@@ -328,86 +358,90 @@ func TestHasRunInItsOldQEMU(t *testing.T) {
 		"the host has gone down":  {false, true, maint.KexecLost},
 		"it has ended, and so on": {true, true, maint.KexecLost},
 	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			b := newInPlaceBed(t)
-			b.begin()
-			b.dies("QuitMigrated", func() { _ = b.Save(t.Context(), b.s) })
-			if !b.has(".save") || !b.has(".paused") {
-				t.Fatal("its state is not saved")
-			}
-			if err := b.m.Resume(t.Context(), b.uuid); err != nil {
-				t.Fatal(err)
-			}
-			if c.ends {
-				b.m.Stop(t, b.uuid, "shutdown")
-			}
-			if c.boots {
-				b.h.Reboot()
-				b.m.Boots(kexectest.Old)
-			}
-			g := b.mustRescue()
-			if g.Fate != c.want || (b.state() == maint.GuestRunning) != (c.want == maint.KexecRan) {
-				t.Errorf("%+v, %v; it is %s", g, g.Problem, b.state())
-			}
-			if d := b.m.Damage(); len(d) > 0 {
-				t.Error(d)
-			}
-			if c.want == maint.KexecRan {
-				b.whole()
-			}
-		})
+		for _, about := range []bool{false, true} {
+			t.Run(fmt.Sprint(name, ", about to end it: ", about), func(t *testing.T) {
+				t.Parallel()
+				b := newInPlaceBed(t)
+				b.untilSaved(about)
+				if err := b.m.Resume(t.Context(), b.uuid); err != nil {
+					t.Fatal(err)
+				}
+				if c.ends {
+					b.m.Stop(t, b.uuid, "shutdown")
+				}
+				if c.boots {
+					b.h.Reboot()
+					b.m.Boots(kexectest.Old)
+				}
+				g := b.mustRescue()
+				if g.Fate != c.want || (b.state() == maint.GuestRunning) != (c.want == maint.KexecRan) {
+					t.Errorf("%+v, %v; it is %s", g, g.Problem, b.state())
+				}
+				if d := b.m.Damage(); len(d) > 0 {
+					t.Error(d)
+				}
+				if c.want == maint.KexecRan {
+					b.whole()
+				}
+			})
+		}
 	}
 }
 
 // A Belay that died with the guest paused in its old QEMU, all of it saved: the next one saves it, a
-// rescue has it run on, and in another kernel it is restored if it has not run since.
+// rescue has it run on, in a new QEMU once the old one was to end, and in another kernel it is restored if
+// it has not run since.
 func TestDiesBeforeItsQEMUEnds(t *testing.T) {
 	t.Parallel()
-	for name, after := range map[string]func(b *bed) maint.KexecFate{
-		"belayd": func(b *bed) maint.KexecFate {
+	for name, after := range map[string]func(b *bed, about bool) maint.KexecFate{
+		"belayd": func(b *bed, _ bool) maint.KexecFate {
 			b.do(kexec.PhaseSave, b.Save)
 			b.h.Reboot()
 			b.m.Boots(kexectest.Next)
 			return b.mustRescue().Fate
 		},
-		"belayd, which gives up": func(b *bed) maint.KexecFate {
+		"belayd, which gives up": func(b *bed, about bool) maint.KexecFate {
 			host, mover := b.Host, b.Mover.Host
-			b.Host, b.Mover.Host = careful{b.m, b}, careful{b.m, b}
+			if !about {
+				b.Host, b.Mover.Host = careful{b.m, b}, careful{b.m, b}
+			}
 			if problems, err := b.Back(b.t.Context(), b.s); err != nil || len(problems) > 0 {
 				b.t.Errorf("%v, %v", problems, err)
 			}
 			b.Host, b.Mover.Host = host, mover
 			return maint.KexecRestored
 		},
-		"a rescue": func(b *bed) maint.KexecFate {
-			if g := b.mustRescue(); g.Fate != maint.KexecRan {
+		"a rescue": func(b *bed, about bool) maint.KexecFate {
+			pid := b.m.PID(b.uuid)
+			g := b.mustRescue()
+			if (g.Fate == maint.KexecRan) == about || (b.m.PID(b.uuid) == pid) == about {
 				b.t.Errorf("%+v", g)
 			}
 			return maint.KexecRestored
 		},
-		"its QEMU has ended": func(b *bed) maint.KexecFate {
+		"its QEMU has ended": func(b *bed, _ bool) maint.KexecFate {
 			if err := b.m.QuitMigrated(b.t.Context(), b.uuid); err != nil {
 				b.t.Fatal(err)
 			}
 			return b.mustRescue().Fate
 		},
-		"the host has gone down": func(b *bed) maint.KexecFate {
+		"the host has gone down": func(b *bed, _ bool) maint.KexecFate {
 			b.h.Reboot()
 			b.m.Boots(kexectest.Old)
 			return b.mustRescue().Fate
 		},
 	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			b := newInPlaceBed(t)
-			b.begin()
-			b.dies("QuitMigrated", func() { _ = b.Save(t.Context(), b.s) })
-			if fate := after(b); fate != maint.KexecRestored {
-				t.Errorf("%s", fate)
-			}
-			b.whole()
-		})
+		for _, about := range []bool{false, true} {
+			t.Run(fmt.Sprint(name, ", about to end it: ", about), func(t *testing.T) {
+				t.Parallel()
+				b := newInPlaceBed(t)
+				b.untilSaved(about)
+				if fate := after(b, about); fate != maint.KexecRestored {
+					t.Errorf("%s", fate)
+				}
+				b.whole()
+			})
+		}
 	}
 }
 

@@ -114,7 +114,7 @@ type Job struct {
 type Pace struct {
 	Poll   time.Duration // what tells of nothing is looked at this often
 	Going  time.Duration // how long the host has to begin to go down
-	Healed time.Duration // how long libvirt has to answer in the new kernel
+	Healed time.Duration // how long libvirt has to answer in the new kernel, or to take a guest down
 }
 
 // Usual is the pace on a real host.

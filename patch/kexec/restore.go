@@ -1,7 +1,6 @@
 package kexec
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,7 +13,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"belay/agent/maint"
-	"belay/patch/internal/linux"
 	"belay/patch/vmm"
 )
 
@@ -134,15 +132,19 @@ func (b *bringing) bring(ctx context.Context) error {
 		return b.drop()
 	}
 	now, active, err := b.look(ctx)
-	if err != nil {
-		return err
-	}
 	e := b.has(b.UUID)
-	if e == nil {
-		if e, err = b.unnamed(ctx, active, m); e == nil || err != nil {
-			return err
+	if err == nil && e == nil {
+		if e, err = b.unnamed(ctx, now, active, m); err == nil && e == nil {
+			return nil
 		}
 		active = active && m.begun()
+	}
+	if p := new(maint.Problem); errors.As(err, &p) {
+		b.out.Fate, b.out.Problem = maint.KexecKept, p
+		return nil
+	}
+	if err != nil {
+		return err
 	}
 	b.out.Bytes, b.out.Save, b.out.Memory = uint64(e.Size)+e.InPlace, e.Took, e.way()
 	switch {
@@ -194,7 +196,17 @@ func (b *bringing) look(ctx context.Context) (now maint.Guest, active bool, err 
 
 // unnamed is of a guest that the manifest does not have. It gives an entry for one that was
 // saved by a belayd that died before it could write that down, or whose manifest was damaged since.
-func (b *bringing) unnamed(ctx context.Context, active bool, m mark) (*entry, error) {
+func (b *bringing) unnamed(ctx context.Context, now maint.Guest, active bool, m mark) (*entry, error) {
+	if active && b.same && !m.begun() && !b.unseen && !b.others {
+		var err error
+		now, active, err = b.j.takeUp(ctx, b.member)
+		if errors.Is(err, vmm.ErrForeign) {
+			return nil, b.started(&entry{File: b.UUID + saveExt})
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
 	// Another operation's files are out of date: this one has not come to saving.
 	there, inPlace := false, false
 	if name := b.j.file(b.UUID, saveExt); !b.unseen && !b.others {
@@ -210,16 +222,17 @@ func (b *bringing) unnamed(ctx context.Context, active bool, m mark) (*entry, er
 	switch {
 	case active && b.same && !m.begun():
 		// A save that libvirt took back at the last moment: never to be taken for the guest.
-		if err := b.outdate(there); err != nil {
-			return nil, err
-		}
-		if err := b.j.runOn(ctx, b.UUID); err != nil {
-			return nil, err
+		if there {
+			if err := b.j.outdate(b.UUID); err != nil {
+				return nil, err
+			}
 		}
 		b.out.Fate = maint.KexecRan
 	case active && !b.left && !m.begun():
 		b.out.Fate, b.out.Started = maint.KexecLost, true
 		b.out.Problem = maint.Problemf(maint.CodeLostGuest, "guest "+b.Name, "see that it is well", "ran when the host went down, before it was saved, and was booted afresh")
+	case there && b.absent == "" && !m.begun() && b.j.destroyed(now):
+		b.out.Fate = maint.KexecLeft
 	case there && b.absent == "" && mine:
 		e, err := b.adopt(ctx, b.member, m)
 		if p := new(maint.Problem); errors.As(err, &p) && !b.same {
@@ -251,15 +264,6 @@ func (b *bringing) unnamed(ctx context.Context, active bool, m mark) (*entry, er
 		return nil, nil // there is nothing to mark
 	}
 	return nil, b.done()
-}
-
-// outdate has what is saved of a guest be out of date.
-func (b *bringing) outdate(there bool) error {
-	if !there {
-		return nil
-	}
-	err := os.Rename(filepath.Join(b.j.dir(), b.UUID+saveExt), filepath.Join(b.j.dir(), b.UUID+lostExt))
-	return cmp.Or(err, linux.Sync(b.j.dir()))
 }
 
 func (b *bringing) keep(code maint.Code, remedy, reason string) {
@@ -384,8 +388,7 @@ func (b *bringing) drop() error {
 		}
 		return nil
 	}
-	_, err := os.Lstat(name)
-	return b.outdate(err == nil)
+	return b.j.outdate(b.UUID)
 }
 
 // settle turns a guest's autostart on again, boots it afresh where it is lost and that is wanted,

@@ -114,7 +114,7 @@ func (j *Job) open(pl plan) (manifest, error) {
 	}
 	// In this order what is out of date is never there without a word that it is.
 	var clean error
-	for _, pattern := range []string{"*" + saveExt, "*" + lostExt, manifestName, "*" + markExt, "*" + pausedExt, "*" + memoryExt, "*" + restoringExt, "*~"} {
+	for _, pattern := range []string{"*" + saveExt, "*" + lostExt, manifestName, "*" + markExt, "*" + quitExt, "*" + pausedExt, "*" + memoryExt, "*" + restoringExt, "*~"} {
 		files, err := filepath.Glob(filepath.Join(j.dir(), pattern))
 		for _, f := range files {
 			err = errors.Join(err, os.RemoveAll(f))
@@ -315,23 +315,22 @@ func (k *keeping) save(ctx context.Context, g member) error {
 	if err := remove(markFile(j.dir(), g.UUID)); err != nil {
 		return err
 	}
-	now, active, err := j.unsaving(ctx, g) // of a belayd that died in it
+	now, active, err := j.takeUp(ctx, g) // of a belayd that died in it
 	if err != nil {
 		return err
 	}
 	if !active {
 		complete, _, err := saved(file)
-		if complete {
+		if complete && j.destroyed(now) {
+			if err = errors.Join(j.outdate(g.UUID), j.forget(g.UUID)); err == nil {
+				err = k.left(g)
+			}
+		} else if complete {
 			_, err = k.adopt(ctx, g, mark{})
 		} else if _, none := os.Lstat(file); err == nil && errors.Is(none, fs.ErrNotExist) {
 			err = k.left(g)
 		}
 		return err // where there is a part, its QEMU has ended in the middle: see bring
-	}
-	if g.InPlace {
-		if err := j.runOn(ctx, g.UUID); err != nil { // a belayd that died has paused it
-			return err
-		}
 	}
 	if err := ctx.Err(); err != nil {
 		return context.Cause(ctx)
@@ -382,22 +381,29 @@ const catchingUp = "catching up"
 // unsettledJobs are those after which a guest may have its QEMU no more, or again.
 var unsettledJobs = []string{"save", "restore", "start", catchingUp}
 
-// unsaving waits for the end of a job of the guest's, such as a save, and reports whether it
-// has a QEMU then.
+// unsaving waits for the end of a job of the guest's, such as a save, and of a QEMU that it is leaving,
+// and reports whether it has one then.
 func (j *Job) unsaving(ctx context.Context, g member) (now maint.Guest, active bool, err error) {
 	for begun := time.Now(); ; {
 		now, err := j.Host.Guest(ctx, g.UUID)
-		switch {
-		case errors.Is(err, maint.ErrNoGuest):
-			return now, false, nil
-		case err != nil:
+		if errors.Is(err, maint.ErrNoGuest) {
+			now, err = maint.Guest{}, nil
+		}
+		ending := false
+		if err == nil {
+			ending, err = j.ending(g.UUID, now)
+		}
+		if err != nil {
 			return now, false, err
 		}
-		saving := now.State.Active() && now.Reason == "saving"
-		if !saving && !slices.Contains(unsettledJobs, now.Job) {
-			return now, now.State.Active(), nil
+		active := now.State.Active()
+		saving := active && now.Reason == "saving"
+		if !saving && !ending && !slices.Contains(unsettledJobs, now.Job) {
+			return now, active, nil
 		}
-		if now.Job == catchingUp && time.Since(begun) > j.Pace.Healed {
+		if late := time.Since(begun) > j.Pace.Healed; late && ending {
+			return now, true, j.stays(g, fmt.Errorf("libvirt says that it is %s", now.State))
+		} else if late && now.Job == catchingUp {
 			return now, true, fmt.Errorf("libvirt does not know yet how guest %s is", g.Name)
 		}
 		if !wait(ctx, j.Pace.Poll) {

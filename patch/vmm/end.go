@@ -54,13 +54,13 @@ func (m Mover) Ending(s Seat, g maint.Guest) bool { return m.where(s, g) == leav
 var ErrResumed = errors.New("somebody has resumed it in its old QEMU")
 
 // End ends the QEMU that the guest has left, and returns nil when that is gone, and libvirt has taken the
-// domain down. It outlives ctx, and may be done over.
+// domain down. It may be done over.
 //
 // From the first call on there is no way back: after an error the QEMU may end nevertheless, by what it was
 // told or because it had begun to. Only what wraps ErrResumed says that the guest runs on in it, by QEMU's own
 // word; ErrForeign, that it is in another.
 func (m Mover) End(ctx context.Context, s Seat) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), m.paced().gone)
+	ctx, cancel := context.WithTimeout(ctx, m.paced().gone)
 	defer cancel()
 	err := m.quit(ctx, s)
 	for step := pollEvery; ; {

@@ -46,7 +46,7 @@ func (r *Replacement) handOver(ctx context.Context, pl plan, t *timing) error {
 	if err := g.stamp(guardQuit); err != nil {
 		return err
 	}
-	if err := m.End(ctx, pl.Seat); err != nil {
+	if err := m.End(context.WithoutCancel(ctx), pl.Seat); err != nil {
 		return err // whether it ends nevertheless is looked up
 	}
 	t.mark("quit")

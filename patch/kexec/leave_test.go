@@ -1,0 +1,199 @@
+package kexec_test
+
+import (
+	"context"
+	"errors"
+	"runtime"
+	"testing"
+	"time"
+
+	"belay/agent/maint"
+	"belay/patch/kexec"
+	"belay/patch/kexec/kexectest"
+)
+
+// all checks that nothing of a guest was given up.
+func (b *bed) all() {
+	b.t.Helper()
+	for _, ext := range []string{".save", ".quit", ".memory/pc.ram"} {
+		if !b.has(ext) {
+			b.t.Errorf("its %s is gone", ext)
+		}
+	}
+}
+
+// A QEMU that was told to quit is never gone back to, whatever the answer was, and however long it takes, if
+// it does not take too long.
+func TestQuitIsNoWayBack(t *testing.T) {
+	t.Parallel()
+	soon := 5 * time.Millisecond
+	for name, quit := range map[string]func(told int, gone, down func()) error{
+		"the answer is late": func(_ int, gone, down func()) error {
+			gone()
+			down()
+			return context.DeadlineExceeded
+		},
+		"the answer is late, and the end": func(told int, gone, down func()) error {
+			if told == 3 {
+				gone()
+				down()
+			}
+			return context.DeadlineExceeded
+		},
+		"libvirt is slow": func(_ int, gone, down func()) error {
+			gone()
+			time.AfterFunc(soon, down)
+			return nil
+		},
+		"QEMU is slow": func(_ int, gone, down func()) error {
+			time.AfterFunc(soon, func() { gone(); down() })
+			return nil
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newInPlaceBed(t)
+			b.Pace.Healed = time.Minute
+			told := 0
+			b.m.OnQuit = func(gone, down func()) error { told++; return quit(told, gone, down) }
+			b.save()
+			if g := b.mustRescue(); g.Fate != maint.KexecRestored {
+				t.Errorf("%+v, %v", g, g.Problem)
+			}
+			b.whole()
+		})
+	}
+}
+
+// A QEMU that takes too long to end has all of its guest be kept, by whomever that is found: the guest goes on
+// when it has ended.
+func TestDoesNotQuit(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		quit func(gone, down func()) error // of the first time
+		then func(b *bed, end func())
+	}{
+		"libvirt is slow":             {func(gone, _ func()) error { gone(); return nil }, func(_ *bed, end func()) { end() }},
+		"QEMU is slow":                {func(_, _ func()) error { return nil }, func(_ *bed, end func()) { end() }},
+		"the answer is late":          {func(_, _ func()) error { return context.DeadlineExceeded }, func(_ *bed, end func()) { end() }},
+		"it was not told":             {func(_, _ func()) error { return errors.New("x") }, func(b *bed, _ func()) { b.m.OnQuit = nil }},
+		"its operator ends it":        {func(_, _ func()) error { return errors.New("x") }, func(b *bed, _ func()) { b.m.Stop(b.t, b.uuid, "destroyed") }},
+		"belayd dies, QEMU is slow":   {func(_, _ func()) error { runtime.Goexit(); return nil }, func(_ *bed, end func()) { end() }},
+		"belayd dies before it hears": {func(gone, _ func()) error { gone(); runtime.Goexit(); return nil }, func(_ *bed, end func()) { end() }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newInPlaceBed(t)
+			b.begin()
+			var end func()
+			b.m.OnQuit = func(gone, down func()) error {
+				if end != nil {
+					return context.DeadlineExceeded
+				}
+				end = func() { gone(); down() }
+				return c.quit(gone, down)
+			}
+			died := true
+			func() {
+				if err := b.Save(t.Context(), b.s); err == nil && end == nil {
+					t.Error("it is saved")
+				} else if err != nil {
+					died = false
+				}
+			}()
+			b.all()
+			if !died {
+				if _, err := b.Back(t.Context(), b.s); err == nil {
+					t.Error("all is well")
+				}
+				b.all()
+			}
+			if g := b.mustRescue(); g.Fate != maint.KexecKept || g.Problem == nil || g.Problem.Code != maint.CodeBetween || b.state() != maint.GuestPaused {
+				t.Errorf("%+v, %v; it is %s", g, g.Problem, b.state())
+			}
+			b.all()
+			c.then(b, end)
+			if g := b.mustRescue(); g.Fate != maint.KexecRestored {
+				t.Errorf("%+v, %v", g, g.Problem)
+			}
+			b.whole()
+		})
+	}
+}
+
+// A QEMU that ends before Belay has it end is waited for, too: that libvirt has not seen it yet is no sign of
+// a guest that runs on.
+func TestEndsBeforeItIsTold(t *testing.T) {
+	t.Parallel()
+	b := newInPlaceBed(t)
+	b.untilSaved(false)
+	var down func()
+	b.m.OnQuit = func(gone, later func()) error { gone(); down = later; return nil }
+	if err := b.m.QuitMigrated(t.Context(), b.uuid); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Save(t.Context(), b.s); err == nil {
+		t.Error("it is saved")
+	}
+	if g := b.mustRescue(); g.Fate != maint.KexecKept || !b.has(".save") || !b.has(".memory/pc.ram") {
+		t.Errorf("%+v, %v", g, g.Problem)
+	}
+	down()
+	if g := b.mustRescue(); g.Fate != maint.KexecRestored {
+		t.Errorf("%+v, %v", g, g.Problem)
+	}
+	b.whole()
+}
+
+// ender is a host on which a guest's owner ends it in its pause, when all of it is saved.
+type ender struct{ mortal }
+
+func (e ender) Guest(ctx context.Context, uuid string) (maint.Guest, error) {
+	if name := e.Dir() + "/" + uuid; exists(name+".save") && !exists(name+".quit") && e.PID(uuid) != 0 {
+		e.Stop(e.t, uuid, "destroyed")
+	}
+	return e.Machine.Guest(ctx, uuid)
+}
+
+// A guest that its owner ends in its pause stays off.
+func TestEndedInItsPause(t *testing.T) {
+	t.Parallel()
+	for name, f := range map[string]func(b *bed){
+		"belayd is dead, and a rescue": func(b *bed) {
+			b.untilSaved(false)
+			b.m.Stop(b.t, b.uuid, "destroyed")
+		},
+		"belayd is dead, and the next": func(b *bed) {
+			b.untilSaved(false)
+			b.m.Stop(b.t, b.uuid, "destroyed")
+			b.do(kexec.PhaseSave, b.Save)
+			b.do(kexec.PhaseSave, b.Save)
+			b.h.Reboot()
+			b.m.Boots(kexectest.Next)
+		},
+		"belayd is not": func(b *bed) {
+			b.begin()
+			host, mover := b.Host, b.Mover
+			m := ender{mortal{Machine: b.m, t: b.t}}
+			b.Host, b.Mover.Host = m, m
+			if err := b.Save(b.t.Context(), b.s); err == nil {
+				b.t.Error("it is saved")
+			}
+			b.Host, b.Mover = host, mover
+			if problems, err := b.Back(b.t.Context(), b.s); err != nil || len(problems) > 0 {
+				b.t.Errorf("%v, %v", problems, err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newInPlaceBed(t)
+			f(b)
+			for range 2 {
+				if g := b.mustRescue(); g.Fate != maint.KexecLeft || g.Problem != nil || b.state() != maint.GuestShutoff || b.has(".save") || b.has(".memory") {
+					t.Errorf("%+v, %v; it is %s", g, g.Problem, b.state())
+				}
+			}
+		})
+	}
+}
