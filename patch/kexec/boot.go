@@ -184,7 +184,8 @@ func (j *Job) ready(ctx context.Context, pl plan) error {
 		return errors.New(why)
 	}
 	if slices.ContainsFunc(pl.Guests, func(g member) bool { return g.InPlace }) {
-		if _, why := j.Tree.within(j.Dir, j.Tree.backing()); why != "" {
+		folder, _ := j.Tree.backing()
+		if _, why := j.Tree.within(j.Dir, folder); why != "" {
 			return fmt.Errorf("libvirt cannot give guests their memory: %s", why)
 		}
 	}

@@ -122,6 +122,9 @@ func (j *Job) seat(ctx context.Context, g maint.Guest, token string) (s vmm.Seat
 	if p := j.Tree.NotInPlace(j.Dir); p != nil {
 		return s, p.Reason
 	}
+	if len(j.Tree.memory(j.Dir, fmt.Sprintf("%d-*", g.ID))) == 0 {
+		return s, "its memory is not in reserved memory: libvirt has made it elsewhere"
+	}
 	s, against, err := j.Mover.Seat(ctx, g.UUID, token)
 	if err != nil {
 		return s, err.Error()
@@ -185,19 +188,33 @@ const backingDir = "/var/lib/libvirt/qemu/ram"
 
 var backingSetting = regexp.MustCompile(`(?m)^[ \t]*memory_backing_dir[ \t]*=[ \t]*["']([^"'\n]*)["']`)
 
-// backing is where libvirt makes guests' memory, from its next start on.
-func (t Tree) backing() string {
+// backing is where libvirt makes guests' memory, from its next start on, and in there rams, with a folder
+// for each domain (libvirt, virQEMUDriverConfigLoadMemoryEntry).
+func (t Tree) backing() (folder, rams string) {
 	conf, _ := t.text("/etc/libvirt/qemu.conf")
 	if m := backingSetting.FindStringSubmatch(conf); m != nil { // the first one counts
-		return m[1]
+		return m[1], filepath.Join(m[1], "libvirt/qemu")
 	}
-	return backingDir
+	return backingDir, backingDir
+}
+
+// memory are the files below dir that match a pattern in libvirt's folder of guests' memory, as this process
+// sees them: ID-NAME/FILE.
+func (t Tree) memory(dir, pattern string) []string {
+	_, rams := t.backing()
+	inside, why := t.within(dir, rams)
+	if why != "" {
+		return nil
+	}
+	files, _ := filepath.Glob(filepath.Join(t.at(inside), pattern))
+	return files
 }
 
 // NotInPlace says why libvirt makes no guest's memory in the reserved memory that is mounted on dir;
 // nil: it does, for those that are defined so.
 func (t Tree) NotInPlace(dir string) *maint.Problem {
-	if _, why := t.lasting(dir, t.backing()); why != "" {
+	folder, _ := t.backing()
+	if _, why := t.lasting(dir, folder); why != "" {
 		return maint.Problemf(maint.CodeNoRegion, host, "mkdir -p -m 711 "+inPlaceDir+"; in /etc/fstab: "+inPlaceLine+
 			`; in /etc/libvirt/qemu.conf: memory_backing_dir = "`+inPlaceDir+`"; mount it, restart libvirt's daemon; guests' next starts are with it`, "%s", why)
 	}
@@ -234,13 +251,6 @@ func grows(files ...string) (bytes uint64) {
 		}
 	}
 	return bytes
-}
-
-// unwritten is that of all guests whose memory libvirt has made in the reserved memory that is mounted on dir.
-func (t Tree) unwritten(dir string) uint64 {
-	inside, _ := t.within(dir, t.backing())
-	files, _ := filepath.Glob(t.at(filepath.Join(inside, "libvirt/qemu/*/*")))
-	return grows(files...)
 }
 
 // file is a guest's, as this process sees it.

@@ -184,6 +184,11 @@ func TestPlanLeavesQEMUAlone(t *testing.T) {
 		"plain memory":                        func(b *bed) { b.h.Edit(b.t, b.uuid, func(g *maint.Guest) { g.MemorySource = "" }) },
 		"a private file":                      func(b *bed) { b.h.Edit(b.t, b.uuid, func(g *maint.Guest) { g.MemoryShared = false }) },
 		"memory that libvirt makes elsewhere": func(b *bed) { b.m.Remove("/etc/libvirt/qemu.conf") },
+		"memory that libvirt has made elsewhere": func(b *bed) {
+			b.h.KillQEMU(b.t, b.uuid)
+			b.m.Backing = "/ram"
+			b.uuid = b.m.PutGuest(b.t, "ram-2", func(g *maint.Guest) { g.MemoryBytes = 1 << 20 })
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

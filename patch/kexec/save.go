@@ -168,7 +168,7 @@ func (k *keeping) instead(g member) (done func(), err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	need := Needs(g.Bytes)
-	others := k.promised + j.Tree.unwritten(j.Dir)
+	others := k.promised + grows(j.Tree.memory(j.Dir, "*/*")...)
 	for _, p := range k.m.Planned {
 		saved := slices.ContainsFunc(k.m.Guests, func(e entry) bool { return e.UUID == p.UUID })
 		switch {
