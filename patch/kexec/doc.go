@@ -25,6 +25,9 @@
 //	   │           └ started with its vCPUs stopped: nothing is lost by doing it over
 //	   └──► started: by somebody else, from its disks: the file is out of date, too
 //
+// A guest in place is kept while it is still in its old QEMU, paused. Until it is written down that this
+// is to end the way back is to have it run on there; from then on there is none: see takeUp.
+//
 // Somebody may also have started a guest, and ended it, while nobody of Belay looked. Its
 // disks tell, where they are files: one that was written to since has the guest kept, not
 // restored.

@@ -478,7 +478,8 @@ func TestDiesBeforeItHasItsState(t *testing.T) {
 	b.whole()
 }
 
-// careful sees that a guest is not resumed in its old QEMU beside state that would be out of date.
+// careful sees that a guest is not resumed in its old QEMU beside state that would be out of date, nor where
+// a save would leave its memory behind.
 type careful struct {
 	*kexectest.Machine
 	b *bed
@@ -487,6 +488,9 @@ type careful struct {
 func (c careful) Resume(ctx context.Context, uuid string) error {
 	if c.b.has(".save") {
 		c.b.t.Error("it is resumed beside what was saved of it")
+	}
+	if c.IgnoresShared(uuid) {
+		c.b.t.Error("it is resumed in a QEMU that would leave its memory behind")
 	}
 	return c.Machine.Resume(ctx, uuid)
 }

@@ -147,10 +147,14 @@ func (j *Job) takeUp(ctx context.Context, g member) (now maint.Guest, active boo
 	return now, true, j.runOn(ctx, l)
 }
 
-// stays is that a guest's QEMU has been ending for too long.
+// stays is that a guest's QEMU has been ending for too long. Whether the guest is to go on elsewhere then is
+// written down.
 func (j *Job) stays(g member, err error) *maint.Problem {
-	return maint.Problemf(maint.CodeBetween, "guest "+g.Name, fmt.Sprintf("see its log, /var/log/libvirt/qemu/%s.log; when virsh domstate says that it is shut off: belayd -restore", g.Name),
-		"is in a QEMU that is ending, and does not get out of it; what is kept of it stays: %v", err)
+	remedy := fmt.Sprintf("see /var/log/libvirt/qemu/%s.log; when it is shut off (virsh domstate %s): belayd -restore", g.Name, maint.ShellWord(g.Name))
+	if _, quit, held := j.held(g.UUID); held == nil && quit {
+		remedy = "it is no more in that QEMU: virsh destroy " + maint.ShellWord(g.Name) + "; then: belayd -restore"
+	}
+	return maint.Problemf(maint.CodeBetween, "guest "+g.Name, remedy, "is in a QEMU that is ending, and does not get out of it; what is kept of it stays: %v", err)
 }
 
 // runOn has a guest run on that is in its old QEMU, if that is there. What was saved of it is out of date

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"belay/agent/maint"
+	"belay/hypervisor/hypervisortest"
 	"belay/patch/kexec"
 	"belay/patch/kexec/kexectest"
 )
@@ -195,5 +196,41 @@ func TestEndedInItsPause(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A guest does not run for a moment in a QEMU in which a save, by whomever, would leave its memory behind.
+func TestSettledBeforeItRuns(t *testing.T) {
+	t.Parallel()
+	b := newInPlaceBed(t)
+	b.save()
+	b.dies("Resume", func() { _, _ = b.Rescue(t.Context()) })
+	if b.state() != maint.GuestPaused || b.m.IgnoresShared(b.uuid) {
+		t.Errorf("it is %s; its memory would be left behind: %v", b.state(), b.m.IgnoresShared(b.uuid))
+	}
+	b.mustRescue()
+	b.whole()
+}
+
+// A guest that is copied is so with its memory, whatever a Belay that died has left in its QEMU, or not at all.
+func TestCopiedWithItsMemory(t *testing.T) {
+	t.Parallel()
+	for _, silent := range []bool{false, true} {
+		b := newInPlaceBed(t)
+		b.InPlace = false
+		b.begin()
+		on := map[string]any{"capabilities": []map[string]any{{"capability": "x-ignore-shared", "state": true}}}
+		if _, err := b.m.QMP(t.Context(), b.uuid, "migrate-set-capabilities", on); err != nil {
+			t.Fatal(err)
+		}
+		if silent {
+			b.h.Fault("QMP", hypervisortest.Fault{Err: errors.New("x"), Times: 1})
+		}
+		if err := b.Save(t.Context(), b.s); (err != nil) != silent || (b.state() == maint.GuestRunning) != silent {
+			t.Errorf("%v; it is %s", err, b.state())
+		}
+		if d := b.m.Damage(); len(d) > 0 {
+			t.Error(d)
+		}
 	}
 }

@@ -358,6 +358,9 @@ func (k *keeping) save(ctx context.Context, g member) error {
 		j.Log.Warn("its memory is copied, as it cannot stay in place any more", "guest", g.Name, "why", why)
 		g.InPlace = false
 	}
+	if err := j.Mover.TakesMemory(ctx, now); err != nil {
+		return err
+	}
 	if err := remove(file); err != nil {
 		return err
 	}

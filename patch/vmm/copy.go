@@ -60,6 +60,9 @@ func (r *Replacement) save(ctx context.Context, pl plan, t *timing) error {
 	if err := r.beforePause(ctx); err != nil {
 		return err
 	}
+	if err := r.mover().TakesMemory(ctx, now); err != nil {
+		return err
+	}
 	if err := r.pointOfNoReturn(ctx); err != nil {
 		return err
 	}

@@ -136,3 +136,58 @@ func TestBackFromBetween(t *testing.T) {
 		b.runs()
 	}
 }
+
+// leavesMemory has a save of the guest be without its memory, as a Belay that died may have left it.
+func (b *bed) leavesMemory() {
+	b.t.Helper()
+	on := map[string]any{"capabilities": []map[string]any{{"capability": "x-ignore-shared", "state": true}}}
+	if _, err := b.QMP(b.t.Context(), b.uuid, "migrate-set-capabilities", on); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// A guest does not run for a moment in a QEMU in which a save, by whomever, would leave its memory behind; and
+// Belay saves none so.
+func TestTakesItsMemoryAlong(t *testing.T) {
+	t.Parallel()
+	t.Run("in place", func(t *testing.T) {
+		t.Parallel()
+		b := newBed(t)
+		r := b.replacement(maint.VMMInPlace)
+		host, resumed := r.Host, false
+		r.Host = &mortal{Host: host, at: func(call string) {
+			if call == "before Resume" {
+				if resumed = true; b.IgnoresShared(b.uuid) {
+					t.Error("its memory would be left behind")
+				}
+			}
+		}}
+		if err := run(t.Context(), r, newNotebook()); err != nil || !resumed {
+			t.Error(err)
+		}
+		b.runs()
+	})
+	t.Run("copied", func(t *testing.T) {
+		t.Parallel()
+		b := newBed(t)
+		b.leavesMemory()
+		if err := run(t.Context(), b.replacement(maint.VMMCopy), newNotebook()); err != nil {
+			t.Error(err)
+		}
+		b.runs()
+	})
+	t.Run("QEMU does not say", func(t *testing.T) {
+		t.Parallel()
+		b := newBed(t)
+		b.leavesMemory()
+		r := b.replacement(maint.VMMCopy)
+		r.BeforePause = func(context.Context) error {
+			b.Fault("QMP", hypervisortest.Fault{Err: errors.New("x"), Times: 1})
+			return nil
+		}
+		pid := b.PID(b.uuid)
+		if err := run(t.Context(), r, newNotebook()); err == nil || b.PID(b.uuid) != pid || b.state() != maint.GuestRunning || len(b.Damage()) > 0 {
+			t.Errorf("%v; it is %s; %q", err, b.state(), b.Damage())
+		}
+	})
+}

@@ -243,6 +243,7 @@ func (m Mover) tryOld(ctx context.Context, s Seat) error {
 		_ = ask(ctx, m.Host, s.UUID, "migrate_cancel", nil, nil) // what came of it is asked next time
 		return fmt.Errorf("the migration of its state is still %s", sent.Status)
 	}
+	_ = setIgnoreShared(ctx, m.Host, s.UUID, false) // before it runs; resetOld must succeed with it
 	return m.Host.Resume(ctx, s.UUID)
 }
 
@@ -276,13 +277,36 @@ func (m Mover) Enter(ctx context.Context, s Seat, token string, state []byte) er
 		return ErrForeign
 	}
 	now, err := runState(ctx, m.Host, s.UUID)
-	if err != nil || now != runIncoming {
+	if err == nil && now == runIncoming {
+		err = m.pour(ctx, s, g.ID, state)
+	}
+	if err != nil {
 		return err
 	}
-	return m.pour(ctx, s, g.ID, state)
+	// Before it runs: from then on somebody may save it. It does not stand still for want of that: see Settle.
+	_ = setIgnoreShared(ctx, m.Host, s.UUID, false)
+	return nil
 }
 
-// Settle takes back what Enter has set in the new QEMU, in which the guest runs by now: a
+// TakesMemory sees that a save of the guest by libvirt takes its memory along, whatever a Belay that died
+// has left in its QEMU. Where memory is no shared file, it is taken along in any case.
+func (m Mover) TakesMemory(ctx context.Context, g maint.Guest) error {
+	if g.MemorySource == "" && !g.MemoryShared {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, m.paced().ask)
+	defer cancel()
+	_, on, err := hasIgnoreShared(ctx, m.Host, g.UUID)
+	if err == nil && on {
+		err = setIgnoreShared(ctx, m.Host, g.UUID, false)
+	}
+	if err != nil {
+		return fmt.Errorf("its save could be without its memory: %w", err)
+	}
+	return nil
+}
+
+// Settle sees that what Enter has set in the new QEMU, in which the guest runs by now, is taken back: a
 // migration by libvirt must take its memory along.
 func (m Mover) Settle(ctx context.Context, s Seat) error { return m.forget(ctx, s.UUID) }
 

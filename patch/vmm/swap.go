@@ -234,6 +234,12 @@ func (r *Replacement) wake(ctx context.Context, pl plan, t *timing) error {
 		}
 		t.mark("state in")
 	}
+	if pl.Method == maint.VMMInPlace {
+		// From then on somebody may save it. Again in Finish, where it must succeed.
+		if err := setIgnoreShared(ctx, r.Host, pl.UUID, false); err != nil {
+			r.Log.Warn("cannot switch a migration capability off yet", "guest", r.Guest, "err", err)
+		}
+	}
 	// From here on the guest's memory may be ahead of the state that is kept.
 	again := g.has(guardResumed)
 	if !again {
@@ -253,12 +259,6 @@ func (r *Replacement) wake(ctx context.Context, pl plan, t *timing) error {
 	if again && state != runRunning { // an earlier belayd died before it did
 		if err := g.stamp(guardResumed); err != nil {
 			r.Log.Warn("the record will tell too short a pause", "guest", r.Guest, "err", err)
-		}
-	}
-	if pl.Method == maint.VMMInPlace {
-		// Again in Finish, where it must succeed.
-		if err := setIgnoreShared(ctx, r.Host, pl.UUID, false); err != nil {
-			r.Log.Warn("cannot switch a migration capability off yet", "guest", r.Guest, "err", err)
 		}
 	}
 	return nil

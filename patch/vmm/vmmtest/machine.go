@@ -429,6 +429,9 @@ func (m *Machine) Save(ctx context.Context, uuid, path string) error {
 	if g.State == maint.GuestRunning {
 		m.ran(g)
 	}
+	if q := m.qemus[uuid]; q != nil && q.ignoreShared {
+		m.damage = append(m.damage, fmt.Sprintf("guest %s is saved without its memory", g.Name))
+	}
 	text, _ := json.Marshal(saved{uuid, m.latest[uuid]})
 	m.write(path, SavedHeader(g.State == maint.GuestRunning)+string(text))
 	m.mu.Unlock()
