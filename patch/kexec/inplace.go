@@ -313,8 +313,9 @@ func isGone(err error) bool {
 }
 
 // whole says whether what is kept of a guest is as it was saved; lost: why not. That it cannot be
-// looked at now, as by a process that has too many files open, says nothing: that is err.
-func (b *bringing) whole(ctx context.Context, e *entry, m mark) (l leaving, lost string, err error) {
+// looked at now, as by a process that has too many files open, says nothing: that is err. Memory that was
+// tried is not compared again; where Belay did not see what came of that it may have run, and is.
+func (b *bringing) whole(ctx context.Context, e *entry, tried bool) (l leaving, lost string, err error) {
 	judge := func(err error) (leaving, string, error) {
 		if ctx.Err() != nil {
 			return l, "", ctx.Err()
@@ -336,8 +337,8 @@ func (b *bringing) whole(ctx context.Context, e *entry, m mark) (l leaving, lost
 	if l, err = readLeaving(e.file(b.j.dir())); err != nil {
 		return judge(err)
 	}
-	if m.Stage == stageRestoring && m.Boot == b.boot {
-		return l, "", nil // it was compared then; a QEMU that takes the state in may write to it
+	if tried {
+		return l, "", nil // a QEMU that takes the state in may write to it
 	}
 	intact, err := b.j.intact(ctx, l)
 	if err != nil {

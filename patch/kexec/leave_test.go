@@ -3,6 +3,7 @@ package kexec_test
 import (
 	"context"
 	"errors"
+	"os"
 	"runtime"
 	"testing"
 	"time"
@@ -232,5 +233,59 @@ func TestCopiedWithItsMemory(t *testing.T) {
 		if d := b.m.Damage(); len(d) > 0 {
 			t.Error(d)
 		}
+	}
+}
+
+// Memory that has run in its new QEMU does not go with its state any more, also in the same boot, where Belay
+// has not seen it run. That of a QEMU which could not take the state in, as Belay saw, does: it may have
+// written to it.
+func TestMemoryOfAnEarlierTry(t *testing.T) {
+	t.Parallel()
+	begun := func(b *bed) {
+		b.dies("Resume", func() { _, _ = b.Rescue(b.t.Context()) })
+		b.rewrite("restoring")
+	}
+	fails := func(b *bed) {
+		b.m.FailLoads = 1 << 30
+		b.kept(b.mustRescue(), maint.CodeKeptGuest, maint.GuestShutoff)
+		b.m.FailLoads = 0
+	}
+	writes := func(b *bed) {
+		if err := os.Truncate(b.m.Dir()+"/"+b.uuid+".memory/pc.ram", 16); err != nil {
+			b.t.Fatal(err)
+		}
+	}
+	for name, c := range map[string]struct {
+		do   func(b *bed)
+		want maint.KexecFate
+	}{
+		"it has run, and ended": {func(b *bed) {
+			begun(b)
+			if err := b.m.Resume(b.t.Context(), b.uuid); err != nil {
+				b.t.Fatal(err)
+			}
+			b.m.Stop(b.t, b.uuid, "shutdown")
+		}, maint.KexecLost},
+		"it has ended":           {func(b *bed) { begun(b); b.m.Stop(b.t, b.uuid, "destroyed") }, maint.KexecRestored},
+		"it could not be loaded": {func(b *bed) { fails(b); writes(b) }, maint.KexecRestored},
+		"once more, unseen": {func(b *bed) {
+			fails(b)
+			b.dies("after CreatePaused", func() { _, _ = b.Rescue(b.t.Context()) })
+			writes(b)
+			b.m.Stop(b.t, b.uuid, "crashed")
+		}, maint.KexecLost},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newInPlaceBed(t)
+			b.save()
+			c.do(b)
+			if g := b.mustRescue(); g.Fate != c.want || (b.state() == maint.GuestRunning) != (c.want == maint.KexecRestored) {
+				t.Errorf("%+v, %v; it is %s", g, g.Problem, b.state())
+			}
+			if d := b.m.Damage(); len(d) > 0 {
+				t.Error(d)
+			}
+		})
 	}
 }

@@ -348,6 +348,8 @@ type mark struct {
 	Stage string           `json:"stage"` // "": it has not been begun
 	Boot  string           `json:"boot"`  // the host's, then
 	Guest maint.KexecGuest `json:"guest,omitzero"`
+	// Failed: what was to restore it has ended, as was seen, and has not run it.
+	Failed bool `json:"failed,omitempty"`
 	// Settled: its autostart and its clock are as they should be.
 	Settled bool `json:"settled,omitempty"`
 }

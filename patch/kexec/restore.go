@@ -157,13 +157,13 @@ func (b *bringing) bring(ctx context.Context) error {
 		}
 		return b.lost(what)
 	case active && m.Stage == stageRestoring && m.Boot == b.boot && e.Memory == inPlace:
-		return b.restore(ctx, e, m) // its QEMU may not have its state yet
+		return b.restore(ctx, e, true) // its QEMU may not have its state yet
 	case active && m.Stage == stageRestoring && m.Boot == b.boot && now.Reason != booted:
 		return b.release(ctx, e)
 	case active, m.Stage == stageStarted:
 		return b.started(e)
 	}
-	return b.restore(ctx, e, m)
+	return b.restore(ctx, e, m.Failed && m.Boot == b.boot)
 }
 
 // booted is why a guest runs that was started from its disks.
@@ -297,10 +297,11 @@ func (b *bringing) afresh(ctx context.Context) {
 }
 
 // restore starts the guest from its file, with its vCPUs stopped, and releases it. What it
-// needs of the host, such as networks and storage, may come later in a boot than libvirt.
-func (b *bringing) restore(ctx context.Context, e *entry, m mark) error {
+// needs of the host, such as networks and storage, may come later in a boot than libvirt. tried: a QEMU
+// has begun to take it in, in this boot, and has not run it.
+func (b *bringing) restore(ctx context.Context, e *entry, tried bool) error {
 	begun := time.Now()
-	l, lost, err := b.whole(ctx, e, m)
+	l, lost, err := b.whole(ctx, e, tried)
 	b.out.Check = time.Since(begun)
 	switch {
 	case err != nil:
@@ -308,19 +309,22 @@ func (b *bringing) restore(ctx context.Context, e *entry, m mark) error {
 	case lost != "":
 		return b.lost(lost)
 	}
-	if err := writeMark(b.j.dir(), b.UUID, mark{Stage: stageRestoring, Boot: b.boot}); err != nil {
-		return err
-	}
 	for {
 		disk, failed := b.j.Tree.since(e.Written)
 		if disk != "" {
 			b.out.Fate, b.out.Problem = maint.KexecKept, b.j.stale(b.member, disk)
 			return nil
 		}
+		begins := failed == nil
+		if begins {
+			if err := writeMark(b.j.dir(), b.UUID, mark{Stage: stageRestoring, Boot: b.boot}); err != nil {
+				return err
+			}
+		}
 		begun = time.Now()
-		if failed == nil && e.Memory == inPlace {
+		if begins && e.Memory == inPlace {
 			failed = b.enter(ctx, l)
-		} else if failed == nil {
+		} else if begins {
 			failed = b.j.Host.Restore(ctx, b.path(), true)
 			if failed != nil { // else it would let the guest's owner start it afresh
 				failed = errors.Join(failed, remove(b.j.file(b.UUID, restoringExt)))
@@ -335,6 +339,13 @@ func (b *bringing) restore(ctx context.Context, e *entry, m mark) error {
 			return b.started(e)
 		case active && (failed == nil || e.Memory != inPlace):
 			return b.release(ctx, e)
+		}
+		if begins && failed != nil && !active {
+			if err := writeMark(b.j.dir(), b.UUID, mark{Stage: stageRestoring, Boot: b.boot, Failed: true}); err != nil {
+				return err
+			}
+		}
+		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case time.Now().After(b.retry):
