@@ -25,8 +25,10 @@ func disabled(name string) string {
 func vanished(name string) string { return "[ ! -e /sys/kernel/livepatch/" + name + " ]" }
 func unloaded(name string) string { return "[ ! -e /sys/module/" + name + " ]" }
 func loaded(name string) string   { return "[ -e /sys/module/" + name + " ]" }
+
+// whole is that every task runs a livepatch. Before the kernel enables it, it is in no transition either.
 func whole(name string) string {
-	return "read x </sys/kernel/livepatch/" + name + "/transition && [ \"$x\" = 0 ]"
+	return "{ read x </sys/kernel/livepatch/" + name + "/enabled && [ \"$x\" = 1 ] && read x </sys/kernel/livepatch/" + name + "/transition && [ \"$x\" = 0 ]; }"
 }
 
 // killed: wherever belayd dies, its next start goes on or back, and the host is patched and

@@ -266,8 +266,8 @@ func (b *patchBed) read(name string) (op maint.Op, code int) {
 	file := b.signed(name)
 	read := make(chan error, 1)
 	go func() {
-		_, err := b.h.Script(b.ctx(2*time.Minute), fmt.Sprintf(`until [ "$(cat /sys/kernel/livepatch/%s/transition 2>/dev/null)" = 0 ]; do sleep .2; done
-cat /proc/version || true`, name))
+		_, err := b.h.Script(b.ctx(2*time.Minute), fmt.Sprintf(`until %s; do sleep .2; done 2>/dev/null
+cat /proc/version || true`, whole(name)))
 		read <- err
 	}()
 	op, code = b.patch("apply", file)
