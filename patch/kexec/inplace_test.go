@@ -3,7 +3,6 @@ package kexec_test
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -333,121 +332,6 @@ func (b *bed) dies(at string, f func()) {
 	done := make(chan struct{})
 	go func() { defer close(done); f() }()
 	<-done
-}
-
-// untilSaved begins, with a Belay that dies when all of the guest is saved, and its QEMU is still to be ended,
-// which it may have been about to.
-func (b *bed) untilSaved(about bool) {
-	b.t.Helper()
-	b.begin()
-	at := "all is saved"
-	if about {
-		at = "QuitMigrated"
-	}
-	b.dies(at, func() { _ = b.Save(b.t.Context(), b.s) })
-	if !b.has(".save") || b.has(".paused") == about || b.has(".quit") != about {
-		b.t.Fatal("its state is not saved")
-	}
-}
-
-// What is kept of a guest is out of date once it has run in its old QEMU, also if Belay was dead then,
-// and the guest has ended.
-func TestHasRunInItsOldQEMU(t *testing.T) {
-	t.Parallel()
-	for name, c := range map[string]struct {
-		ends, boots bool
-		want        maint.KexecFate
-	}{
-		"it runs":                 {false, false, maint.KexecRan},
-		"it has ended":            {true, false, maint.KexecKept},
-		"the host has gone down":  {false, true, maint.KexecLost},
-		"it has ended, and so on": {true, true, maint.KexecLost},
-	} {
-		for _, about := range []bool{false, true} {
-			t.Run(fmt.Sprint(name, ", about to end it: ", about), func(t *testing.T) {
-				t.Parallel()
-				b := newInPlaceBed(t)
-				b.untilSaved(about)
-				if err := b.m.Resume(t.Context(), b.uuid); err != nil {
-					t.Fatal(err)
-				}
-				if c.ends {
-					b.m.Stop(t, b.uuid, "shutdown")
-				}
-				if c.boots {
-					b.h.Reboot()
-					b.m.Boots(kexectest.Old)
-				}
-				g := b.mustRescue()
-				if g.Fate != c.want || (b.state() == maint.GuestRunning) != (c.want == maint.KexecRan) {
-					t.Errorf("%+v, %v; it is %s", g, g.Problem, b.state())
-				}
-				if d := b.m.Damage(); len(d) > 0 {
-					t.Error(d)
-				}
-				if c.want == maint.KexecRan {
-					b.whole()
-				}
-			})
-		}
-	}
-}
-
-// A Belay that died with the guest paused in its old QEMU, all of it saved: the next one saves it, a
-// rescue has it run on, in a new QEMU once the old one was to end, and in another kernel it is restored if
-// it has not run since.
-func TestDiesBeforeItsQEMUEnds(t *testing.T) {
-	t.Parallel()
-	for name, after := range map[string]func(b *bed, about bool) maint.KexecFate{
-		"belayd": func(b *bed, _ bool) maint.KexecFate {
-			b.do(kexec.PhaseSave, b.Save)
-			b.h.Reboot()
-			b.m.Boots(kexectest.Next)
-			return b.mustRescue().Fate
-		},
-		"belayd, which gives up": func(b *bed, about bool) maint.KexecFate {
-			host, mover := b.Host, b.Mover.Host
-			if !about {
-				b.Host, b.Mover.Host = careful{b.m, b}, careful{b.m, b}
-			}
-			if problems, err := b.Back(b.t.Context(), b.s); err != nil || len(problems) > 0 {
-				b.t.Errorf("%v, %v", problems, err)
-			}
-			b.Host, b.Mover.Host = host, mover
-			return maint.KexecRestored
-		},
-		"a rescue": func(b *bed, about bool) maint.KexecFate {
-			pid := b.m.PID(b.uuid)
-			g := b.mustRescue()
-			if (g.Fate == maint.KexecRan) == about || (b.m.PID(b.uuid) == pid) == about {
-				b.t.Errorf("%+v", g)
-			}
-			return maint.KexecRestored
-		},
-		"its QEMU has ended": func(b *bed, _ bool) maint.KexecFate {
-			if err := b.m.QuitMigrated(b.t.Context(), b.uuid); err != nil {
-				b.t.Fatal(err)
-			}
-			return b.mustRescue().Fate
-		},
-		"the host has gone down": func(b *bed, _ bool) maint.KexecFate {
-			b.h.Reboot()
-			b.m.Boots(kexectest.Old)
-			return b.mustRescue().Fate
-		},
-	} {
-		for _, about := range []bool{false, true} {
-			t.Run(fmt.Sprint(name, ", about to end it: ", about), func(t *testing.T) {
-				t.Parallel()
-				b := newInPlaceBed(t)
-				b.untilSaved(about)
-				if fate := after(b, about); fate != maint.KexecRestored {
-					t.Errorf("%s", fate)
-				}
-				b.whole()
-			})
-		}
-	}
 }
 
 // A guest that was being restored when the host went down is restored: its vCPUs have not run.
