@@ -285,7 +285,9 @@ func (a *Agent) reloadPatch(ctx context.Context) {
 			wanted, err := a.wantsReload(ctx)
 			if err == nil && !wanted {
 				// belay-kernel is there, then, when it is needed; that it cannot be had is doctor's to say.
-				_, _ = a.preserve.Live.Host.Witness.LogEnd(ctx)
+				if kernel := a.preserve.Live.Host.Witness; kernel != nil {
+					_, _ = kernel.LogEnd(ctx)
+				}
 				return
 			}
 			if err == nil {
