@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"belay/agent/maint"
+	"belay/vmtests/guest"
 )
 
 // clockTolerance is how far off a guest's clock may be on a busy, emulated host, of the minute
@@ -82,11 +83,16 @@ func (e *estate) done(op maint.Op, i int) {
 		all = append(all, g.name+" restored")
 	}
 	slices.Sort(all)
-	if op.Outcome != maint.OutcomeDone || fates(op) != strings.Join(all, ", ") {
+	late := e.late(op)
+	if op.Outcome != maint.OutcomeDone && !late || fates(op) != strings.Join(all, ", ") {
 		e.t.Fatalf("%s: %s, %+v", op.Outcome, fates(op), op.Problems)
 	}
 	e.runs(e.kernels[i])
 	e.are()
+	if late {
+		e.synchronise()
+		return
+	}
 	for _, g := range op.Kexeced.Guests {
 		if g.SameBoot == nil || !*g.SameBoot {
 			e.t.Errorf("guest %s is not known to have the boot ID of before: %+v", g.Guest, g)
@@ -94,6 +100,21 @@ func (e *estate) done(op maint.Op, i int) {
 		if off, known := offset(g.Clock); !known || off.Abs() > clockTolerance {
 			e.t.Errorf("the clock of guest %s was not put right: %+v", g.Guest, g.Clock)
 		}
+	}
+}
+
+// late reports whether all that is wrong is that guests' agents did not answer in time, of guests that are
+// emulated in a host that is emulated itself.
+func (e *estate) late(op maint.Op) bool {
+	return e.guests[0].accel == guest.TCG && op.Outcome == maint.OutcomePartly &&
+		!slices.ContainsFunc(op.Problems, func(p maint.Problem) bool { return p.Code != maint.CodeClock })
+}
+
+// synchronise puts guests' clocks right as the operation says that an operator is to.
+func (e *estate) synchronise() {
+	e.t.Helper()
+	for _, g := range e.guests {
+		e.awaitShell("clock of guest "+g.name+" that is right", "belay clock "+g.name+" --sync >&2")
 	}
 }
 
