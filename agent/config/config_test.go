@@ -59,7 +59,7 @@ func TestDefaults(t *testing.T) {
 		Hold: Hold{MaxPause: Duration{10 * time.Second}, MaxPauseLimit: Duration{5 * time.Minute},
 			LeashSilence: Duration{3 * time.Second}, CommandsBy: "root"},
 		Events: Events{Policy: "all"},
-		Kexec:  Kexec{Dir: "/var/lib/belay/memory"},
+		Kexec:  Kexec{Dir: "/var/lib/belay/memory", InPlace: true},
 		Patch: Patch{Keys: "/etc/belay/keys", Helper: "/run/belay/kernel.sock", AutoLoad: true, Soak: Duration{30 * time.Second}, HealthTimeout: Duration{30 * time.Second},
 			Components: []string{"libvirtd.service", "virtqemud.service", "virtlogd.service", "prometheus-node-exporter.service", "belayd.service"}},
 		Journal: Journal{Keep: Duration{90 * 24 * time.Hour}},
@@ -135,7 +135,7 @@ components = ["libvirtd.service"]
 [kexec]
 dir = "/memory"
 cold_start = true
-in_place = true
+in_place = false
 [policy]
 max_pause = "20s"
 refuse = ["B3"]
@@ -190,7 +190,7 @@ libvirt_uri = "qemu+ssh://root@host-c/system"
 			MaxPause: Duration{time.Second}, Allow: []maint.Means{maint.MeansParallel, maint.MeansSlow}, CopyDisks: "all"},
 		Hold: Hold{MaxPause: Duration{5 * time.Second}, MaxPauseLimit: Duration{30 * time.Second},
 			LeashSilence: Duration{2 * time.Second}, KillLibvirt: Duration{4 * time.Second}, CommandsBy: "operators", Leash: "/usr/libexec/leash"},
-		Kexec: Kexec{Dir: "/memory", ColdStart: true, InPlace: true},
+		Kexec: Kexec{Dir: "/memory", ColdStart: true},
 		Patch: Patch{Keys: "/keys", Soak: Duration{time.Minute}, Health: []string{"/bin/healthy", "-q"}, HealthTimeout: Duration{5 * time.Second}, Components: []string{"libvirtd.service"}},
 		Events: Events{Enabled: true, Policy: "any", Wake: "/etc/belay/wake", Upstream: "http://127.0.0.1:8775", IMDSv1: true, EC2ShowsFreeze: true,
 			Notice: map[string]Duration{"Freeze": {20 * time.Minute}}, Owners: map[string]Owner{"shop": {Guests: []string{"shop-*"}}},

@@ -15,7 +15,7 @@ type Kexec struct {
 	InPlace bool `toml:"in_place"`
 }
 
-func defaultKexec() Kexec { return Kexec{Dir: "/var/lib/belay/memory"} }
+func defaultKexec() Kexec { return Kexec{Dir: "/var/lib/belay/memory", InPlace: true} }
 
 // check refuses what cannot work.
 func (k Kexec) check(bad func(key, format string, args ...any)) {
