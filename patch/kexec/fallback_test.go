@@ -1,27 +1,14 @@
 package kexec_test
 
 import (
-	"context"
-	"encoding/json"
 	"strings"
 	"testing"
 
 	"belay/agent/maint"
 	"belay/patch/kexec"
 	"belay/patch/kexec/kexectest"
+	"belay/patch/vmm/vmmtest"
 )
-
-// pausing is a host on which a guest's owner pauses it when Belay is about to.
-type pausing struct{ *kexectest.Machine }
-
-func (p pausing) QMP(ctx context.Context, uuid, command string, args any) (json.RawMessage, error) {
-	if command == "migrate-set-parameters" { // the last before the pause
-		if err := p.Suspend(ctx, uuid); err != nil {
-			return nil, err
-		}
-	}
-	return p.Machine.QMP(ctx, uuid, command, args)
-}
 
 // A guest that its owner pauses after the plan is copied, and paused after the boot, too.
 func TestPausedMeanwhile(t *testing.T) {
@@ -34,7 +21,7 @@ func TestPausedMeanwhile(t *testing.T) {
 			b.do(kexec.PhaseSave, b.Save)
 		},
 		"right before Belay does": func(b *bed) {
-			b.Mover.Host = pausing{b.m}
+			b.Mover.Host = vmmtest.Pausing{Machine: b.m.Machine}
 			b.do(kexec.PhaseSave, b.Save)
 			b.Mover = b.m.Mover()
 		},
