@@ -343,7 +343,9 @@ func kexecKilledAt(t *testing.T, n int, sick bool) (at string) {
 	if err != nil { // killed while it was being admitted
 		k.cut(t, err)
 		<-done
+		b.power.Lock() // what was admitted all the same goes on, down to the next boot
 		ops, err := b.Client.Ops(b.ctx)
+		b.power.Unlock()
 		check(t, err)
 		if len(ops) > 0 {
 			op = ops[0]
