@@ -23,12 +23,12 @@ func transient(g *maint.Guest) { g.Persistent = false }
 
 // replaceable is a node whose guest web-1, which has no definition, can have a
 // new QEMU.
-func replaceable(t *testing.T, hook func(node *agenttest.Node) func(what string)) (*agenttest.World, *agenttest.Node, string) {
+func replaceable(t *testing.T, hook func(node *agenttest.Node) func(what string), edits ...func(*maint.Guest)) (*agenttest.World, *agenttest.Node, string) {
 	w := agenttest.New(t, quiet(t), nil, "a", "b")
 	node := w.Nodes[0]
 	node.Stop()
 	node.Machine = vmmtest.New(t, node.Host)
-	uuid := node.Machine.PutGuest(t, "web-1", transient)
+	uuid := node.Machine.PutGuest(t, "web-1", append(edits, transient)...)
 	node.Start(hook(node))
 	return w, node, uuid
 }

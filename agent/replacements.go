@@ -177,7 +177,12 @@ func (a *Agent) replaceSteps(op maint.Op) []run.Step {
 			result.Clock = &clock
 			return errors.Join(s.Record(maint.RecReplaced, result), r.Prove(ctx, s))
 		}},
-		{Name: vmm.PhaseFinish, Do: func(ctx context.Context, s *run.Scratch) error { return r.Finish(ctx, s) }},
+		{Name: vmm.PhaseFinish, Do: func(ctx context.Context, s *run.Scratch) error {
+			if err := r.Finish(ctx, s); err != nil {
+				return err
+			}
+			return a.clockLeft(ctx, op.ID)
+		}},
 	}))
 }
 
@@ -191,7 +196,6 @@ func unlessBetween(op maint.Op, err error) error {
 }
 
 // clockAfter puts the guest's clock right, which stood still in the pause.
-// Nothing about a clock can fail a replacement.
 func (a *Agent) clockAfter(ctx context.Context, op maint.Op, lost time.Duration) maint.ClockReport {
 	ctx, cancel := context.WithTimeout(ctx, clockWait)
 	defer cancel()
@@ -202,6 +206,24 @@ func (a *Agent) clockAfter(ctx context.Context, op maint.Op, lost time.Duration)
 	r := a.preserve.Clocks.Restore(ctx, g, lost)
 	a.metrics.clock(r)
 	return r
+}
+
+// clockLeft is the problem of a guest whose clock its replacement has left behind. It is told
+// when all else is done: nothing of that is left undone for a clock.
+func (a *Agent) clockLeft(ctx context.Context, id maint.OpID) error {
+	op, _ := a.journal.Op(id)
+	v := op.Replaced
+	if v == nil || v.Clock == nil {
+		return nil
+	}
+	behind := v.Clock.Behind(v.Pause * time.Duration(max(1, v.Pauses)))
+	if behind == nil {
+		return nil
+	}
+	if g, err := a.hyp.Guest(ctx, op.GuestUUID); err == nil && g.Agent == maint.AgentNone {
+		return nil
+	}
+	return behind
 }
 
 // pauseLeash has a guest resumed that is paused in order to leave its QEMU, if

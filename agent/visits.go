@@ -113,7 +113,10 @@ func (a *Agent) visitSteps(op maint.Op) []run.Step {
 				result.Total = time.Since(op.Started)
 				clock := a.clockAfter(ctx, op, result.Pause*time.Duration(max(1, result.Pauses)))
 				result.Clock = &clock
-				return s.Record(maint.RecReplaced, result)
+				if err := s.Record(maint.RecReplaced, result); err != nil {
+					return err
+				}
+				return a.clockLeft(ctx, op.ID)
 			}},
 	})
 }
