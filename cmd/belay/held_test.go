@@ -111,6 +111,14 @@ func TestUndoIsTold(t *testing.T) {
 			t.Errorf("said %q and %q", &said, describe(undoing))
 		}
 	}
+	for outcome, told := range map[maint.Outcome]bool{maint.OutcomeFailed: true, maint.OutcomePartly: false, maint.OutcomeStuck: false} {
+		var said strings.Builder
+		op := maint.Op{State: maint.OpUndoing, Step: "finish", Outcome: outcome, Replace: &maint.ReplaceRequest{}}
+		(&lines{w: &said, id: "op-1"}).update(op)
+		if (said.Len() > 0) != told || strings.Contains(describe(op), "back") != told {
+			t.Errorf("%s: said %q and %q", outcome, &said, describe(op))
+		}
+	}
 }
 
 func TestOutputIsBounded(t *testing.T) {

@@ -90,9 +90,11 @@ func waitsInPlan(op maint.Op) bool {
 	return false
 }
 
-// nothingToUndo: a hold that goes back without an --undo only sees that its guests
-// are released.
-func nothingToUndo(op maint.Op) bool { return op.Hold != nil && op.Hold.Undo == nil }
+// nothingToUndo: what took effect, or is stuck, is left as it is; and a hold that goes back without
+// an --undo only sees that its guests are released.
+func nothingToUndo(op maint.Op) bool {
+	return op.Outcome == maint.OutcomePartly || op.Outcome == maint.OutcomeStuck || op.Hold != nil && op.Hold.Undo == nil
+}
 
 // bar shows disks, then memory that has been copied, less what was dirtied again.
 type bar struct {
