@@ -2,9 +2,11 @@ package wholehost
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -183,13 +185,21 @@ func (b *bed) isWhole(h *machine.Host) {
 func (b *bed) belay(h *machine.Host, args ...string) maint.Op {
 	b.t.Helper()
 	var op maint.Op
-	if err := h.BelayJSON(b.ctx(5*time.Minute), &op, args...); err != nil {
-		b.t.Fatal(err)
+	r, err := h.Belay(b.ctx(5*time.Minute), append([]string{"-o", "json"}, args...)...)
+	if err == nil {
+		err = json.Unmarshal([]byte(r.Stdout), &op)
 	}
-	if op.Outcome != maint.OutcomeDone {
-		b.t.Fatalf("belay %s: %+v", strings.Join(args, " "), op)
+	if err != nil || op.Outcome != maint.OutcomeDone && !b.late(op) {
+		b.t.Fatalf("belay %s: %v, %+v", strings.Join(args, " "), err, r)
 	}
 	return op
+}
+
+// late reports whether all that is wrong is that guests' agents did not answer in time, of guests that are
+// emulated in a host that is emulated itself.
+func (b *bed) late(op maint.Op) bool {
+	return b.accel == guest.TCG && op.Outcome == maint.OutcomePartly &&
+		!slices.ContainsFunc(op.Problems, func(p maint.Problem) bool { return p.Code != maint.CodeClock })
 }
 
 // show is a property of a unit.

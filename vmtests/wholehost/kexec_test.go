@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"belay/agent/maint"
-	"belay/vmtests/guest"
 )
 
 // clockTolerance is how far off a guest's clock may be on a busy, emulated host, of the minute
@@ -83,7 +82,7 @@ func (e *estate) done(op maint.Op, i int) {
 		all = append(all, g.name+" restored")
 	}
 	slices.Sort(all)
-	late := e.late(op)
+	late := e.guests[0].late(op)
 	if op.Outcome != maint.OutcomeDone && !late || fates(op) != strings.Join(all, ", ") {
 		e.t.Fatalf("%s: %s, %+v", op.Outcome, fates(op), op.Problems)
 	}
@@ -101,13 +100,6 @@ func (e *estate) done(op maint.Op, i int) {
 			e.t.Errorf("the clock of guest %s was not put right: %+v", g.Guest, g.Clock)
 		}
 	}
-}
-
-// late reports whether all that is wrong is that guests' agents did not answer in time, of guests that are
-// emulated in a host that is emulated itself.
-func (e *estate) late(op maint.Op) bool {
-	return e.guests[0].accel == guest.TCG && op.Outcome == maint.OutcomePartly &&
-		!slices.ContainsFunc(op.Problems, func(p maint.Problem) bool { return p.Code != maint.CodeClock })
 }
 
 // synchronise puts guests' clocks right as the operation says that an operator is to.
