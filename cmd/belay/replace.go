@@ -30,10 +30,10 @@ is begun. It is no limit: a pause that turns out longer is not cut short.
 With --all the guests are done one after the other, past those that cannot be.
 
 Exit codes: 0 done; 1 failed, aborted or stuck; 2 wrong usage; 3 blocked, nothing
-was paused; 4 partly done, with --all: some guests were done and others not; 5 not
-waited for the end, the operation goes on; 70 no guest runs. With --all and no
-guest done it is the highest of the guests' codes. With --dry-run 0 says only
-that belayd has answered.`,
+was paused; 4 done, but not all is well beside, such as a clock, or with --all:
+some guests were done and others not; 5 not waited for the end, the operation goes
+on; 70 no guest runs. With --all and no guest done it is the highest of the guests'
+codes. With --dry-run 0 says only that belayd has answered.`,
 		Example: `  belay replace-vmm web-1 --dry-run
   belay replace-vmm web-1
   belay replace-vmm --all --max-pause 2s`,
