@@ -41,7 +41,6 @@ func TestConfined(t *testing.T) {
 	})
 	e.step("another QEMU, memory in place", func(e *estate) {
 		e.guests[0].replaceVMM("in-place")
-		e.synchronise() // or the next operation takes what it is behind for its owner's wish
 		e.confined(anyway)
 	})
 	e.step("no twin", func(e *estate) {
