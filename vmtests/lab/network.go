@@ -30,13 +30,17 @@ func hostAddr(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 77, 0, byte
 // SwitchAddr is the address of the switch's namespace on the LAN.
 func SwitchAddr() netip.Addr { return netip.AddrFrom4([4]byte{10, 77, 255, 254}) }
 
-// addNetns makes a network namespace whose links have no IPv6: what is not
-// there cannot answer on an address that no test gave it.
+// addNetns makes a network namespace whose links have no IPv6: what is not there cannot answer on an
+// address that no test gave it. No connection begins at a port that libvirt has for guests that
+// come, by chance: tests take those.
 func (l *Lab) addNetns(ctx context.Context, name string) error {
 	if err := l.ip(ctx, "", "netns add "+name); err != nil {
 		return err
 	}
 	return inNetns(name, func() error {
+		if err := os.WriteFile("/proc/sys/net/ipv4/ip_local_reserved_ports", []byte("49152-49215"), 0); err != nil {
+			return err
+		}
 		for _, which := range []string{"all", "default"} {
 			err := os.WriteFile("/proc/sys/net/ipv6/conf/"+which+"/disable_ipv6", []byte("1"), 0)
 			if err != nil && !os.IsNotExist(err) { // a kernel without IPv6
