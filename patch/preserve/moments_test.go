@@ -58,7 +58,7 @@ func TestPausedWhileAnotherIsLookedAt(t *testing.T) {
 		}
 		s := &slow{Host: b.host, uuid: b.uuids["slow"], state: 500 * time.Millisecond}
 		b.hold.Host = s
-		b.scratch.phase = "hold"
+		b.scratch.Phase = "hold"
 		time.AfterFunc(400*time.Millisecond, func() {
 			if err := b.host.Suspend(b.Context(), b.uuids["theirs"]); err != nil {
 				b.Error(err)
@@ -86,7 +86,7 @@ func TestOneThatCannotBeLookedAt(t *testing.T) {
 		s := &slow{Host: b.host, uuid: b.uuids["slow"]}
 		b.hold.Host = s
 		b.steps.Did = func(string) { s.state = 900 * time.Millisecond }
-		b.scratch.phase = "hold"
+		b.scratch.Phase = "hold"
 		if err := b.hold.Perform(b.Context(), b.scratch, b.record); err != nil {
 			b.Fatal(err)
 		}
@@ -109,7 +109,7 @@ func TestOneThatStopsLate(t *testing.T) {
 			b.Fatal(err)
 		}
 		b.host.Fault("Suspend", hypervisortest.Fault{Delay: time.Minute, Times: 1})
-		b.scratch.phase = "hold"
+		b.scratch.Phase = "hold"
 		begun := time.Now()
 		if err := b.hold.Perform(b.Context(), b.scratch, b.record); !slices.Equal(codes(err), []maint.Code{maint.CodeFailed}) {
 			b.Errorf("%v", err)
@@ -139,7 +139,7 @@ func TestLeashLostWhilePausing(t *testing.T) {
 		}
 		b.hold.Host = &slow{Host: b.host, uuid: b.uuids["slow"], suspend: 500 * time.Millisecond}
 		time.AfterFunc(250*time.Millisecond, func() { b.leashes.Lose(b.hold.Op) })
-		b.scratch.phase = "hold"
+		b.scratch.Phase = "hold"
 		err := b.hold.Perform(b.Context(), b.scratch, b.record)
 		if !slices.Equal(codes(err), []maint.Code{maint.CodeLeash}) {
 			b.Errorf("%v", err)

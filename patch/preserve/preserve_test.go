@@ -1,7 +1,6 @@
 package preserve_test
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -13,34 +12,10 @@ import (
 
 	"belay/agent/maint"
 	"belay/hypervisor/hypervisortest"
+	"belay/patch/internal/scratchtest"
 	"belay/patch/preserve"
 	"belay/patch/preserve/preservetest"
 )
-
-// scratch keeps what phases save in memory.
-type scratch struct {
-	phase string
-	saved map[string][]byte
-	notes []string
-}
-
-func (s *scratch) Note(format string, args ...any) error {
-	s.notes = append(s.notes, fmt.Sprintf(format, args...))
-	return nil
-}
-
-func (s *scratch) Save(v any) (err error) {
-	s.saved[s.phase], err = json.Marshal(v)
-	return err
-}
-
-func (s *scratch) Load(phase string, v any) (bool, error) {
-	b, ok := s.saved[phase]
-	if !ok {
-		return false, nil
-	}
-	return true, json.Unmarshal(b, v)
-}
 
 // bed is a host in memory with what a hold needs.
 type bed struct {
@@ -49,7 +24,7 @@ type bed struct {
 	host    *hypervisortest.Host
 	leashes *preservetest.Leashes
 	steps   *preservetest.Steps
-	scratch *scratch
+	scratch *scratchtest.Notebook
 	hold    *preserve.Hold
 	uuids   map[string]string
 
@@ -61,7 +36,7 @@ func hold(t *testing.T, r maint.HoldRequest, f func(*bed), guests ...string) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		b := &bed{T: t, world: hypervisortest.NewWorld(), steps: &preservetest.Steps{}, uuids: make(map[string]string),
-			scratch: &scratch{saved: make(map[string][]byte)}}
+			scratch: scratchtest.New()}
 		defer b.world.Close()
 		b.host = b.world.AddHost("a", hypervisortest.HostOptions{})
 		b.leashes = &preservetest.Leashes{Host: b.host}
@@ -92,12 +67,12 @@ func (b *bed) perform() error {
 	if err := b.preflight(); err != nil {
 		return err
 	}
-	b.scratch.phase = preserve.PhaseHold
+	b.scratch.Phase = preserve.PhaseHold
 	return b.hold.Perform(b.Context(), b.scratch, b.record)
 }
 
 func (b *bed) preflight() error {
-	b.scratch.phase = preserve.PhasePreflight
+	b.scratch.Phase = preserve.PhasePreflight
 	return b.hold.Preflight(b.Context(), b.scratch)
 }
 
@@ -191,7 +166,7 @@ func TestOthersStayAsTheyAre(t *testing.T) {
 		if err := b.host.Suspend(b.Context(), b.uuids["late"]); err != nil {
 			b.Fatal(err)
 		}
-		b.scratch.phase = preserve.PhaseHold
+		b.scratch.Phase = preserve.PhaseHold
 		if err := b.hold.Perform(b.Context(), b.scratch, b.record); err != nil {
 			b.Fatal(err)
 		}

@@ -19,7 +19,7 @@ func (b *bed) died(do func(preserve.Line)) {
 	if err := b.preflight(); err != nil {
 		b.Fatal(err)
 	}
-	b.scratch.phase = preserve.PhaseHold
+	b.scratch.Phase = preserve.PhaseHold
 	if err := b.scratch.Save(map[string]time.Time{"begun": time.Now()}); err != nil {
 		b.Fatal(err)
 	}

@@ -2,7 +2,6 @@ package vmm_test
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -12,40 +11,21 @@ import (
 
 	"belay/agent/maint"
 	"belay/hypervisor/hypervisortest"
+	"belay/patch/internal/scratchtest"
 	"belay/patch/vmm"
 	"belay/patch/vmm/vmmtest"
 )
 
 // notebook is a Scratch that outlives a belayd, with the phases that were done.
 type notebook struct {
-	phase  string
+	*scratchtest.Notebook
 	done   map[string]bool
 	undo   bool
-	saved  map[string][]byte
-	notes  []string
 	failed error
 }
 
 func newNotebook() *notebook {
-	return &notebook{done: make(map[string]bool), saved: make(map[string][]byte)}
-}
-
-func (n *notebook) Note(format string, args ...any) error {
-	n.notes = append(n.notes, fmt.Sprintf(format, args...))
-	return nil
-}
-
-func (n *notebook) Save(v any) (err error) {
-	n.saved[n.phase], err = json.Marshal(v)
-	return err
-}
-
-func (n *notebook) Load(phase string, v any) (bool, error) {
-	b, ok := n.saved[phase]
-	if !ok {
-		return false, nil
-	}
-	return true, json.Unmarshal(b, v)
+	return &notebook{Notebook: scratchtest.New(), done: make(map[string]bool)}
 }
 
 type phase struct {
@@ -68,7 +48,7 @@ func run(ctx context.Context, r *vmm.Replacement, n *notebook) error {
 		if n.done[p.name] || n.undo {
 			continue
 		}
-		n.phase = p.name
+		n.Phase = p.name
 		if err := p.do(ctx, n); err != nil {
 			if n.done[vmm.PhaseSwap] || errors.Is(err, vmm.ErrStuck) {
 				return err
@@ -83,7 +63,7 @@ func run(ctx context.Context, r *vmm.Replacement, n *notebook) error {
 	}
 	for _, name := range []string{vmm.PhaseSwap, vmm.PhasePrepare} {
 		for _, p := range phases {
-			if p.name == name && n.saved[vmm.PhasePreflight] != nil {
+			if p.name == name && n.Saved[vmm.PhasePreflight] != nil {
 				if err := p.back(context.WithoutCancel(ctx), n); err != nil {
 					return fmt.Errorf("undo of %s: %w (%w)", name, err, n.failed)
 				}

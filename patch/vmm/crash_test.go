@@ -171,7 +171,7 @@ func killedAt(t *testing.T, method maint.VMMMethod, meanwhile string, k int) {
 	}
 	b.runs()
 	if t.Failed() {
-		t.Errorf("killed %s: ended with %v; notes %q", died, err, n.notes)
+		t.Errorf("killed %s: ended with %v; notes %q", died, err, n.Notes)
 	}
 	if moved := b.PID(b.uuid) != pid; moved != (err == nil) {
 		t.Errorf("killed %s: in a new QEMU: %t, but the outcome is %v", died, moved, err)
@@ -214,7 +214,7 @@ func TestKilledTwice(t *testing.T) {
 					t.Fatalf("%s, killed at %d and %d: %v", method, k, j, err)
 				}
 				if b.runs(); t.Failed() {
-					t.Fatalf("%s, killed at %d and %d: %v, notes %q", method, k, j, err, n.notes)
+					t.Fatalf("%s, killed at %d and %d: %v, notes %q", method, k, j, err, n.Notes)
 				}
 			}
 		}
@@ -317,7 +317,7 @@ func TestNoRoomForNotes(t *testing.T) {
 		name string
 		do   func(context.Context, vmm.Scratch) error
 	}{{vmm.PhasePreflight, r.Preflight}, {vmm.PhasePrepare, r.Prepare}, {vmm.PhaseSwap, r.Swap}} {
-		n.phase = phase.name
+		n.Phase = phase.name
 		if err := phase.do(t.Context(), n); err != nil {
 			t.Fatalf("%s: %v", phase.name, err)
 		}

@@ -182,8 +182,8 @@ func TestNewQEMUFails(t *testing.T) {
 				t.Fatal(err)
 			}
 			b.runs()
-			if res, err := r.Measure(t.Context(), n); err != nil || res.Attempts != 3 || len(n.notes) != 2 {
-				t.Errorf("%+v, %v; notes %q", res, err, n.notes)
+			if res, err := r.Measure(t.Context(), n); err != nil || res.Attempts != 3 || len(n.Notes) != 2 {
+				t.Errorf("%+v, %v; notes %q", res, err, n.Notes)
 			}
 		})
 	}
@@ -246,8 +246,8 @@ func TestStuckAndTakenUp(t *testing.T) {
 			}
 			c.heal(b)
 			n := newNotebook()
-			if err := run(t.Context(), b.replacement(c.method), n); err != nil || len(n.notes) == 0 {
-				t.Fatalf("taken up: %v, notes %q", err, n.notes)
+			if err := run(t.Context(), b.replacement(c.method), n); err != nil || len(n.Notes) == 0 {
+				t.Fatalf("taken up: %v, notes %q", err, n.Notes)
 			}
 			b.runs()
 		})
@@ -353,8 +353,8 @@ func TestPausedByItsOwner(t *testing.T) {
 			b.Pause(t, b.uuid)
 		}
 	}}
-	if err := run(t.Context(), r, n); err != nil || len(n.notes) != 1 || !strings.Contains(n.notes[0], "not Belay's doing") {
-		t.Fatalf("ended with %v, notes %q", err, n.notes)
+	if err := run(t.Context(), r, n); err != nil || len(n.Notes) != 1 || !strings.Contains(n.Notes[0], "not Belay's doing") {
+		t.Fatalf("ended with %v, notes %q", err, n.Notes)
 	}
 	b.tidy()
 }

@@ -9,16 +9,17 @@ import (
 
 	"belay/agent/maint"
 	"belay/hypervisor/hypervisortest"
+	"belay/patch/internal/scratchtest"
 )
 
 // astray leaves the guest in the twin, with nothing known of how it got there.
 func (s *site) astray() {
 	s.t.Helper()
-	s.book.phase = PhaseOut
+	s.book.Phase = PhaseOut
 	if err := s.visit().Out(s.t.Context(), s.t.Context(), s.book); err != nil {
 		s.t.Fatal(err)
 	}
-	s.book = newNotebook()
+	s.book = scratchtest.New()
 	s.isAway()
 }
 
@@ -54,7 +55,7 @@ func TestAdoptKilledAtEveryCall(t *testing.T) {
 				t.Errorf("killed at call %d: the twin was not stopped", n)
 			}
 			if survived {
-				s.book.phase = PhaseFinish
+				s.book.Phase = PhaseFinish
 				if r, err := s.visit().Finish(t.Context(), s.book); err != nil || r.Pauses != 1 || r.Attempts != 1 || r.Pause == 0 {
 					t.Errorf("result %+v, %v", r, err)
 				}
@@ -74,11 +75,11 @@ func TestAdoptTransient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSite(t)
 		s.home.Edit(t, s.uuid, func(g *maint.Guest) { g.Persistent, g.Autostart = false, false })
-		s.book.phase = PhaseOut
+		s.book.Phase = PhaseOut
 		if err := s.visit().Out(t.Context(), t.Context(), s.book); err != nil {
 			t.Fatal(err)
 		}
-		s.book = newNotebook()
+		s.book = scratchtest.New()
 		if _, err := s.home.Guest(t.Context(), s.uuid); !errors.Is(err, maint.ErrNoGuest) {
 			t.Fatalf("it is known at home: %v", err)
 		}

@@ -13,34 +13,8 @@ import (
 
 	"belay/agent/maint"
 	"belay/hypervisor/hypervisortest"
+	"belay/patch/internal/scratchtest"
 )
-
-// notebook is a Scratch that outlives the visits that use it.
-type notebook struct {
-	phase string
-	notes []string
-	saved map[string][]byte
-}
-
-func newNotebook() *notebook { return &notebook{saved: make(map[string][]byte)} }
-
-func (n *notebook) Note(format string, args ...any) error {
-	n.notes = append(n.notes, fmt.Sprintf(format, args...))
-	return nil
-}
-
-func (n *notebook) Save(v any) (err error) {
-	n.saved[n.phase], err = json.Marshal(v)
-	return err
-}
-
-func (n *notebook) Load(phase string, v any) (bool, error) {
-	text, ok := n.saved[phase]
-	if !ok {
-		return false, nil
-	}
-	return true, json.Unmarshal(text, v)
-}
 
 // fakeSecond is a twin whose daemons are the fakes of package hypervisortest.
 type fakeSecond struct {
@@ -139,13 +113,13 @@ type site struct {
 	second     *fakeSecond
 	uuid       string
 	definition string
-	book       *notebook
+	book       *scratchtest.Notebook
 }
 
 func newSite(t *testing.T) *site {
 	w := hypervisortest.NewWorld()
 	t.Cleanup(w.Close)
-	s := &site{t: t, world: w, home: w.AddHost("host-a", hypervisortest.HostOptions{}), away: w.AddHost("host-a.belay-twin", hypervisortest.HostOptions{}), book: newNotebook()}
+	s := &site{t: t, world: w, home: w.AddHost("host-a", hypervisortest.HostOptions{}), away: w.AddHost("host-a.belay-twin", hypervisortest.HostOptions{}), book: scratchtest.New()}
 	s.second = &fakeSecond{t: t, home: s.home, away: s.away, lent: map[string][]string{}}
 	for _, h := range []*hypervisortest.Host{s.home, s.away} {
 		h.OnQMP(func(_, command string, _ json.RawMessage) (any, bool, error) {
@@ -183,7 +157,7 @@ func (s *site) run(v *Visit, ctx, life context.Context, done map[string]bool, un
 		if done[p] || undo && p == PhaseOut {
 			continue
 		}
-		s.book.phase = p
+		s.book.Phase = p
 		var err error
 		switch p {
 		case PhasePreflight:
@@ -244,7 +218,7 @@ func TestBounce(t *testing.T) {
 		if s.second.running {
 			t.Error("the twin was not stopped")
 		}
-		s.book.phase = PhaseFinish
+		s.book.Phase = PhaseFinish
 		r, err := s.visit().Finish(t.Context(), s.book)
 		if err != nil || r.Pauses != 2 || r.Pause == 0 || r.Attempts != 2 || r.OldQEMU == r.NewQEMU || r.NewQEMU != "10.0.2" {
 			t.Errorf("result %+v, %v", r, err)
@@ -329,15 +303,15 @@ func TestFetch(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			s := newSite(t)
 			v := s.visit()
-			s.book.phase = PhaseOut
+			s.book.Phase = PhaseOut
 			if err := v.Out(t.Context(), t.Context(), s.book); err != nil {
 				t.Fatal(err)
 			}
 			life, die := context.WithTimeout(t.Context(), after)
 			defer die()
-			s.book.phase = PhaseBack
+			s.book.Phase = PhaseBack
 			_ = v.Back(life, s.book)
-			s.book = newNotebook()
+			s.book = scratchtest.New()
 			if err := s.visit().Fetch(t.Context(), s.book); err != nil {
 				t.Fatalf("%s after it began to come home: %v", after, err)
 			}
@@ -367,11 +341,11 @@ func TestBounceOfABusyGuest(t *testing.T) {
 
 		s.home.ReleaseCopies()
 		s.away.HoldCopies()
-		s.book.phase = PhaseOut
+		s.book.Phase = PhaseOut
 		if err := v.Out(t.Context(), t.Context(), s.book); err != nil {
 			t.Fatal(err)
 		}
-		s.book.phase = PhaseBack
+		s.book.Phase = PhaseBack
 		if err := v.Back(t.Context(), s.book); !errors.Is(err, ErrStuck) || !strings.Contains(err.Error(), "do not stop the twin") {
 			t.Fatalf("it could not be brought home: %v", err)
 		}
@@ -422,17 +396,17 @@ func TestBounceFaults(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := newSite(t)
 				v := s.visit()
-				s.book.phase = PhasePreflight
+				s.book.Phase = PhasePreflight
 				if err := v.Preflight(t.Context(), s.book); err != nil {
 					t.Fatal(err)
 				}
-				s.book.phase = PhaseOut
+				s.book.Phase = PhaseOut
 				if err := v.Out(t.Context(), t.Context(), s.book); err != nil {
 					t.Fatal(err)
 				}
 				s.isAway()
 				strike(s)
-				s.book.phase = PhaseBack
+				s.book.Phase = PhaseBack
 				if err := v.Back(t.Context(), s.book); err != nil {
 					t.Fatal(err)
 				}
@@ -449,7 +423,7 @@ func TestBounceOfAGuestThatIsShutDown(t *testing.T) {
 		s := newSite(t)
 		v := s.visit()
 		done := map[string]bool{}
-		s.book.phase = PhaseOut
+		s.book.Phase = PhaseOut
 		if err := v.Out(t.Context(), t.Context(), s.book); err != nil {
 			t.Fatal(err)
 		}
@@ -473,7 +447,7 @@ func TestBounceDuringAMigration(t *testing.T) {
 			theirs <- s.home.Migrate(t.Context(), s.uuid, maint.MoveParams{DestURI: other.URI(), Persist: true})
 		}()
 		time.Sleep(time.Second)
-		s.book.phase = PhaseOut
+		s.book.Phase = PhaseOut
 		err := s.visit().Out(t.Context(), t.Context(), s.book)
 		var p *maint.Problem
 		if !errors.As(err, &p) || p.Code != maint.CodeBusy {

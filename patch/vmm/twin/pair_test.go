@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"belay/agent/maint"
+	"belay/patch/internal/scratchtest"
 )
 
 // The times that a fake QEMU takes.
@@ -47,7 +48,7 @@ type fakePair struct {
 	uuid       string
 	memory     string
 	second     *fakeSecond
-	book       *notebook
+	book       *scratchtest.Notebook
 	calls      int
 	onCall     func(n int)
 	dead       context.Context // of a belayd that was killed: its calls reach nobody once it has ended
@@ -62,7 +63,7 @@ func newPair(t *testing.T) *fakePair {
 	if err := os.WriteFile(memory, []byte("the guest's memory"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	p := &fakePair{t: t, uuid: "10000000-0000-4000-8000-000000000001", memory: memory, book: newNotebook()}
+	p := &fakePair{t: t, uuid: "10000000-0000-4000-8000-000000000001", memory: memory, book: scratchtest.New()}
 	p.second = &fakeSecond{t: t, lent: map[string][]string{}}
 	p.home = &fakeQEMU{pair: p, name: "home", state: "running", files: []string{memory}}
 	p.away = &fakeQEMU{pair: p, name: "away"}

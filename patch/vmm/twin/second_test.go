@@ -36,7 +36,7 @@ func TestSwapWithASecondQEMUOfBefore(t *testing.T) {
 		if err := (&exchange{Visit: v, leg: v.leg(true)}).warm(t.Context()); err != nil || p.away.state != "inmigrate" {
 			t.Fatalf("%v; it is %q", err, p.away.state)
 		}
-		p.book.phase = PhaseOut
+		p.book.Phase = PhaseOut
 		if err := v.swap(t.Context(), t.Context(), v.leg(true), p.book, &crossing{Begun: 1}); err != nil {
 			t.Fatal(err)
 		}

@@ -25,7 +25,7 @@ func TestSwap(t *testing.T) {
 		if p.longest > 50*time.Millisecond {
 			t.Errorf("it stood still for %s", p.longest)
 		}
-		p.book.phase = PhaseFinish
+		p.book.Phase = PhaseFinish
 		if r, err := p.visit().Finish(t.Context(), p.book); err != nil || r.Pauses != 2 || r.Pause < fakeLoad || r.Pause > 60*time.Millisecond {
 			t.Errorf("result %+v, %v", r, err)
 		}
@@ -170,7 +170,7 @@ func TestSwapFaults(t *testing.T) {
 					p.isHome(what)
 					return
 				}
-				p.book.phase = PhaseOut
+				p.book.Phase = PhaseOut
 				if err := v.Out(t.Context(), t.Context(), p.book); err != nil {
 					t.Fatal(err)
 				}
@@ -184,7 +184,7 @@ func TestSwapFaults(t *testing.T) {
 					t.Fatalf("%s: %v", what, err)
 				}
 				p.isHome(what)
-				if notes := strings.Join(p.book.notes, "; "); !strings.Contains(notes, "live migration") {
+				if notes := strings.Join(p.book.Notes, "; "); !strings.Contains(notes, "live migration") {
 					t.Errorf("%s: notes: %s", what, notes)
 				}
 			})
@@ -203,7 +203,7 @@ func TestSwapWithoutLibvirtInThePause(t *testing.T) {
 			time.AfterFunc(20*time.Second, func() { p.home.down = false })
 			return nil
 		}
-		p.book.phase = PhaseOut
+		p.book.Phase = PhaseOut
 		if err := v.Out(t.Context(), t.Context(), p.book); err != nil {
 			t.Fatal(err)
 		}
@@ -220,7 +220,7 @@ func TestSwapWithoutLibvirtInThePause(t *testing.T) {
 				p.onCall = nil
 			}
 		}
-		p.book.phase = PhaseOut
+		p.book.Phase = PhaseOut
 		if err := p.visit().Out(t.Context(), t.Context(), p.book); err != nil {
 			t.Fatal(err)
 		}
