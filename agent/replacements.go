@@ -173,7 +173,7 @@ func (a *Agent) replaceSteps(op maint.Op) []run.Step {
 				return err
 			}
 			result.Total = time.Since(op.Started)
-			clock := a.clockAfter(ctx, op, result.Pause)
+			clock := a.clockAfter(ctx, op, result.Lost())
 			result.Clock = &clock
 			return errors.Join(s.Record(maint.RecReplaced, result), r.Prove(ctx, s))
 		}},
@@ -216,7 +216,7 @@ func (a *Agent) clockLeft(ctx context.Context, id maint.OpID) error {
 	if v == nil || v.Clock == nil {
 		return nil
 	}
-	behind := v.Clock.Behind(v.Pause * time.Duration(max(1, v.Pauses)))
+	behind := v.Clock.Behind(v.Lost())
 	if behind == nil {
 		return nil
 	}

@@ -111,7 +111,7 @@ func (a *Agent) visitSteps(op maint.Op) []run.Step {
 					return err
 				}
 				result.Total = time.Since(op.Started)
-				clock := a.clockAfter(ctx, op, result.Pause*time.Duration(max(1, result.Pauses)))
+				clock := a.clockAfter(ctx, op, result.Lost())
 				result.Clock = &clock
 				if err := s.Record(maint.RecReplaced, result); err != nil {
 					return err

@@ -66,6 +66,9 @@ type VMMResult struct {
 	Clock    *ClockReport  `json:"clock,omitempty"`
 }
 
+// Lost is how long the guest stood still in all, at most.
+func (r VMMResult) Lost() time.Duration { return r.Pause * time.Duration(max(1, r.Pauses)) }
+
 // The codes of what stands in the way of a method.
 const (
 	CodeMemory     Code = "memory-not-shareable" // no other QEMU can map the guest's memory
