@@ -162,14 +162,13 @@ func (h *Host) Belay(ctx context.Context, args ...string) (Result, error) {
 	return h.Exec(ctx, append([]string{"belay"}, args...)...)
 }
 
-// BelayJSON runs belay with -o json and decodes what it prints; a code other than 0 is an
-// error.
-func (h *Host) BelayJSON(ctx context.Context, v any, args ...string) error {
-	out, err := h.Run(ctx, append([]string{"belay", "-o", "json"}, args...)...)
-	if err != nil {
-		return err
+// BelayJSON runs belay with -o json and decodes what it prints, whatever code it ends with.
+func (h *Host) BelayJSON(ctx context.Context, v any, args ...string) (Result, error) {
+	r, err := h.Belay(ctx, append([]string{"-o", "json"}, args...)...)
+	if err == nil {
+		err = json.Unmarshal([]byte(r.Stdout), v)
 	}
-	return json.Unmarshal([]byte(out), v)
+	return r, err
 }
 
 func (h *Host) runWith(ctx context.Context, stdin io.Reader, args ...string) (string, error) {

@@ -2,7 +2,6 @@ package wholehost
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"net/netip"
 	"os"
@@ -187,10 +186,7 @@ func (b *bed) isWhole(h *machine.Host) {
 func (b *bed) belay(h *machine.Host, args ...string) maint.Op {
 	b.t.Helper()
 	var op maint.Op
-	r, err := h.Belay(b.ctx(5*time.Minute), append([]string{"-o", "json"}, args...)...)
-	if err == nil {
-		err = json.Unmarshal([]byte(r.Stdout), &op)
-	}
+	r, err := h.BelayJSON(b.ctx(5*time.Minute), &op, args...)
 	if err != nil || op.Outcome != maint.OutcomeDone && !b.late(op) {
 		b.t.Fatalf("belay %s: %v, %+v", strings.Join(args, " "), err, r)
 	}

@@ -3,7 +3,6 @@ package wholehost
 import (
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"log/slog"
 	"net/netip"
 	"path/filepath"
@@ -118,11 +117,8 @@ func (b *patchBed) module(name string) string {
 // patch is 'belay patch', of which the operation is printed, and its exit code.
 func (b *patchBed) patch(args ...string) (op maint.Op, code int) {
 	b.t.Helper()
-	r, err := b.h.Belay(b.ctx(5*time.Minute), append([]string{"-o", "json", "patch"}, args...)...)
+	r, err := b.h.BelayJSON(b.ctx(5*time.Minute), &op, append([]string{"patch"}, args...)...)
 	if err != nil {
-		b.t.Fatal(err)
-	}
-	if err := json.Unmarshal([]byte(r.Stdout), &op); err != nil {
 		b.t.Fatalf("belay patch %s: exit code %d: %v: %s%s", strings.Join(args, " "), r.Code, err, r.Stdout, r.Stderr)
 	}
 	return op, r.Code
